@@ -1,0 +1,1 @@
+"""Picture, recording and other files that the demo brings."""

@@ -1,0 +1,1 @@
+"""InfiniteTalk: audio features, audio cross-attention, windows and the generation loop."""

@@ -1,0 +1,1 @@
+"""The DiT: layout contracts, attention backends, blocks and the model."""

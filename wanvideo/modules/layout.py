@@ -1,0 +1,131 @@
+"""The memory layout that GPU kernels rely on: a checked contract, and one repairing copy where it is broken.
+
+`tensor.is_contiguous()` says nothing about *where* a tensor starts. A contiguous view at an odd storage offset makes
+16-byte kernels fault (`CUDA error: misaligned address`), abort the process, or return wrong numbers without an error.
+A kernel with 16-byte vector loads or tensor-map copies needs all of:
+
+* the last stride is 1,
+* the address of the first element is a multiple of 16 bytes,
+* every other stride, times the item size, is a multiple of 16 bytes (dimensions of size 1 are never stepped along),
+* the largest element offset stays below 2^31.
+
+Only this module copies for the sake of layout. The guards return the very same object when the contract holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ALIGNMENT", "GuardStats", "aligned_contiguous", "aligned_strided", "count_guards", "layout_violations"]
+
+ALIGNMENT = 16
+"""Bytes. What the widest vector load and a tensor map's base address ask for."""
+
+MAX_EXTENT = 2**31
+"""Elements. Kernels index with 32-bit signed offsets."""
+
+
+@dataclass
+class GuardStats:
+    """What the guards did: `calls` seen, `copies` made, `bytes` written by those copies."""
+
+    calls: int = 0
+    copies: int = 0
+    bytes: int = 0
+
+
+_stats: ContextVar[GuardStats | None] = ContextVar("guard_stats", default=None)
+
+
+@contextlib.contextmanager
+def count_guards() -> Iterator[GuardStats]:
+    """Count guard calls and copies inside the `with` block. Nested blocks count for the inner one, then the outer."""
+    outer = _stats.get()
+    stats = GuardStats()
+    token = _stats.set(stats)
+    try:
+        yield stats
+    finally:
+        _stats.reset(token)
+        if outer is not None:
+            outer.calls += stats.calls
+            outer.copies += stats.copies
+            outer.bytes += stats.bytes
+
+
+def _start_address(x: torch.Tensor) -> int:
+    # While a graph is traced there are no addresses. Allocations are aligned there (inductor copies misaligned graph
+    # inputs itself), so the offset into the storage decides.
+    if torch.compiler.is_compiling():
+        return int(x.storage_offset()) * x.element_size()
+    return x.data_ptr()
+
+
+def layout_violations(x: torch.Tensor, alignment: int = ALIGNMENT, max_extent: int = MAX_EXTENT) -> list[str]:
+    """All the reasons why a 16-byte kernel cannot read `x` by its strides; empty when it can.
+
+    Args:
+        x: any tensor. Only host data is read: no launch, no synchronisation.
+        alignment: bytes that the start address and every stepped stride must be a multiple of.
+        max_extent: elements; the offset of the last element must be below it.
+    """
+    if x.numel() == 0:
+        return []
+    reasons = []
+    item = x.element_size()
+    sizes, strides = x.shape, x.stride()
+    address = _start_address(x)
+    if address % alignment:
+        reasons.append(f"it starts {address % alignment} bytes past a multiple of {alignment}")
+    if x.ndim and sizes[-1] > 1 and strides[-1] != 1:
+        reasons.append(f"its last stride is {strides[-1]}, not 1")
+    for dim in range(x.ndim - 1):
+        if sizes[dim] > 1 and strides[dim] * item % alignment:
+            reasons.append(f"dimension {dim} has a stride of {strides[dim] * item} bytes, no multiple of {alignment}")
+    extent = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if extent >= max_extent:
+        reasons.append(f"its last element lies {extent} elements from its first, beyond {max_extent - 1}")
+    return reasons
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    stats = _stats.get()
+    if stats is not None:
+        stats.copies += 1
+        stats.bytes += out.numel() * out.element_size()
+    return out
+
+
+def _count_call() -> None:
+    stats = _stats.get()
+    if stats is not None:
+        stats.calls += 1
+
+
+def aligned_contiguous(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
+    """`x` itself when it is contiguous and starts at a multiple of `alignment` bytes, otherwise one fresh copy.
+
+    Unlike `Tensor.contiguous`, this also repairs a contiguous view that starts at an odd storage offset.
+    Gradients flow through the copy. Never synchronises with the GPU.
+    """
+    _count_call()
+    if x.is_contiguous() and _start_address(x) % alignment == 0:
+        return x
+    return _copy(x)
+
+
+def aligned_strided(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
+    """`x` itself when a kernel that reads by strides may read it (`layout_violations`), otherwise one contiguous copy.
+
+    For kernels that take strides: q/k/v slices of one fused tensor, or K/V expanded with stride 0, pass untouched.
+    """
+    _count_call()
+    if not layout_violations(x, alignment):
+        return x
+    return _copy(x)
