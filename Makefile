@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test lint test-oldest clean
+.PHONY: demo test lint test-oldest test-comfyui sanitize clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,27 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	mkdir -p .build && ln -sfn .. .build/wanvideo_infinitetalk
 	MYPYPATH=.build $(BIN)/mypy -p wanvideo_infinitetalk
+
+# The lower end of every dependency range. Wants a Python that all of them have wheels for: PYTHON=python3.11.
+.venv-oldest/.ready: pyproject.toml tools/lower_bounds.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --upgrade pip
+	$(PYTHON) tools/lower_bounds.py > .venv-oldest/lower-bounds.txt
+	.venv-oldest/bin/python -m pip install -q $(TORCH_INDEX) -r .venv-oldest/lower-bounds.txt
+	.venv-oldest/bin/python -m pip install -q -e '.[dev]' -c .venv-oldest/lower-bounds.txt
+	touch $@
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+# A real ComfyUI with this pack; see docs/comfyui.md.
+test-comfyui: $(VENV)/.ready
+	@test -n "$(COMFYUI)" || { echo 'test-comfyui needs COMFYUI=<folder of a ComfyUI checkout>'; exit 2; }
+	$(BIN)/python -m pytest -m comfyui --comfyui "$(COMFYUI)" $(PYTEST_ARGS)
+
+# The reduced GPU set under NVIDIA's memory checker.
+sanitize: $(VENV)/.ready
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m cuda -k reduced $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .build build *.egg-info out
