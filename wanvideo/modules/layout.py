@@ -21,7 +21,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ALIGNMENT", "GuardStats", "aligned_contiguous", "aligned_strided", "count_guards", "layout_violations"]
+__all__ = [
+    "ALIGNMENT",
+    "MAX_EXTENT",
+    "GuardStats",
+    "aligned_contiguous",
+    "aligned_rows",
+    "aligned_strided",
+    "count_guards",
+    "layout_violations",
+    "private_copy",
+]
 
 ALIGNMENT = 16
 """Bytes. What the widest vector load and a tensor map's base address ask for."""
@@ -59,11 +69,9 @@ def count_guards() -> Iterator[GuardStats]:
 
 
 def _start_address(x: torch.Tensor) -> int:
-    # While a graph is traced there are no addresses. Allocations are aligned there (inductor copies misaligned graph
-    # inputs itself), so the offset into the storage decides.
-    if torch.compiler.is_compiling():
-        return int(x.storage_offset()) * x.element_size()
-    return x.data_ptr()
+    # While a graph is traced there are no addresses. Kernels are called through opaque operators there, and the guard
+    # before the launch sees the addresses when the graph runs.
+    return 0 if torch.compiler.is_compiling() else x.data_ptr()
 
 
 def layout_violations(x: torch.Tensor, alignment: int = ALIGNMENT, max_extent: int = MAX_EXTENT) -> list[str]:
@@ -95,14 +103,23 @@ def layout_violations(x: torch.Tensor, alignment: int = ALIGNMENT, max_extent: i
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    _count_copy(out)
+    return out
+
+
+def _count_copy(out: torch.Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
     stats = _stats.get()
     if stats is not None:
         stats.copies += 1
         stats.bytes += out.numel() * out.element_size()
-    return out
 
 
 def _count_call() -> None:
+    # A compiled graph holds no counter: what it copies is decided while it is traced.
+    if torch.compiler.is_compiling():
+        return
     stats = _stats.get()
     if stats is not None:
         stats.calls += 1
@@ -128,4 +145,33 @@ def aligned_strided(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor
     _count_call()
     if not layout_violations(x, alignment):
         return x
+    return _copy(x)
+
+
+def aligned_rows(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
+    """`x` itself when a kernel may read it by its strides, otherwise one copy whose rows start at aligned addresses.
+
+    For tensors whose last size is no multiple of 16 bytes, as attention masks: the copy's rows are padded in memory, so
+    its shape is that of `x`, and it need not be contiguous. Broadcast dimensions (stride 0) stay broadcast.
+    """
+    _count_call()
+    if not layout_violations(x, alignment):
+        return x
+    elements = alignment // x.element_size()
+    # One copy of what is really there: stride-0 dimensions are copied once and expanded again.
+    core = x
+    for dim, stride in enumerate(x.stride()[:-1]):
+        if stride == 0 and x.shape[dim] > 1:
+            core = core.narrow(dim, 0, 1)
+    padded = -(-core.shape[-1] // elements) * elements
+    storage = torch.empty((*core.shape[:-1], padded), dtype=x.dtype, device=x.device)
+    rows = storage[..., : core.shape[-1]]
+    rows.copy_(core)
+    _count_copy(rows)
+    return rows.expand(x.shape)
+
+
+def private_copy(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous, aligned copy of `x` that nobody else holds, for kernels that write to their input."""
+    _count_call()
     return _copy(x)

@@ -1,0 +1,213 @@
+"""The only door to an attention kernel: a mode chooses the backends, a contract decides, the guard repairs.
+
+`attention(q, k, v, "sageattn_3_fp4")` walks the mode's backends in order: the native package where it serves, otherwise
+our own kernel of the same precision, otherwise the same numerics in plain torch. What runs is logged once. A mode of
+which no backend can serve the call raises `BackendUnavailableError` with every reason; no mode is ever replaced by one
+of another precision, except that "auto" chooses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from ..errors import BackendUnavailableError, InputError
+from .backends import Backend, lookup, not_supported_reasons, unavailable_reasons
+from .backends.contract import repaired
+from .layout import aligned_contiguous, private_copy
+
+__all__ = [
+    "ATTENTION_MODES",
+    "ROLES",
+    "AttentionMode",
+    "attention",
+    "canonical_mode",
+    "mode_for_role",
+    "resolve_mode",
+]
+
+logger = logging.getLogger(__name__)
+
+AttentionMode = str | Callable[[int, str], str]
+"""A mode, or a function of (block index, role) that gives one."""
+
+ROLES = ("self", "text", "image", "audio")
+
+MODE_BACKENDS: dict[str, tuple[str, ...]] = {
+    "sdpa": ("sdpa",),
+    "auto": ("sdpa",),
+    "eager": ("eager",),
+}
+"""Mode -> backends in the order of preference. All backends of one mode have the same precision."""
+
+ATTENTION_MODES: tuple[str, ...] = tuple(MODE_BACKENDS)
+
+MODE_ALIASES = {"sage3_fp4": "sageattn_3_fp4", "sage3_fp8": "sageattn_3_fp8"}
+
+FOREIGN_MODES = {
+    "radial_sage_attention": "it is sparse attention, which changes the result; choose sageattn_3_fp8",
+    "sageattn_compiled": "every mode here works under torch.compile; choose sageattn",
+    "sageattn_ultravico": "it is for lengths beyond the training length, windows do that here; choose sageattn",
+}
+"""Modes that other programs know and this one does not run."""
+
+LOW_PRECISION_MODES = frozenset({"sageattn", "sageattn_3", "sageattn_3_fp4", "sageattn_3_fp8"})
+
+
+def canonical_mode(mode: str) -> str:
+    """The mode's own name for any of its spellings.
+
+    Raises:
+        BackendUnavailableError: no such mode, or one that this project does not run; the message says what to choose.
+    """
+    mode = MODE_ALIASES.get(mode, mode)
+    if mode in MODE_BACKENDS:
+        return mode
+    if mode in FOREIGN_MODES:
+        raise BackendUnavailableError(f"The attention mode '{mode}' is not run here: {FOREIGN_MODES[mode]}.")
+    raise BackendUnavailableError(f"There is no attention mode '{mode}'; choose one of {', '.join(ATTENTION_MODES)}.")
+
+
+def mode_for_role(mode: str, role: str) -> str:
+    """The mode that serves attention of one role when the user chose `mode`.
+
+    Low precision, and "auto", are for long self-attention only: with few keys a quantised kernel is slower and less
+    accurate than SDPA.
+
+    Args:
+        role: "self", "text", "image" or "audio".
+    """
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}")
+    mode = canonical_mode(mode)
+    if role != "self" and (mode in LOW_PRECISION_MODES or mode == "auto"):
+        return "sdpa"
+    return mode
+
+
+def resolve_mode(mode: AttentionMode, block: int, role: str) -> str:
+    """The mode for one attention call of a model: a callable is asked, a name is passed through `mode_for_role`."""
+    return canonical_mode(mode(block, role)) if callable(mode) else mode_for_role(mode, role)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise InputError(f"attention takes q, k, v of [B, L, H, D], not {q.ndim}, {k.ndim} and {v.ndim} dimensions")
+    same = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    if not same or k.shape != v.shape:
+        raise InputError(
+            "attention takes q [B, Lq, H, D] and k, v [B, Lk, H, D], "
+            f"not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InputError(f"attention takes q, k, v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise InputError(f"attention takes q, k, v on one device, not {q.device}, {k.device} and {v.device}")
+    if k.shape[1] == 0:
+        raise InputError("attention needs at least one key, k and v are empty")
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+def _announce(mode: str, backend: Backend, why_not: list[str]) -> None:
+    """Say once per mode and kernel what runs, and why not the kernels before it."""
+    if torch.compiler.is_compiling() or (mode, backend.name) in _announced:
+        return
+    _announced.add((mode, backend.name))
+    note = f" ({backend.note})" if backend.note else ""
+    because = f"; not {'; not '.join(why_not)}" if why_not else ""
+    logger.info("attention mode %s runs %s%s%s", mode, backend.name, note, because)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mode: str = "sdpa",
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """softmax(q k^T * scale + mask) v.
+
+    Args:
+        q: [B, Lq, H, D]. k, v: [B, Lk, H, D]; one dtype and device, any strides and addresses. None is written to.
+        attention_mode: one of `ATTENTION_MODES`.
+        attn_mask: broadcastable to [B, H, Lq, Lk]: bool (True takes part) or floating point (added to the scores).
+        softmax_scale: None for D ** -0.5.
+        causal: key j serves query i only where j <= i.
+
+    Returns:
+        [B, Lq, H, D], contiguous, q's dtype.
+
+    Raises:
+        InputError: shapes, dtypes or devices of q, k, v do not fit together.
+        BackendUnavailableError: the mode is unknown or cannot serve this call here; the message lists all reasons.
+    """
+    if torch.compiler.is_compiling():
+        return _attention_op(q, k, v, attention_mode, attn_mask, softmax_scale, causal)
+    mode = canonical_mode(attention_mode)
+    _check(q, k, v)
+    if q.numel() == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    why_not: list[str] = []
+    for name in MODE_BACKENDS[mode]:
+        backend = lookup(name)
+        reasons = [*unavailable_reasons(name, q.device)]
+        reasons += not_supported_reasons(backend.contract, q, k, v, attn_mask, softmax_scale, causal, layout=False)
+        if not reasons:
+            _announce(mode, backend, why_not)
+            return _run(backend, q, k, v, attn_mask, softmax_scale, causal)
+        why_not.append(f"{name}: {', '.join(reasons)}")
+    raise BackendUnavailableError(
+        f"The attention mode '{mode}' cannot serve this call; choose 'sdpa' or mend the cause. {'; '.join(why_not)}."
+    )
+
+
+def _run(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    contract = backend.contract
+    safe_k = repaired(contract, k)
+    if contract.writes_to_k and safe_k is k:
+        safe_k = private_copy(k)
+    out = backend.run(repaired(contract, q), safe_k, repaired(contract, v), attn_mask, softmax_scale, causal)
+    return aligned_contiguous(out.to(q.dtype))
+
+
+# A compiled graph sees the door as one opaque call, so that addresses are checked, copies counted and kernels chosen
+# when it runs, not when it is traced, and no kernel behind it breaks the graph.
+@torch.library.custom_op("wanvideo_infinitetalk::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mode: str,
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    return attention(q, k, v, attention_mode, attn_mask, softmax_scale, causal)
+
+
+@_attention_op.register_fake
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mode: str,
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    _check(q, k, v)
+    return q.new_empty(q.shape)

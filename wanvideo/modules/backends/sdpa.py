@@ -1,0 +1,105 @@
+"""PyTorch's own attention, and the float32 reference that everything is compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .contract import Contract, repaired_mask, scale_or_default
+from .registry import Backend, register
+
+__all__ = ["EAGER", "SDPA", "eager_attention"]
+
+_CHUNK_BYTES = 256 << 20
+
+# After the 16-byte repair every kernel behind SDPA is right: flash, efficient and cuDNN all read aligned strided
+# tensors. Unrepaired, flash and efficient fault and cuDNN returns wrong numbers without an error.
+SDPA_CONTRACT = Contract(
+    dtypes=(torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    layout="aligned_strided",
+    masks=True,
+    causal="any",
+    device_types=(),
+)
+
+EAGER_CONTRACT = Contract(
+    dtypes=(torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    layout="any",
+    masks=True,
+    causal="any",
+    device_types=(),
+)
+
+
+def run_sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` on [B, L, H, D], read by strides."""
+    mask = repaired_mask(SDPA_CONTRACT, attn_mask, q.dtype)
+    if mask is not None and causal:
+        # SDPA takes one or the other.
+        mask = repaired_mask(SDPA_CONTRACT, mask + _causal_bias(q.shape[1], k.shape[1], mask), q.dtype)
+        causal = False
+    # [B, L, H, D] -> [B, H, L, D] views; the kernels' outputs have q's order in memory, so the way back is free.
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=softmax_scale,
+    )
+    return out.transpose(1, 2)
+
+
+def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """[Lq, Lk]: 0 where key <= query (aligned at the upper left, as SDPA's), -inf elsewhere."""
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril()
+    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(~allowed, -torch.inf)
+
+
+def eager_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """softmax(q k^T * scale + mask) v in float32 (float64 for float64 tensors), in slices of queries.
+
+    A query that may look at no key gets zeros. Matrix products obey torch's float32 matmul precision setting.
+
+    Args:
+        q: [B, Lq, H, D]. k, v: [B, Lk, H, D]. attn_mask: broadcastable to [B, H, Lq, Lk].
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    kt = k.permute(0, 2, 3, 1).to(dtype)  # [B, H, D, Lk]
+    vt = v.transpose(1, 2).to(dtype)  # [B, H, Lk, D]
+    mask = None if attn_mask is None else attn_mask.broadcast_to(batch, heads, queries, keys)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = max(1, _CHUNK_BYTES // (8 * batch * heads * keys))
+    for start in range(0, queries, rows):
+        part = slice(start, start + rows)
+        scores = q[:, part].transpose(1, 2).to(dtype) @ kt * scale_or_default(softmax_scale, dim)  # [B, H, rows, Lk]
+        if mask is not None:
+            chosen = mask[:, :, part]
+            scores = scores.masked_fill(~chosen, -torch.inf) if chosen.dtype == torch.bool else scores + chosen
+        if causal:
+            scores = scores + _causal_bias(queries, keys, scores)[part]
+        weights = torch.softmax(scores, dim=-1)
+        if mask is not None:
+            weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+        out[:, part] = (weights @ vt).transpose(1, 2).to(q.dtype)
+    return out
+
+
+SDPA = register(Backend("sdpa", SDPA_CONTRACT, run_sdpa))
+EAGER = register(Backend("eager", EAGER_CONTRACT, eager_attention, note="the float32 reference, slow"))
