@@ -1,0 +1,78 @@
+"""Small random models of the parts around the DiT, as state dicts in the names of the public checkpoints."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+
+def randomise(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Fill every parameter so that signals keep their size: matrices ~ 1/sqrt(fan in), norms ~ 1, biases ~ 0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith(("weight", "gamma")):
+                parameter.copy_(1 + 0.1 * noise)
+            elif parameter.squeeze().ndim <= 1:
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    module.eval()
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def replace(names: dict[str, Tensor], *rules: tuple[str, str]) -> dict[str, Tensor]:
+    """The same tensors with every (pattern, replacement) applied to the names, in order."""
+    out = {}
+    for name, tensor in names.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        out[name] = tensor
+    return out
+
+
+def diffusers_vae(**changes) -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    options = {
+        "base_dim": 8,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
+    return AutoencoderKLWan(**{**options, **changes})
+
+
+def public_vae_names(state: dict[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
+    """diffusers' names -> those of Wan2.1_VAE.pth."""
+    stride = num_res_blocks + 2
+
+    def upsample(match: re.Match[str]) -> str:
+        position = num_res_blocks + 1 if match[2] == "upsamplers" else int(match[3])
+        return f"decoder.upsamples.{int(match[1]) * stride + position}."
+
+    out = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", upsample, name)
+        out[name] = tensor
+    return replace(
+        out,
+        (r"^quant_conv", "conv1"),
+        (r"^post_quant_conv", "conv2"),
+        (r"down_blocks", "downsamples"),
+        (r"mid_block\.resnets\.0", "middle.0"),
+        (r"mid_block\.attentions\.0", "middle.1"),
+        (r"mid_block\.resnets\.1", "middle.2"),
+        (r"^(encoder|decoder)\.conv_in", r"\1.conv1"),
+        (r"^(encoder|decoder)\.norm_out", r"\1.head.0"),
+        (r"^(encoder|decoder)\.conv_out", r"\1.head.2"),
+        (r"(middle\.[02]|samples\.\d+)\.norm1", r"\1.residual.0"),
+        (r"(middle\.[02]|samples\.\d+)\.conv1", r"\1.residual.2"),
+        (r"(middle\.[02]|samples\.\d+)\.norm2", r"\1.residual.3"),
+        (r"(middle\.[02]|samples\.\d+)\.conv2", r"\1.residual.6"),
+        (r"conv_shortcut", "shortcut"),
+    )
