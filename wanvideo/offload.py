@@ -1,4 +1,4 @@
-"""Where a model's weights lie while it runs: on the device, or in host memory with a block or two on the device at a time.
+"""Where a model's weights lie while it runs: on the device, or in host memory with a few blocks on the device.
 
 Block swap keeps the weights of some transformer blocks in pinned host memory. Just before such a block runs, its
 weights are copied in one piece into a slot on the device, on a stream of their own, while an earlier block computes.
@@ -220,7 +220,8 @@ class BlockSwapper:
             if self._waits is not None:
                 self._waits.seconds += time.perf_counter() - begin
             return slot
-        assert slot.used is not None and slot.arrived is not None
+        assert slot.used is not None
+        assert slot.arrived is not None
         self._stream.wait_event(slot.used)
         with torch.cuda.stream(self._stream):
             slot.buffer[: unit.size].copy_(unit.host, non_blocking=True)
@@ -303,11 +304,11 @@ class Offloader:
 
     def _make_swapper(self) -> BlockSwapper:
         modules: dict[str, nn.Module] = {}
-        if self.swap.text_embedding and isinstance(getattr(self.model, "text_embedding", None), nn.Module):
-            modules["text_embedding"] = self.model.text_embedding
-        if self.swap.image_embedding and isinstance(getattr(self.model, "img_emb", None), nn.Module):
-            modules["img_emb"] = self.model.img_emb
-        blocks = getattr(self.model, "blocks", [])
+        for wanted, name in ((self.swap.text_embedding, "text_embedding"), (self.swap.image_embedding, "img_emb")):
+            module = getattr(self.model, name, None)
+            if wanted and isinstance(module, nn.Module):
+                modules[name] = module
+        blocks: Any = getattr(self.model, "blocks", [])
         for i in spread(self.swap.blocks, len(blocks)):
             modules[f"blocks.{i}"] = blocks[i]
         pin = self.device.type == "cuda"

@@ -8,7 +8,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-
 from wanvideo_infinitetalk.wanvideo.offload import BlockSwap, Offloader, spread, tensors_of
 
 DIM, BLOCKS = 12, 5
