@@ -1,0 +1,408 @@
+"""Linear layers with 8-bit weights, and the choice of how the transformer blocks store theirs.
+
+A weight is stored as float8 (e4m3fn or e5m2), optionally with a scale: weight = stored * scale_weight. It runs in one
+of two ways:
+
+* weight only: the weight is unpacked to the base dtype, then `F.linear`. Half the memory, the speed of 16 bits;
+* fast: the activations are quantised per row and both go to the fp8 tensor cores (`torch._scaled_mm`).
+
+The contract of `torch._scaled_mm` is data (`fp8_matmul_violations`). Where a call breaks it, the first way serves
+instead of an error, and operands at odd addresses are repaired by one copy. On the CPU the fast way is computed with
+the very same numbers, so that what the GPU will give can be tested anywhere. Nothing here writes to its inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .wanvideo.errors import InputError
+from .wanvideo.modules.layout import aligned_contiguous
+from .wanvideo.nvfp4 import NVFP4Linear
+from .wanvideo.quantized_linear import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
+
+__all__ = [
+    "QUANTIZATIONS",
+    "Fp8Linear",
+    "Quantization",
+    "convert_fp8_linear",
+    "fp8_linear_forward",
+    "fp8_matmul_violations",
+    "quantize_linears",
+    "quantize_rows_fp8",
+    "quantize_weight_fp8",
+    "stored_format",
+    "summary",
+]
+
+log = logging.getLogger(__name__)
+
+FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+QUANTIZATIONS: tuple[str, ...] = (
+    "disabled",
+    "fp8_e4m3fn",
+    "fp8_e4m3fn_fast",
+    "fp8_e4m3fn_scaled",
+    "fp8_e4m3fn_scaled_fast",
+    "fp8_e5m2",
+    "fp8_e5m2_fast",
+    "fp8_e5m2_scaled",
+    "fp8_e5m2_scaled_fast",
+    "fp4_scaled",
+)
+
+WEIGHT_ERROR_BOUNDS: dict[str, float] = {
+    # Largest relative L2 error of a stored weight with normally distributed entries. Half the spacing of 3 (2) mantissa
+    # bits gives 0.026 (0.053); without a scale, entries below 2^-6 fall into e4m3's subnormals, so that form is bounded
+    # for entries of 1/sqrt(2000) and up only.
+    "fp8_e4m3fn": 0.04,
+    "fp8_e4m3fn_scaled": 0.03,
+    "fp8_e5m2": 0.06,
+    "fp8_e5m2_scaled": 0.06,
+    "fp4_scaled": 0.11,
+}
+
+FAST_MATMUL_ERROR = 0.03
+"""What quantising the activations per row may add, in quadrature, to the relative L2 error of the output."""
+
+QUANTIZED_PREFIX = "blocks."
+"""Only the linears of the transformer blocks are stored low; embeddings, norms, modulation and head are a few per cent
+of the bytes and most of the sensitivity."""
+
+MIN_CAPABILITY = (8, 9)
+"""The first compute capability with fp8 tensor cores."""
+
+ROWWISE_CAPABILITIES = ((9, 0), (10, 0))
+"""Where one kernel takes a scale per row of either operand. Elsewhere the scales are applied to its float32 result."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a quantisation's name says: `format` ("fp8_e4m3fn", "fp8_e5m2" or "fp4"), with a `scale`, run `fast`."""
+
+    name: str
+    format: str
+    scaled: bool
+    fast: bool
+
+    @staticmethod
+    def parse(name: str) -> Quantization:
+        """Raises InputError for a name that is not in QUANTIZATIONS."""
+        if name not in QUANTIZATIONS:
+            raise InputError(f"quantization '{name}' is unknown; choose one of {', '.join(QUANTIZATIONS)}.")
+        fast = name.endswith("_fast")
+        stem = name.removesuffix("_fast")
+        return Quantization(name, stem.removesuffix("_scaled"), stem.endswith("_scaled"), fast)
+
+
+# ---------------------------------------------------------------------------------------------------- quantising
+
+
+def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] float -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale, largest value 448 per row.
+
+    A row with a NaN or an infinity gets a non-finite scale, so that the product shows it. One fused pass when compiled.
+    """
+    largest_value = torch.finfo(torch.float8_e4m3fn).max
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
+    # The lower bound keeps a row of zeros from dividing by zero; clamp_min passes NaN on.
+    scale = (largest / largest_value).clamp_min(torch.finfo(torch.float32).tiny)
+    values = (x / scale).clamp(-largest_value, largest_value)
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def quantize_weight_fp8(weight: Tensor, dtype: torch.dtype, scaled: bool) -> tuple[Tensor, Tensor | None]:
+    """weight [N, K] -> (stored in `dtype`, scale_weight float32 [] or None): the public form, one scale per tensor.
+
+    Unscaled weights beyond the finite range are clamped to it.
+    """
+    largest_value = torch.finfo(dtype).max
+    values = weight.detach().float()
+    scale = None
+    if scaled:
+        largest = torch.linalg.vector_norm(values, ord=float("inf"))
+        scale = (largest / largest_value).clamp_min(torch.finfo(torch.float32).tiny)
+        values = values / scale
+    return values.clamp(-largest_value, largest_value).to(dtype), scale
+
+
+# ---------------------------------------------------------------------------------------- the matmul and its contract
+
+
+def fp8_matmul_violations(
+    weight: Tensor, base_dtype: torch.dtype, device: torch.device, scale_weight: Tensor | None = None
+) -> list[str]:
+    """All the reasons why `torch._scaled_mm` cannot serve a linear layer with this weight [N, K]; empty when it can.
+
+    Addresses and strides are not among them: the guards repair those. The CPU counts as able, because it computes the
+    same numbers (`_scaled_matmul`).
+    """
+    reasons = []
+    if weight.dtype not in FP8_DTYPES.values():
+        reasons.append(f"it multiplies e4m3fn or e5m2 weights, not {weight.dtype}")
+    if weight.ndim != 2:
+        reasons.append(f"it takes a weight of two dimensions, not {weight.ndim}")
+    else:
+        for name, extent in zip(("output", "input"), weight.shape, strict=True):
+            if extent % 16 or not extent:
+                reasons.append(f"{extent} {name} features are no multiple of 16")
+    if scale_weight is not None and scale_weight.numel() not in (1, weight.shape[0]):
+        reasons.append(f"it takes one scale per tensor or per output row, not {scale_weight.numel()}")
+    if base_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it computes in float32, bfloat16 or float16, not {base_dtype}")
+    return reasons + _device_violations(device)
+
+
+def _device_violations(device: torch.device) -> list[str]:
+    if device.type == "cpu":
+        return []
+    if device.type != "cuda" or torch.version.cuda is None:
+        return [f"it runs on an NVIDIA GPU, not on {device.type}"]
+    capability = _capability(device)
+    if capability < MIN_CAPABILITY:
+        return [f"compute capability {capability[0]}.{capability[1]} has no fp8 tensor cores (8.9 has)"]
+    return []
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _rowwise_kernel_serves(weight: Tensor, base_dtype: torch.dtype) -> bool:
+    """Whether `torch._scaled_mm` can apply a scale per row of both operands and the bias itself.
+
+    Its rowwise kernels write bfloat16, read an e4m3fn second operand, and are not built on Windows.
+    """
+    return (
+        weight.is_cuda
+        and base_dtype == torch.bfloat16
+        and weight.dtype == torch.float8_e4m3fn
+        and sys.platform != "win32"
+        and _capability(weight.device) in ROWWISE_CAPABILITIES
+    )
+
+
+def _scaled_matmul(
+    values: Tensor, scale: Tensor, weight: Tensor, scale_weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(values * scale) (weight * scale_weight)^T + bias -> [M, N] in `dtype`, accumulated in float32, rounded once.
+
+    Args:
+        values: e4m3fn [M, K] with its scale float32 [M, 1].
+        weight: float8 [N, K] with its scale float32 [], [1], [N] or [N, 1], or None for 1.
+        bias: [N] or None.
+    """
+    columns = None if scale_weight is None else scale_weight.float().reshape(1, -1)  # [1, 1] or [1, N]
+    if not values.is_cuda:
+        return _apply_scales(values.float() @ weight.float().t(), scale, columns, bias, dtype)
+    values, weight = aligned_contiguous(values), aligned_contiguous(weight)
+    if _rowwise_kernel_serves(weight, dtype):
+        return _rowwise_matmul(values, scale, weight, columns, bias, dtype)
+    return _apply_scales(_tensorwise_matmul(values, weight), scale, columns, bias, dtype)
+
+
+def _apply_scales(
+    product: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """product [M, N] float32 times rows [M, 1] and columns [1, 1] or [1, N], plus bias [N], rounded once to `dtype`."""
+    product = product * (rows if columns is None else rows * columns)
+    return (product if bias is None else product + bias.to(dtype).float()).to(dtype)
+
+
+def _tensorwise_matmul(values: Tensor, weight: Tensor) -> Tensor:
+    """values [M, K] and weight [N, K], both float8 and aligned -> their product [M, N] in float32."""
+    one = torch.ones((), device=values.device)
+    return torch._scaled_mm(values, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
+
+
+def _rowwise_matmul(
+    values: Tensor, scale: Tensor, weight: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """As `_scaled_matmul`, by one kernel; the operands are aligned, columns [1, 1], [1, N] or None."""
+    out_features = weight.shape[0]
+    bias = None if bias is None else aligned_contiguous(bias.detach().to(dtype))
+    if columns is None:
+        columns = torch.ones((1, out_features), device=weight.device)
+    elif columns.shape[1] != out_features:
+        columns = columns.repeat(1, out_features)  # the kernel reads N scales, not one with stride 0
+    return torch._scaled_mm(
+        values, weight.t(), scale_a=scale, scale_b=columns, bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the layer
+
+
+def _dequantized_weight(weight: Tensor, scale_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """weight [N, K] stored, scale [] / [1] / [N] / [N, 1] / None -> their product in `dtype`, rounded once."""
+    weight = weight.detach()
+    if scale_weight is None:
+        return weight.to(dtype)
+    return (weight.float() * scale_weight.detach().float().reshape(-1, 1)).to(dtype)
+
+
+def fp8_linear_forward(cls: nn.Linear, base_dtype: torch.dtype, input: Tensor) -> Tensor:
+    """One linear layer with an fp8 weight, through the fp8 matmul where its contract holds.
+
+    Args:
+        cls: the layer: `weight` [N, K], `bias` [N] or None, and optionally `scale_weight` (float32: one number, or one
+            per output row), weight = stored * scale_weight. A weight in another dtype runs as an ordinary layer.
+        base_dtype: dtype of the output: float32, bfloat16 or float16.
+        input: [..., K] of any rank from 1, any float dtype, strides and storage offset; not written to.
+
+    Returns:
+        [..., N] in `base_dtype`, contiguous. A row of `input` with a NaN or an infinity gives a non-finite row.
+    """
+    x = aligned_contiguous(input)  # before the reshape: the quantiser reads 16 bytes at a time
+    leading = [int(n) for n in x.shape[:-1]]
+    out_features, in_features = (int(n) for n in cls.weight.shape)
+    scale_weight = getattr(cls, "scale_weight", None)
+    violations = fp8_matmul_violations(cls.weight, base_dtype, x.device, scale_weight)
+    if violations or x.numel() == 0:
+        return linear_in(base_dtype, x, _dequantized_weight(cls.weight, scale_weight, base_dtype), cls.bias)
+    values, scale = quantize_rows_fp8(x.reshape(-1, in_features))
+    out = _scaled_matmul(values, scale, cls.weight.detach(), scale_weight, cls.bias, base_dtype)
+    return aligned_contiguous(out.reshape(*leading, out_features))
+
+
+class Fp8Linear(QuantizedLinear):
+    """A linear layer with an fp8 weight; keys `weight`, `bias` and, where the weight is scaled, `scale_weight`.
+
+    Attributes:
+        fast: whether the activations are quantised too and the fp8 matmul is used.
+        scale_weight: float32 scalar (or one per output row), or None.
+    """
+
+    fast: bool
+    scale_weight: Tensor | None
+
+    @staticmethod
+    def quantize(linear: nn.Linear, dtype: torch.dtype, base_dtype: torch.dtype, *, scaled: bool, fast: bool) -> None:
+        """Quantise the 16- or 32-bit weight of `linear` to the float8 `dtype`, in place."""
+        weight, scale = quantize_weight_fp8(linear.weight, dtype, scaled)
+        Fp8Linear.adopt(linear, base_dtype, scale, fast=fast)
+        store_weight(linear, weight)
+
+    @staticmethod
+    def adopt(linear: nn.Linear, base_dtype: torch.dtype, scale_weight: Tensor | None, *, fast: bool) -> None:
+        """Let `linear` run as a layer whose weight is stored as fp8, in place. Its weight may still be to come."""
+        take_over(linear, Fp8Linear, base_dtype, fast=fast)
+        store_buffers(linear, scale_weight=None if scale_weight is None else scale_weight.detach().float())
+
+    def dequantized_weight(self) -> Tensor:
+        return _dequantized_weight(self.weight, self.scale_weight, self.base_dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] -> [..., out_features] in `base_dtype`, contiguous."""
+        if self.fast:
+            return fp8_linear_forward(self, self.base_dtype, input)
+        return super().forward(input)
+
+
+# ------------------------------------------------------------------------------------------------- whole models
+
+
+def convert_fp8_linear(
+    module: nn.Module,
+    base_dtype: torch.dtype,
+    params_to_keep: Collection[str] = frozenset(),
+    scale_weight_keys: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Let the linears in `module` run through the fp8 matmul, in place.
+
+    Weights are not changed: those stored as fp8 take the fast way, others run in the base dtype, whether loaded before
+    or after this call.
+
+    Args:
+        module: a model, or one nn.Linear.
+        base_dtype: dtype of the outputs.
+        params_to_keep: words; a linear with one of them in its name keeps running in the base dtype, and an fp8 weight
+            of it is unpacked to the base dtype, its scale applied.
+        scale_weight_keys: "<name of the linear>.scale_weight" -> its scale.
+
+    Raises:
+        InputError: a scale is given for something that is no linear layer of `module`.
+    """
+    scales = dict(scale_weight_keys or {})
+    for name, linear in _linears(module):
+        scale = scales.pop(f"{name}.scale_weight" if name else "scale_weight", None)
+        scale = getattr(linear, "scale_weight", None) if scale is None else scale
+        if not any(word in name for word in params_to_keep):
+            Fp8Linear.adopt(linear, base_dtype, scale, fast=True)
+        elif linear.weight.dtype in FP8_DTYPES.values():
+            store_weight(linear, _dequantized_weight(linear.weight, scale, base_dtype))
+    if scales:
+        raise InputError(f"there is no linear layer for {_some(scales)}; the scales belong to another model.")
+
+
+def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtype) -> None:
+    """Store the linears of the transformer blocks (`blocks.*`) as `quantization` says, in place, layer by layer.
+
+    Weights that came quantised from the file are kept as they are (with their scales, `<linear>.scale_weight`), whether
+    the name asks for scales or not; "disabled" keeps them too, weight only. `_fast` selects the fp8 matmul for
+    both kinds. Everything else in the model stays as it is.
+
+    Args:
+        model: its linears hold 16- or 32-bit or already quantised weights.
+        quantization: one of QUANTIZATIONS.
+        base_dtype: dtype that the linears compute in.
+
+    Raises:
+        InputError: an unknown name, or the file's weights are of another format than the one asked for.
+    """
+    wanted = Quantization.parse(quantization)
+    linears = [(name, linear) for name, linear in _linears(model) if name.startswith(QUANTIZED_PREFIX)]
+    stored = sorted({form for _, linear in linears if (form := stored_format(linear)) is not None})
+    if stored and wanted.format not in ("disabled", *stored):
+        raise InputError(
+            f"the model file already holds {' and '.join(stored)} weights, which quantization '{quantization}' would "
+            f"quantise a second time; choose 'disabled' (keeps them) or load a 16-bit file."
+        )
+    for _, linear in linears:
+        form = stored_format(linear)
+        if form in FP8_DTYPES:
+            Fp8Linear.adopt(linear, base_dtype, getattr(linear, "scale_weight", None), fast=wanted.fast)
+        elif form is None and wanted.format in FP8_DTYPES:
+            dtype = FP8_DTYPES[wanted.format]
+            Fp8Linear.quantize(linear, dtype, base_dtype, scaled=wanted.scaled, fast=wanted.fast)
+        elif form is None and wanted.format == "fp4":
+            NVFP4Linear.quantize(linear, base_dtype)
+    log.info("Linear layers: %s", summary(model))
+
+
+def stored_format(linear: nn.Linear) -> str | None:
+    """How the weight of `linear` is stored: "fp8_e4m3fn", "fp8_e5m2", "fp4", "gguf", or None for 16 and 32 bits."""
+    for form, dtype in FP8_DTYPES.items():
+        if linear.weight.dtype == dtype:
+            return form
+    if isinstance(linear, NVFP4Linear):
+        return "fp4"
+    return "gguf" if isinstance(linear, QuantizedLinear) and not isinstance(linear, Fp8Linear) else None
+
+
+def summary(model: nn.Module) -> str:
+    """One line for the log: how many linears are stored and run in which way."""
+    counts: dict[str, int] = {}
+    for _, linear in _linears(model):
+        form = stored_format(linear) or str(linear.weight.dtype).removeprefix("torch.")
+        if isinstance(linear, Fp8Linear) and form in FP8_DTYPES:
+            form += "_scaled" if linear.scale_weight is not None else ""
+            form += "_fast" if linear.fast else ""
+        counts[form] = counts.get(form, 0) + 1
+    return ", ".join(f"{count} x {form}" for form, count in sorted(counts.items(), key=lambda c: -c[1])) or "none"
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+
+
+def _some(names: Collection[str], shown: int = 3) -> str:
+    first = ", ".join(list(names)[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"

@@ -1,0 +1,112 @@
+"""NVFP4 linears on the CPU: the format against its definition, padding, layers, and the matmul's contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo import nvfp4
+from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+BOUND = fp8.WEIGHT_ERROR_BOUNDS["fp4_scaled"]
+
+
+def by_definition(x: torch.Tensor) -> torch.Tensor:
+    """NVFP4 of x [M, K], K a multiple of 16, written down directly: block scale to e4m3, nearest e2m1 value."""
+    scale = x.abs().max() / (6 * 448)
+    blocks = x.reshape(x.shape[0], -1, 16)
+    block_scale = (blocks.abs().amax(-1, keepdim=True) / 6 / scale).to(torch.float8_e4m3fn).float() * scale
+    scaled = (blocks / block_scale).clamp(-6, 6)
+    nearest = (scaled.abs().unsqueeze(-1) - E2M1).abs().argmin(-1)
+    return (E2M1[nearest] * scaled.sign() * block_scale).reshape(x.shape)
+
+
+def test_the_format_is_nvfp4():
+    x = torch.randn(32, 64)
+    restored = nvfp4.dequantize_nvfp4(*nvfp4.quantize_nvfp4(x), torch.float32)
+    expected = by_definition(x)
+    # Ties between two neighbours may go either way; there are hardly any in random numbers.
+    assert float((restored - expected).abs().gt(1e-6).float().mean()) < 1e-3
+    assert 0.05 < relative_l2(restored, x) < BOUND
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 64), (20, 40), (1, 16), (33, 17)])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_layers_of_any_size(out_features, in_features, base):
+    linear: Any = nn.Linear(in_features, out_features)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    layer = nvfp4.NVFP4Linear.quantize(linear, base)
+    assert layer is linear
+    packed, scales = nvfp4.nvfp4_storage_shapes(out_features, in_features)
+    assert (tuple(linear.weight.shape), tuple(linear.weight_scale.shape)) == (packed, scales)
+    assert linear.weight.dtype == torch.uint8
+    assert set(linear.state_dict()) == {"weight", "weight_scale", "weight_scale_2", "bias"}
+    restored = linear.dequantized_weight()
+    assert restored.dtype == base
+    assert relative_l2(restored, weight) < 1.3 * BOUND  # few numbers scatter more
+    for shape in ((3, in_features), (2, 3, in_features), (2, 1, 3, in_features), (0, in_features)):
+        x = torch.randn(shape).to(base)
+        before = x.clone()
+        out = linear(x)
+        assert torch.equal(x, before)
+        assert out.dtype == base
+        assert out.is_contiguous()
+        exact = F.linear(x.double(), restored.double(), bias.double())
+        assert out.shape == exact.shape
+        if x.numel():
+            assert relative_l2(out, exact) < (1e-5 if base == torch.float32 else 1e-2)
+
+
+def test_bfloat16_loses_nothing_beyond_its_own_rounding():
+    """A scale rounded to bfloat16 would shift every weight by up to 2^-9 in the same direction."""
+    stored = nvfp4.quantize_nvfp4(torch.randn(64, 64) * 0.0137)
+    exact = nvfp4.dequantize_nvfp4(*stored, torch.float32)
+    assert torch.equal(nvfp4.dequantize_nvfp4(*stored, torch.bfloat16), exact.bfloat16())
+
+
+def test_zeros_stay_zeros_and_outliers_stay_in_their_block():
+    assert torch.equal(
+        nvfp4.dequantize_nvfp4(*nvfp4.quantize_nvfp4(torch.zeros(16, 32)), torch.float32), torch.zeros(16, 32)
+    )
+    x = torch.randn(16, 64)
+    x[3, 5] = 100.0
+    restored = nvfp4.dequantize_nvfp4(*nvfp4.quantize_nvfp4(x), torch.float32)
+    assert relative_l2(restored[:, 16:], x[:, 16:]) < BOUND
+    assert relative_l2(restored[4:], x[4:]) < BOUND
+
+
+def test_the_matmul_contract_names_every_reason(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    assert len(nvfp4.nvfp4_matmul_violations(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 5
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert "9.0 has no FP4" in nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda)[0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == []
+
+
+def test_native_call_gets_what_the_kernel_asks_for(monkeypatch):
+    """The call that a Blackwell GPU gets, with the kernel replaced by its definition on unpacked operands."""
+    import comfy_kitchen
+
+    def scaled_mm(a, b, scale_a, scale_b, blocks_a, blocks_b, bias, out_dtype):
+        assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0
+        assert a.is_contiguous()
+        assert b.is_contiguous()
+        left = nvfp4.dequantize_nvfp4(a, blocks_a, scale_a, torch.float32)
+        right = nvfp4.dequantize_nvfp4(b, blocks_b, scale_b, torch.float32)
+        return (left @ right.t() + bias.float()).to(out_dtype)
+
+    monkeypatch.setattr(comfy_kitchen, "scaled_mm_nvfp4", scaled_mm)
+    monkeypatch.setattr(nvfp4, "nvfp4_matmul_violations", lambda *args: [])
+    linear: Any = nvfp4.NVFP4Linear.quantize(nn.Linear(64, 48), torch.bfloat16)
+    x = torch.randn(2, 5, 65, dtype=torch.bfloat16)[..., 1:]  # 10 rows: padded to 16 inside, at an odd address
+    exact = F.linear(x.double(), linear.dequantized_weight().double(), linear.bias.double())
+    out = linear(x)
+    assert out.shape == (2, 5, 48)
+    assert 0.02 < relative_l2(out, exact) < 1.3 * BOUND
