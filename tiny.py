@@ -347,5 +347,5 @@ def _wav2vec_preprocessor() -> dict[str, object]:
 
 
 def _save(path: Path, state: State, **facts: int) -> None:
-    """Write a safetensors file; `facts` (at most one, so that the bytes have one order) go into its metadata."""
-    save_file(state, str(path), metadata={name: str(value) for name, value in facts.items()} or None)
+    """Write a safetensors file; `facts` that shapes cannot tell go into its metadata as "config"."""
+    save_file(state, str(path), metadata={"config": json.dumps(facts, sort_keys=True)} if facts else None)

@@ -1,233 +1,524 @@
-"""Reading checkpoint files: safetensors, PyTorch pickles (weights only) and GGUF.
+"""The diffusion transformer from its checkpoint files: what they hold, whether they fit together, and the loading.
 
-A file opened here answers with names, shapes and dtypes without reading a weight; tensors are then read one at a time,
-each into memory of its own (a fresh allocation is 64-byte aligned), because views into a mapped file start at any byte
-and a 16-byte GPU kernel must not see them.
+Sizes are read from shapes; a file says only what shapes cannot tell ("config" in the safetensors metadata: the tiny
+test models use it). Files of other models are named and refused. The reading itself is in `files.py`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .files import CheckpointFile, Progress, own_memory, read_metadata, read_state_dict
+from .modules.attention import AttentionMode
+from .modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel
+from .nvfp4 import NVFP4Linear, nvfp4_storage_shapes
+from .quantized_linear import store_buffers, store_weight, take_over
+
+__all__ = [
+    "CheckpointFile",
+    "DitFiles",
+    "Progress",
+    "dit_config",
+    "inspect_dit",
+    "load_dit",
+    "own_memory",
+    "public_names",
+    "read_metadata",
+    "read_state_dict",
+]
 
 log = logging.getLogger(__name__)
 
-# Called with (bytes read, bytes in the file) after each tensor.
-Progress = Callable[[int, int], None]
+HEAD_DIM = 128
+"""Of all public Wan models."""
 
-SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-GGUF_SUFFIXES = (".gguf",)
+DIT_ANCHOR = "patch_embedding.weight"
+ADAPTER_ANCHOR = "blocks.0.audio_cross_attn.q_linear.weight"
+HUMO_ANCHOR = "audio_proj.audio_proj_glob_1.layer.weight"
 
-# Longest first: "model.diffusion_model." also begins with "model.".
-DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+# A part of a name that only this model has -> what to call it.
+OTHER_MODELS = (
+    ("vace_blocks.", "a VACE model"),
+    ("vace_patch_embedding.", "a VACE model"),
+    ("audio_injector.", "a Wan2.2 S2V model"),
+    ("pose_patch_embedding.", "a Wan2.2 Animate model"),
+    ("control_adapter.", "a camera-control model"),
+    ("ref_conv.", "a Fun-Control model"),
+    ("img_emb.emb_pos", "a first-and-last-frame model (FLF2V)"),
+)
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+# What savers write beside a quantised weight, and what it is called here.
+SCALE_NAMES = {
+    "scale_weight": "scale_weight",
+    "weight_scale": "scale_weight",
+    "weight_scale_2": "weight_scale_2",
+    "comfy_quant": "comfy_quant",
 }
+# Activation scales that calibrated files carry; activations get their scale per row here.
+UNUSED_SCALES = ("scale_input", "input_scale")
 
 
-def own_memory(tensor: Tensor, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy of `tensor` on `device` in storage that nothing else shares, starting at its first byte."""
-    target = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
-    return target.copy_(tensor)
+# ------------------------------------------------------------------------------------------------ what a file holds
 
 
-def strip_prefix(names: Iterable[str], prefixes: Iterable[str]) -> str:
-    """The first of `prefixes` that begins every name ("" when none does), for instance "model.diffusion_model."."""
+def public_names(names: Iterable[str], anchor: str) -> dict[str, str]:
+    """Public name -> name in the file, for the part of the file that `anchor` belongs to; {} without the anchor.
+
+    Savers put "model.diffusion_model.", "diffusion_model." or "model." before every name; what stands before `anchor`
+    is what goes. Names without that prefix belong to other models in the same file. `multitalk_audio_proj.` is another
+    spelling of `audio_proj.`.
+    """
     names = list(names)
-    for prefix in prefixes:
-        if names and all(name.startswith(prefix) for name in names):
-            return prefix
-    return ""
+    prefixes = [name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}")]
+    if not prefixes:
+        return {}
+    prefix = min(prefixes, key=len)
+    bare = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+    return {re.sub(r"^multitalk_audio_proj\.", "audio_proj.", public): stored for public, stored in bare.items()}
 
 
-class CheckpointFile:
-    """An open checkpoint: `shapes` at once, each tensor when asked for.
+def dit_config(
+    state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, what: str = "The file"
+) -> WanConfig:
+    """The configuration of a DiT from the shapes of its tensors (bare public names; the meta device will do).
 
-    `shapes` maps every name to a tensor on the meta device (shape and dtype, no memory); `metadata` is the text that a
-    safetensors header carries. Raises CheckpointError when the file is missing, damaged, or of a format that is not
-    read here. Use as a context manager, or call `close`.
+    Args:
+        state_dict: of a T2V or I2V model, with or without the layers of an InfiniteTalk adapter or of HuMo.
+        metadata: of the safetensors file; its "config" may tell `num_heads`, `text_len` and `audio_blocks`.
+        what: names the file in errors.
+
+    Raises:
+        CheckpointError: the tensors are those of another model, or do not fit each other.
+    """
+    told = _told(metadata, what)
+    _refuse_other_models(state_dict, what)
+    dim, in_dim = (int(n) for n in state_dict[DIT_ANCHOR].shape[:2])
+    humo = HUMO_ANCHOR in state_dict
+    image = "img_emb.proj.1.weight" in state_dict
+    _refuse_other_sizes(dim, in_dim, image, humo, what)
+    heads = told.get("num_heads", dim // HEAD_DIM)
+    if heads < 1 or dim % heads:
+        raise CheckpointError(f"{what} is {dim} wide, which {heads} attention heads do not divide.")
+    patch = tuple(int(n) for n in state_dict[DIT_ANCHOR].shape[2:])
+    try:
+        return WanConfig(
+            model_type="i2v" if image else "t2v",
+            patch_size=(patch[0], patch[1], patch[2]),
+            text_len=told.get("text_len", 512),
+            in_dim=in_dim,
+            dim=dim,
+            ffn_dim=int(state_dict["blocks.0.ffn.0.weight"].shape[0]),
+            freq_dim=int(state_dict["time_embedding.0.weight"].shape[1]),
+            text_dim=int(state_dict["text_embedding.0.weight"].shape[1]),
+            out_dim=int(state_dict["head.head.weight"].shape[0]) // (patch[0] * patch[1] * patch[2]),
+            num_heads=heads,
+            num_layers=_num_blocks(state_dict),
+            audio=None if humo else _audio_config(state_dict, told, what),
+            humo=_humo_config(state_dict) if humo else None,
+            clip_dim=int(state_dict["img_emb.proj.1.weight"].shape[1]) if image else WanConfig.clip_dim,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{what} lacks {error.args[0]}; it is incomplete or another model.") from error
+
+
+def _told(metadata: Mapping[str, str] | None, what: str) -> dict[str, int]:
+    """The whole numbers under "config" in the metadata: what the shapes do not say."""
+    try:
+        config = json.loads((metadata or {}).get("config") or "{}")
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{what} carries a 'config' in its metadata that is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        return {}
+    return {name: value for name, value in config.items() if isinstance(value, int)}
+
+
+def _refuse_other_models(names: Iterable[str], what: str) -> None:
+    from .weights import kind_of  # it reads files through this module
+
+    names = set(names)
+    for mark, kind in OTHER_MODELS:
+        if any(mark in name for name in names):
+            raise CheckpointError(f"{what} is {kind}, which is not run here; InfiniteTalk needs Wan2.1 I2V 14B.")
+    if DIT_ANCHOR not in names or "blocks.0.self_attn.q.weight" not in names:
+        raise CheckpointError(
+            f"{what} is {kind_of(names)}, not a Wan2.1 diffusion transformer; InfiniteTalk needs Wan2.1 I2V 14B."
+        )
+
+
+def _refuse_other_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> None:
+    kind = None
+    if dim == 3072 or (in_dim == 48 and not image):
+        kind = "Wan2.2 5B, which works on 48 latent channels of another VAE"
+    elif dim == 4096:
+        kind = "a LongCat model"
+    elif in_dim == 36 and not image and not humo:
+        kind = "Wan2.2 I2V, which has no image cross-attention"
+    elif in_dim not in (16, 36):
+        kind = f"a model that takes {in_dim} input channels (text-to-video takes 16, image-to-video 36)"
+    elif image and in_dim != 36:
+        kind = f"an image model that takes {in_dim} input channels instead of 36"
+    if kind is not None:
+        raise CheckpointError(f"{what} is {kind}; it is not run here, InfiniteTalk needs Wan2.1 I2V 14B.")
+
+
+def _num_blocks(names: Iterable[str]) -> int:
+    return 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
+
+
+def _audio_config(state: Mapping[str, Tensor], told: Mapping[str, int], what: str) -> AudioConfig | None:
+    """Of the InfiniteTalk layers, None where the file has none.
+
+    proj1 reads `window` rows per first frame and proj1_vf `window + vae_scale - 1` rows per later latent frame.
+    """
+    if "audio_proj.proj1.weight" not in state:
+        return None
+    vae_scale = 4
+    hidden, first = (int(n) for n in state["audio_proj.proj1.weight"].shape)
+    later = int(state["audio_proj.proj1_vf.weight"].shape[1])
+    features = (later - first) // (vae_scale - 1)
+    output_dim = int(state["blocks.0.audio_cross_attn.kv_linear.weight"].shape[1])
+    # All public ones read the twelve layers of wav2vec2-base.
+    blocks = told.get("audio_blocks", 12 if features % 12 == 0 else 1)
+    if features < 1 or first % features or features % blocks:
+        raise CheckpointError(f"{what} has an audio projection of {first} and {later} inputs, which fit no window.")
+    return AudioConfig(
+        audio_window=first // features,
+        intermediate_dim=hidden,
+        output_dim=output_dim,
+        context_tokens=int(state["audio_proj.proj3.weight"].shape[0]) // output_dim,
+        vae_scale=vae_scale,
+        norm_output_audio="audio_proj.norm.weight" in state,
+        blocks=blocks,
+        channels=features // blocks,
+    )
+
+
+def _humo_config(state: Mapping[str, Tensor]) -> HuMoConfig:
+    """Of HuMo's layers: eight rows per latent frame, of the five groups of whisper layers that all public ones read."""
+    seq_len, blocks = HuMoConfig.seq_len, HuMoConfig.blocks
+    hidden, features = (int(n) for n in state[HUMO_ANCHOR].shape)
+    output_dim = int(state["audio_proj.audio_proj_glob_norm.layer.weight"].shape[0])
+    return HuMoConfig(
+        seq_len=seq_len,
+        blocks=blocks,
+        channels=features // (seq_len * blocks),
+        intermediate_dim=hidden,
+        output_dim=output_dim,
+        context_tokens=int(state["audio_proj.audio_proj_glob_3.layer.weight"].shape[0]) // output_dim,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+class DitFiles:
+    """The one or two files of a model, opened: their tensors under public names, and what they make together.
+
+    Raises CheckpointError where a file is of another kind, or the adapter was made for another model. No weight is read
+    before `read`.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        self.metadata: dict[str, str] = {}
-        self._tensors: dict[str, Tensor] | None = None  # formats that are loaded (or mapped) whole
-        self._safetensors: safe_open | None = None
-        _refuse_what_is_no_file(self.path)
-        suffix = self.path.suffix.lower()
-        if suffix in SAFETENSORS_SUFFIXES:
-            self.shapes = self._open_safetensors()
-        elif suffix in PICKLE_SUFFIXES:
-            self._tensors = _load_pickle(self.path)
-            self.shapes = dict(self._tensors)
-        elif suffix in GGUF_SUFFIXES:
-            from .gguf import read_gguf
-
-            self._tensors = read_gguf(self.path)
-            self.shapes = dict(self._tensors)
-        else:
-            known = ", ".join((*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES, *GGUF_SUFFIXES))
-            raise CheckpointError(f"{self.path} has an unknown ending '{suffix}': model files end in {known}.")
-        if not self.shapes:
-            raise CheckpointError(f"{self.path} holds no tensors; download it again.")
-
-    def _open_safetensors(self) -> dict[str, Tensor]:
+    def __init__(self, path: str | Path, adapter: str | Path | None = None) -> None:
+        self._stack = ExitStack()
+        self._where: dict[str, tuple[CheckpointFile, str]] = {}  # public name -> file, name in it
         try:
-            self._safetensors = safe_open(str(self.path), framework="pt", device="cpu")
-            self.metadata = dict(self._safetensors.metadata() or {})
-            shapes = {}
-            for name in self._safetensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                piece = self._safetensors.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(
-                        f"{self.path} stores {name} as {piece.get_dtype()}, a type that this program does not read."
-                    )
-                shapes[name] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
-            return shapes
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
+            base = self._stack.enter_context(CheckpointFile(path))
+            self.what = f"The model {base.path.name}"
+            if public_names(base.names, ADAPTER_ANCHOR) and not public_names(base.names, DIT_ANCHOR):
+                raise CheckpointError(
+                    f"{self.what} is an InfiniteTalk adapter, not the model itself; give it as the adapter, and "
+                    "Wan2.1 I2V 14B as the model."
+                )
+            self._add(base, public_names(base.names, DIT_ANCHOR) or {name: name for name in base.names})
+            metadata = dict(base.metadata)
+            if adapter is not None:
+                metadata = _joined(metadata, self._add_adapter(Path(adapter)), self.what)
+            self.config = dit_config(self.shapes, metadata, self.what)
+        except BaseException:
+            self.close()
+            raise
 
     @property
-    def names(self) -> list[str]:
-        return list(self.shapes)
+    def shapes(self) -> dict[str, Tensor]:
+        """Public name -> tensor on the meta device, or packed as in a GGUF file."""
+        return {name: file.shapes[stored] for name, (file, stored) in self._where.items()}
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor `name` in memory of its own on `device`, cast to `dtype` where one is given."""
-        try:
-            if self._safetensors is not None:
-                return own_memory(self._safetensors.get_tensor(name), device, dtype)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
-        assert self._tensors is not None
-        tensor = self._tensors[name]
-        if type(tensor) not in (Tensor, torch.nn.Parameter):  # GGUF blocks: they know how to unpack themselves
-            return tensor.to(device)
-        return own_memory(tensor, device, dtype)
+        file, stored = self._where[name]
+        return file.read(stored, device, dtype)
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor as it lies in the file, perhaps unaligned: only for making another one from it at once."""
+        file, stored = self._where[name]
+        return file.mapped(stored)
 
     def close(self) -> None:
-        self._safetensors = None
-        self._tensors = None
+        self._stack.close()
 
-    def __enter__(self) -> CheckpointFile:
+    def __enter__(self) -> DitFiles:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _add(self, file: CheckpointFile, names: Mapping[str, str]) -> None:
+        self._where.update({public: (file, stored) for public, stored in names.items()})
 
-def read_state_dict(
-    path: str | Path, device: str | torch.device = "cpu", *, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """All tensors of a .safetensors, .pth/.pt or .gguf file, in their stored dtypes, names as in the file.
-
-    Each tensor lies contiguous in memory of its own on `device`. Raises CheckpointError, one sentence, for a file that
-    is missing, truncated, a folder, a Git LFS pointer, unsafe to unpickle, or of an unknown format.
-    """
-    begin = time.monotonic()
-    with CheckpointFile(path) as file:
-        total = sum(_num_bytes(tensor) for tensor in file.shapes.values())
-        state: dict[str, Tensor] = {}
-        done = 0
-        for name, shape in file.shapes.items():
-            state[name] = file.read(name, device)
-            done += _num_bytes(shape)
-            if progress is not None:
-                progress(done, total)
-    seconds = time.monotonic() - begin
-    log.info("Read %s: %d tensors, %.2f GiB in %.1f s", Path(path).name, len(state), total / 2**30, seconds)
-    return state
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a safetensors header; {} for the other formats."""
-    if Path(path).suffix.lower() not in SAFETENSORS_SUFFIXES:
-        return {}
-    with CheckpointFile(path) as file:
+    def _add_adapter(self, path: Path) -> dict[str, str]:
+        """Put the adapter's layers in (over those of a merged file) and return the file's metadata."""
+        file = self._stack.enter_context(CheckpointFile(path))
+        names = public_names(file.names, ADAPTER_ANCHOR)
+        _refuse_other_adapters(f"The adapter {path.name}", names, file, self.what, self.shapes)
+        self._add(file, names)
         return file.metadata
+
+
+def _joined(base: dict[str, str], adapter: dict[str, str], what: str) -> dict[str, str]:
+    """Metadata of both files, where what the adapter's "config" tells comes on top."""
+    return {**base, "config": json.dumps({**_told(base, what), **_told(adapter, what)})}
+
+
+def _refuse_other_adapters(
+    what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: Mapping[str, Tensor]
+) -> None:
+    if not names or "audio_proj.proj1.weight" not in names:
+        from .weights import kind_of  # it reads files through this module
+
+        raise CheckpointError(
+            f"{what} is {kind_of(file.names)}, not an InfiniteTalk or MultiTalk adapter (it has no audio_cross_attn)."
+        )
+    if DIT_ANCHOR in names:
+        raise CheckpointError(f"{what} is a whole model with audio layers; give it as the model, without an adapter.")
+    if DIT_ANCHOR not in base:
+        return  # what the base is then is said elsewhere
+    width = int(file.shapes[names["blocks.0.norm_x.weight"]].shape[0]) if "blocks.0.norm_x.weight" in names else 0
+    sizes = (width, _num_blocks(names))
+    base_sizes = (int(base[DIT_ANCHOR].shape[0]), _num_blocks(base))
+    if sizes != base_sizes:
+        raise CheckpointError(
+            f"{what} was made for a model {sizes[0]} wide with {sizes[1]} blocks, but t{base_what[1:]} is "
+            f"{base_sizes[0]} wide with {base_sizes[1]}; the 14B adapter needs Wan2.1 I2V 14B."
+        )
+
+
+def inspect_dit(path: str | Path, adapter: str | Path | None = None) -> WanConfig:
+    """The configuration of the model that these files make, without reading a weight; raises like `load_dit`."""
+    with DitFiles(path, adapter) as files:
+        return files.config
+
+
+def load_dit(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    base_dtype: torch.dtype = torch.bfloat16,
+    quantization: str = "disabled",
+    device: str | torch.device = "cpu",
+    attention_mode: AttentionMode = "sdpa",
+    progress: Progress | None = None,
+) -> WanModel:
+    """The model, in evaluation mode and without gradients, each weight once in memory.
+
+    Args:
+        path: one file: safetensors, .pth or GGUF; with or without the audio layers.
+        adapter: an InfiniteTalk or MultiTalk file; its audio layers replace those that `path` may hold.
+        base_dtype: float32, bfloat16 or float16: what everything is computed in, and what 16- and 32-bit weights
+            become.
+        quantization: one of `fp8_optimization.QUANTIZATIONS`, for the linears of the blocks. Weights that the file
+            stores quantised stay so.
+        device: where the weights lie in the end.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        CheckpointError: missing, damaged or foreign files, and files that do not fit together.
+        InputError: an unknown quantization, or one that the file's own contradicts.
+    """
+    from ..fp8_optimization import Quantization, quantize_linears
+
+    begin = time.monotonic()
+    will_quantize = Quantization.parse(quantization).format != "disabled"
+    with DitFiles(path, adapter) as files:
+        with torch.device("meta"):
+            model = WanModel(files.config, attention_mode=attention_mode)
+        model.requires_grad_(False)
+        _Filler(model, files, base_dtype, torch.device(device), will_quantize, progress).fill()
+        quantize_linears(model, quantization, base_dtype)
+        model.to(device).eval()
+    log.info(
+        "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s",
+        Path(path).name,
+        f" with {Path(adapter).name}" if adapter is not None else "",
+        files.config.num_layers,
+        files.config.dim,
+        sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**30,
+        time.monotonic() - begin,
+    )
+    return model
+
+
+class _Filler:
+    """Moves the tensors of the files into a model on the meta device, one at a time."""
+
+    def __init__(
+        self,
+        model: WanModel,
+        files: DitFiles,
+        base_dtype: torch.dtype,
+        device: torch.device,
+        will_quantize: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.files, self.base_dtype, self.device = model, files, base_dtype, device
+        self.will_quantize = will_quantize
+        self.progress = progress
+        self.shapes = files.shapes
+        self.linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.extras = self._extras()
+
+    def _extras(self) -> dict[str, dict[str, str]]:
+        """Name of a layer -> {scale_weight, weight_scale_2, comfy_quant: public name of that tensor}."""
+        extras: dict[str, dict[str, str]] = {}
+        for name in self.shapes:
+            layer, _, last = name.rpartition(".")
+            if last in SCALE_NAMES:
+                extras.setdefault(layer, {})[SCALE_NAMES[last]] = name
+        return extras
+
+    def fill(self) -> None:
+        expected = self.model.state_dict()
+        self._check_names(expected)
+        total = sum(_num_bytes(self.shapes[name]) for name in expected)
+        done = 0
+        for name, blank in expected.items():
+            layer, _, last = name.rpartition(".")
+            linear = self.linears.get(layer) if last == "weight" else None
+            if linear is None or not self._fill_quantized(layer, linear, blank):
+                self._fill_plain(name, blank)
+            done += _num_bytes(self.shapes[name])
+            if self.progress is not None:
+                self.progress(done, total)
+
+    def _check_names(self, expected: Mapping[str, Tensor]) -> None:
+        missing = [name for name in expected if name not in self.shapes]
+        if missing:
+            raise CheckpointError(
+                f"{self.files.what} lacks {len(missing)} of {len(expected)} tensors, such as "
+                f"{', '.join(missing[:3])}; it is incomplete or another model."
+            )
+        known = {name for extras in self.extras.values() for name in extras.values()}
+        unexpected = [
+            name
+            for name in self.shapes
+            if name not in expected
+            and name not in known
+            and name != "scaled_fp8"
+            and name.rpartition(".")[2] not in UNUSED_SCALES
+        ]
+        if unexpected:
+            raise CheckpointError(
+                f"{self.files.what} holds {len(unexpected)} tensors that Wan2.1 has no place for, such as "
+                f"{', '.join(unexpected[:3])}; it is another model."
+            )
+
+    def _check_shape(self, name: str, blank: Tensor) -> None:
+        if self.shapes[name].shape != blank.shape:
+            raise CheckpointError(
+                f"{self.files.what} stores {name} as {list(self.shapes[name].shape)}, but its other tensors ask for "
+                f"{list(blank.shape)}; it is damaged or another model."
+            )
+
+    def _fill_plain(self, name: str, blank: Tensor) -> None:
+        """A tensor that ends in the base dtype, its scale applied where it has one."""
+        self._check_shape(name, blank)
+        layer = name.rpartition(".")[0]
+        scale = self.extras.get(layer, {}).get("scale_weight") if name.endswith(".weight") else None
+        if not self.shapes[name].is_floating_point():
+            raise CheckpointError(
+                f"{self.files.what} stores {name} as {self.shapes[name].dtype} without saying how to unpack it."
+            )
+        if scale is not None and self.shapes[name].dtype in FP8_DTYPES:
+            value = self.files.read(name, self.device, torch.float32) * self.files.read(scale, self.device).float()
+            tensor = value.to(self.base_dtype)
+        elif self._is_quantized_next(name):
+            tensor = self.files.mapped(name)
+        else:
+            tensor = self.files.read(name, self.device, self.base_dtype)
+        self._assign(name, tensor)
+
+    def _is_quantized_next(self, name: str) -> bool:
+        """Whether the quantiser makes another tensor of this one: then a second copy in memory would be in vain."""
+        layer = name.rpartition(".")[0]
+        return self.will_quantize and name == f"{layer}.weight" and layer in self.linears and _in_blocks(name)
+
+    def _fill_quantized(self, layer: str, linear: nn.Linear, blank: Tensor) -> bool:
+        """Take a linear's weight as the file stores it, where the file stores it quantised; False where it does not."""
+        name = f"{layer}.weight"
+        extras = self.extras.get(layer, {})
+        form = self._told_format(extras.get("comfy_quant"), name)
+        if form == "nvfp4":
+            return self._fill_nvfp4(layer, linear, extras)
+        if self.shapes[name].dtype not in FP8_DTYPES or not _in_blocks(name):
+            return False
+        self._check_shape(name, blank)
+        self._assign(name, self.files.read(name, self.device))
+        if "scale_weight" in extras:
+            store_buffers(linear, scale_weight=self.files.read(extras["scale_weight"], self.device, torch.float32))
+        return True
+
+    def _told_format(self, comfy_quant: str | None, name: str) -> str | None:
+        """What a ComfyUI mixed-precision file says of one layer: "float8_e4m3fn", "float8_e5m2" or "nvfp4"."""
+        if comfy_quant is None:
+            return None
+        try:
+            form = json.loads(bytes(self.files.read(comfy_quant).tolist()))["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.files.what} says in no readable way how {name} is quantised.") from error
+        if form not in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
+            raise CheckpointError(
+                f"{self.files.what} stores {name} as '{form}', which is not read here; use its fp8 or 16-bit version."
+            )
+        return str(form)
+
+    def _fill_nvfp4(self, layer: str, linear: nn.Linear, extras: Mapping[str, str]) -> bool:
+        name = f"{layer}.weight"
+        packed_shape, scales_shape = nvfp4_storage_shapes(linear.out_features, linear.in_features)
+        fits = "scale_weight" in extras and "weight_scale_2" in extras and self.shapes[name].dtype == torch.uint8
+        if not fits or tuple(self.shapes[name].shape) != packed_shape:
+            raise CheckpointError(f"{self.files.what} stores {name} as nvfp4, but its parts do not fit together.")
+        scales = self.files.read(extras["scale_weight"], self.device)
+        if scales.dtype == torch.uint8:  # e4m3 written as bytes
+            scales = scales.view(torch.float8_e4m3fn)
+        if scales.numel() != scales_shape[0] * scales_shape[1]:
+            raise CheckpointError(f"{self.files.what} stores {name} as nvfp4, but its parts do not fit together.")
+        take_over(linear, NVFP4Linear, self.base_dtype)
+        store_weight(linear, self.files.read(name, self.device))
+        store_buffers(
+            linear,
+            weight_scale=scales.reshape(scales_shape),
+            weight_scale_2=self.files.read(extras["weight_scale_2"], self.device, torch.float32),
+        )
+        return True
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        module, _, last = name.rpartition(".")
+        self.model.get_submodule(module).register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _in_blocks(name: str) -> bool:
+    return name.startswith("blocks.")
 
 
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(
-        f"{path} is damaged or was not downloaded completely ({reason}); download it again and compare its size."
-    )
-
-
-def _refuse_what_is_no_file(path: Path) -> None:
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder; name the model file inside it.")
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist; check the path of the model file.")
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if not head:
-        raise CheckpointError(f"{path} is empty; download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the model itself; run 'git lfs pull' or download the file."
-        )
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} is a web page, not a model; the download was answered with HTML, try it again.")
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """A plain state dict from torch.save, unpickled with weights_only, mapped where the file allows it."""
-    try:
-        content = _torch_load(path)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path} holds more than tensors and is not unpickled, because that could run foreign code; "
-                "use a safetensors version of it."
-            ) from error
-        raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _damaged(path, error) from error
-    # Trainers wrap the weights: {"state_dict": {...}} or {"model": {...}}.
-    for key in ("state_dict", "model_state", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a table of named weights.")
-    return {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _torch_load(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # Files of the format before torch 1.6 cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True)
