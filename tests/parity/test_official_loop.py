@@ -1,0 +1,201 @@
+"""The loop against the public one, with an analytic model and a linear VAE: every case and record that the golden holds.
+
+Limits: rel 2e-5 for what has been through the model, 1e-6 for what only conditions it, random numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from support.goldens import Golden, relative_error
+from wanvideo_infinitetalk.multitalk.pipeline import Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
+
+MODEL_TOLERANCE = 2e-5
+CONDITION_TOLERANCE = 1e-6
+
+
+@dataclass
+class AnalyticModel:
+    """v = 0.3 x + 0.1 sin x + 0.05 mean(context) + 0.2 a / (1 + |a|) + 0.02 y[4:20] + 0.01 t / 1000, a = mean(audio)."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(
+        self, x, t, context, clip_fea=None, y=None, audio=None, ref_target_masks=None, *, audio_scale=1.0,
+        attention_mode=None,
+    ):  # fmt: skip
+        assert audio_scale == 1.0
+        self.calls.append(dict(x=x, t=t, context=context, y=y, audio=audio, masks=ref_target_masks))
+        a = audio.mean()
+        v = 0.3 * x + 0.1 * torch.sin(x) + 0.05 * context.mean() + 0.2 * a / (1 + a.abs())
+        return (v + 0.02 * y[0, 4:20] + 0.01 * t / 1000).unsqueeze(0)
+
+
+@dataclass
+class LinearVae:
+    """latent = M x 8 x 8 block means (frame 0 alone, then means of four); decode = P z, repeated, clamped."""
+
+    m: torch.Tensor
+    p: torch.Tensor
+
+    def encode(self, video, *, tiled=False):
+        blocks = video[0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean(dim=(3, 5))  # [3, F, h, w]
+        later = blocks[:, 1:].unflatten(1, (-1, 4)).mean(2) if blocks.shape[1] > 1 else blocks[:, 1:]
+        return torch.einsum("ij,jthw->ithw", self.m, torch.cat([blocks[:, :1], later], 1)).unsqueeze(0)
+
+    def decode(self, latents, *, tiled=False):
+        small = torch.einsum("ij,jthw->ithw", self.p, latents[0])
+        frames = torch.cat([small[:, :1], small[:, 1:].repeat_interleave(4, 1)], 1)
+        return frames.repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1).unsqueeze(0)
+
+
+@dataclass
+class RecordingClip:
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def encode(self, image):
+        self.seen.append(image)
+        return torch.zeros(1, 257, 8)
+
+
+@dataclass
+class Result:
+    model: AnalyticModel
+    clip: RecordingClip
+    video: torch.Tensor  # [3, frames, H, W] in [-1, 1]
+    latents: torch.Tensor  # [windows, 16, T, h, w]
+    passes: int
+
+    def calls(self, which: int) -> list[dict[str, Any]]:
+        """The calls of one of the passes, one a step."""
+        return self.model.calls[which :: self.passes]
+
+
+def _cases(item: Golden) -> list[str]:
+    return sorted(key.removesuffix(".latent_final") for key in item.outputs if key.endswith(".latent_final"))
+
+
+def _run(item: Golden, case: str) -> Result:
+    settings, options = item.config, item.config[case]
+    model, clip = AnalyticModel(), RecordingClip()
+    height, width = settings["hw"]
+    config = GenerateConfig(
+        width=width,
+        height=height,
+        frames=settings["frames"],
+        motion_frames=settings["motion"],
+        steps=settings["steps"],
+        shift=settings["shift"],
+        seed=settings["rng"],
+        cfg=options["text_guide_scale"],
+        audio_cfg=options["audio_guide_scale"],
+        use_apg=options["use_apg"],
+        apg_momentum=options["apg_momentum"],
+        apg_norm_threshold=options["apg_norm_threshold"],
+        color_correction=options["color_correction_strength"],
+    )
+    speakers = [item.inputs[f"audio_person{n + 1}"] for n in range(options["human"])]
+    source = list(item.inputs["src_frames_u8"].numpy())
+    conditioning = Conditioning(item.inputs["context"], item.inputs["context_null"], speakers, source)
+    vae = LinearVae(item.inputs["vae_M"], item.inputs["vae_P"])
+    windows = list(generate(model, vae, clip, conditioning, config))
+    video = torch.cat([w.frames for w in windows]).permute(3, 0, 1, 2) * 2 - 1
+    passes = len(model.calls) // (len(windows) * settings["steps"])
+    return Result(model, clip, video, torch.stack([w.latents for w in windows]), passes)
+
+
+@pytest.fixture
+def runs(golden):
+    """(golden, case name, our run of it) for every case that the golden holds."""
+    item = golden("official_loop")
+    cases = _cases(item)
+    assert cases
+    return item, [(case, _run(item, case)) for case in cases]
+
+
+def test_latents_of_every_window(runs) -> None:
+    item, results = runs
+    for case, result in results:
+        assert relative_error(result.latents, item.outputs[f"{case}.latent_final"]) <= MODEL_TOLERANCE, case
+
+
+def test_videos(runs) -> None:
+    item, results = runs
+    recorded = [(case, result) for case, result in results if f"{case}.video" in item.outputs]
+    assert recorded
+    for case, result in recorded:
+        expected = item.outputs[f"{case}.video"]
+        assert result.video.shape == expected.shape, case
+        assert relative_error(result.video, expected) <= MODEL_TOLERANCE, case
+
+
+def test_what_the_model_is_given_at_every_step(runs) -> None:
+    item, results = runs
+    recorded = [(case, result) for case, result in results if f"{case}.model_x_per_step" in item.outputs]
+    assert recorded
+    for case, result in recorded:
+        expected = item.outputs[f"{case}.model_x_per_step"]  # [windows, steps, 16, T, h, w]
+        given = torch.stack([call["x"] for call in result.calls(0)]).unflatten(0, expected.shape[:2])
+        assert relative_error(given, expected) <= MODEL_TOLERANCE, case
+        timesteps = torch.cat([call["t"] for call in result.calls(0)])
+        assert torch.equal(timesteps, item.outputs["timesteps_called"].repeat(expected.shape[0])), case
+
+
+def test_the_passes_of_guidance(runs) -> None:
+    item, results = runs
+    for case, result in results:
+        rows = item.outputs[f"{case}.audio_rows_per_call"]
+        assert result.passes == len(rows), case
+        assert [len(call["audio"]) for call in result.model.calls[: len(rows)]] == rows.tolist(), case
+        contexts = torch.stack([call["context"].mean() for call in result.model.calls[: len(rows)]])
+        assert torch.allclose(contexts, item.outputs[f"{case}.ctx_mean_per_call"], atol=1e-6), case
+        expected = item.outputs[f"{case}.audio_mean_per_call"]  # [windows, steps, passes]
+        heard = torch.stack([call["audio"].mean() for call in result.model.calls]).reshape(expected.shape)
+        assert torch.allclose(heard, expected, atol=1e-6), case
+
+
+def test_conditions_of_every_window(runs) -> None:
+    item, results = runs
+    steps = item.config["steps"]
+    checked = 0
+    for case, result in results:
+        first_steps = result.calls(0)[::steps]  # one call a window
+        if f"{case}.y" not in item.outputs:
+            continue
+        checked += 1
+        y = torch.cat([call["y"] for call in first_steps])
+        assert relative_error(y, item.outputs[f"{case}.y"]) <= CONDITION_TOLERANCE, case
+        assert torch.equal(first_steps[0]["masks"], item.outputs[f"{case}.masks"]), case
+        audio = torch.stack([call["audio"] for call in first_steps])
+        assert torch.equal(audio, item.outputs[f"{case}.audio"]), case
+        if f"{case}.clip_in" in item.outputs:
+            seen = torch.stack([image[0].unsqueeze(1) for image in result.clip.seen])
+            assert relative_error(seen, item.outputs[f"{case}.clip_in"]) <= CONDITION_TOLERANCE, case
+    assert checked
+
+
+def test_random_numbers_are_drawn_in_the_public_order(golden) -> None:
+    """The recorded draws come out of one generator in the recorded order, and the windows' noise is ours."""
+    item = golden("official_loop")
+    for case in _cases(item):
+        if f"{case}.randn_count" not in item.outputs:
+            continue
+        count = int(item.outputs[f"{case}.randn_count"])
+        draws = [item.outputs[f"{case}.randn.{n:02d}"] for n in range(count)]
+        rng = torch.Generator().manual_seed(item.config["rng"])
+        assert all(torch.equal(torch.randn(d.shape, generator=rng), d) for d in draws)
+        noises = [d for d in draws if d.shape == draws[0].shape]
+        starts = _run(item, case).calls(0)[:: item.config["steps"]]
+        motion = [1] + [(item.config["motion"] - 1) // 4 + 1] * (len(noises) - 1)
+        for noise, start, front in zip(noises, starts, motion, strict=True):
+            assert torch.equal(start["x"][:, front:], noise[:, front:])
+
+
+def test_the_grid_is_that_of_the_scheduler_golden(golden) -> None:
+    item = golden("official_loop")
+    scheduler = make_scheduler("multitalk", item.config["steps"], item.config["shift"])
+    assert torch.equal(scheduler.timesteps, item.outputs["timesteps_called"])
