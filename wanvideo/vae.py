@@ -145,7 +145,7 @@ class WanVAE:
     `dtype` and `device` are those of the weights and of the convolutions.
     """
 
-    def __init__(self, model: nn.Module, config: VaeConfig) -> None:
+    def __init__(self, model: Any, config: VaeConfig) -> None:
         self.model = model
         self.config = config
         self.latents_mean = torch.tensor(model.config.latents_mean, dtype=torch.float32)
@@ -198,7 +198,7 @@ class WanVAE:
                     f"{what} has {config.z_dim} latent channels, but {name} has {len(values)} values."
                 )
         with torch.device("meta"):
-            model = AutoencoderKLWan(
+            model: Any = AutoencoderKLWan(
                 base_dim=config.base_dim,
                 z_dim=config.z_dim,
                 dim_mult=list(config.dim_mult),

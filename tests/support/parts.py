@@ -76,3 +76,26 @@ def public_vae_names(state: dict[str, Tensor], num_res_blocks: int) -> dict[str,
         (r"(middle\.[02]|samples\.\d+)\.conv2", r"\1.residual.6"),
         (r"conv_shortcut", "shortcut"),
     )
+
+
+TINY_WAV2VEC2 = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "conv_dim": [16] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+
+def transformers_wav2vec2(**changes) -> nn.Module:
+    """Random weights; its state dict has the public names (without "wav2vec2.")."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    config = Wav2Vec2Config(**{**TINY_WAV2VEC2, **changes})
+    model = Wav2Vec2Model._from_config(config, attn_implementation="eager")
+    randomise(model)
+    return model
