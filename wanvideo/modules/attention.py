@@ -8,6 +8,7 @@ of another precision, except that "auto" chooses.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -20,12 +21,17 @@ from .layout import aligned_contiguous, private_copy
 
 __all__ = [
     "ATTENTION_MODES",
+    "MODE_BACKENDS",
     "ROLES",
     "AttentionMode",
     "attention",
     "canonical_mode",
     "mode_for_role",
+    "mode_reasons",
+    "reasons_against",
     "resolve_mode",
+    "run_backend",
+    "set_auto_chooser",
 ]
 
 logger = logging.getLogger(__name__)
@@ -37,6 +43,22 @@ ROLES = ("self", "text", "image", "audio")
 
 MODE_BACKENDS: dict[str, tuple[str, ...]] = {
     "sdpa": ("sdpa",),
+    "flash_attn_2": ("flash_attn_2",),
+    "flash_attn_3": ("flash_attn_3",),
+    "sageattn": (
+        "sageattention_2_fp8_sm90",
+        "sageattention_2_fp8",
+        "sageattention_2_fp16",
+        "sageattention_1",
+        "own_fp8",
+        "comfy_kitchen_int8",
+        "emulated_fp8",
+    ),
+    "sageattn_3": ("sageattn3", "own_fp4", "emulated_nvfp4_plain"),
+    "sageattn_3_fp4": ("sageattn3_block_means", "own_fp4", "emulated_nvfp4"),
+    # SageAttention 3 has no 8-bit kernel; ours is the first choice, SageAttention 2 has the same numerics.
+    "sageattn_3_fp8": ("own_fp8", "sageattention_2_fp8_sm90", "sageattention_2_fp8", "emulated_fp8"),
+    "comfy": ("comfy",),
     "auto": ("sdpa",),
     "eager": ("eager",),
 }
@@ -112,14 +134,53 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 _announced: set[tuple[str, str]] = set()
 
 
-def _announce(mode: str, backend: Backend, why_not: list[str]) -> None:
+def _announce(mode: str, backend: Backend, passed_over: dict[str, list[str]]) -> None:
     """Say once per mode and kernel what runs, and why not the kernels before it."""
-    if torch.compiler.is_compiling() or (mode, backend.name) in _announced:
+    if (mode, backend.name) in _announced:
         return
     _announced.add((mode, backend.name))
     note = f" ({backend.note})" if backend.note else ""
-    because = f"; not {'; not '.join(why_not)}" if why_not else ""
+    because = "".join(f"; not {name}: {reasons[0]}" for name, reasons in passed_over.items())
     logger.info("attention mode %s runs %s%s%s", mode, backend.name, note, because)
+
+
+AutoChooser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str]
+
+_auto_chooser: AutoChooser | None = None
+
+
+def set_auto_chooser(chooser: AutoChooser | None) -> None:
+    """Let `chooser(q, k, v)` name the backend that "auto" tries before SDPA; None leaves SDPA alone."""
+    global _auto_chooser
+    _auto_chooser = chooser
+
+
+def candidates(mode: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
+    """The backends that `mode` tries for a call, in order."""
+    names = MODE_BACKENDS[canonical_mode(mode)]
+    if mode == "auto" and _auto_chooser is not None:
+        return (_auto_chooser(q, k, v), *names)
+    return names
+
+
+def reasons_against(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> list[str]:
+    """Every reason why a backend cannot serve a call behind the door, where layouts are repaired; empty when it can."""
+    found = unavailable_reasons(backend.name, q.device)
+    asked = not_supported_reasons(backend.contract, q, k, v, attn_mask, softmax_scale, causal, layout=False)
+    return list(dict.fromkeys((*found, *asked)))
+
+
+def mode_reasons(device: torch.device) -> dict[str, dict[str, tuple[str, ...]]]:
+    """mode -> backend -> why it cannot run on `device` (empty when it can), in the order in which they are tried."""
+    return {mode: {name: unavailable_reasons(name, device) for name in names} for mode, names in MODE_BACKENDS.items()}
 
 
 def attention(
@@ -153,18 +214,36 @@ def attention(
     _check(q, k, v)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    why_not: list[str] = []
-    for name in MODE_BACKENDS[mode]:
+    passed_over: dict[str, list[str]] = {}
+    for name in candidates(mode, q, k, v):
         backend = lookup(name)
-        reasons = [*unavailable_reasons(name, q.device)]
-        reasons += not_supported_reasons(backend.contract, q, k, v, attn_mask, softmax_scale, causal, layout=False)
+        reasons = reasons_against(backend, q, k, v, attn_mask, softmax_scale, causal)
         if not reasons:
-            _announce(mode, backend, why_not)
+            _announce(mode, backend, passed_over)
             return _run(backend, q, k, v, attn_mask, softmax_scale, causal)
-        why_not.append(f"{name}: {', '.join(reasons)}")
+        passed_over[name] = reasons
+    why_not = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over.items())
     raise BackendUnavailableError(
-        f"The attention mode '{mode}' cannot serve this call; choose 'sdpa' or mend the cause. {'; '.join(why_not)}."
+        f"The attention mode '{mode}' cannot serve this call, choose 'sdpa' or mend the cause ({why_not})."
     )
+
+
+def run_backend(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """One backend by name instead of a mode, for trials, measurements and tests; otherwise as `attention`."""
+    backend = lookup(name)
+    _check(q, k, v)
+    reasons = reasons_against(backend, q, k, v, attn_mask, softmax_scale, causal)
+    if reasons:
+        raise BackendUnavailableError(f"The attention backend '{name}' cannot serve this call: {', '.join(reasons)}.")
+    return _run(backend, q, k, v, attn_mask, softmax_scale, causal)
 
 
 def _run(
@@ -177,10 +256,14 @@ def _run(
     causal: bool,
 ) -> torch.Tensor:
     contract = backend.contract
-    safe_k = repaired(contract, k)
-    if contract.writes_to_k and safe_k is k:
-        safe_k = private_copy(k)
-    out = backend.run(repaired(contract, q), safe_k, repaired(contract, v), attn_mask, softmax_scale, causal)
+    own_k = repaired(contract, k)
+    if contract.writes_to_k and own_k.untyped_storage().data_ptr() == k.untyped_storage().data_ptr():
+        own_k = private_copy(own_k)
+    # Packages launch on the current device, and some change it.
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        out = backend.run(repaired(contract, q), own_k, repaired(contract, v), attn_mask, softmax_scale, causal)
+    if contract.order == "BHLD":
+        out = out.transpose(1, 2)
     return aligned_contiguous(out.to(q.dtype))
 
 

@@ -1,17 +1,34 @@
 """Attention kernels, one module per family, each with its contract as data."""
 
-from . import sdpa
-from .contract import Contract, not_supported_reasons
-from .registry import Backend, backends, lookup, refuse, register, unavailable_reasons, unregister
+# Importing a family registers its backends; no kernel package is imported before a mode asks for it.
+from . import flash, host, kitchen, portable, sage, sdpa
+from .contract import Contract, Shape, not_supported_reasons
+from .registry import (
+    Backend,
+    backends,
+    forget_availability,
+    lookup,
+    refuse,
+    register,
+    unavailable_reasons,
+    unregister,
+)
 
 __all__ = [
     "Backend",
     "Contract",
+    "Shape",
     "backends",
+    "flash",
+    "forget_availability",
+    "host",
+    "kitchen",
     "lookup",
     "not_supported_reasons",
+    "portable",
     "refuse",
     "register",
+    "sage",
     "sdpa",
     "unavailable_reasons",
     "unregister",

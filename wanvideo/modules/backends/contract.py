@@ -15,8 +15,20 @@ from typing import Literal
 import torch
 
 from ..layout import ALIGNMENT, MAX_EXTENT, aligned_contiguous, aligned_rows, aligned_strided, layout_violations
+from . import packages
 
-__all__ = ["HALF", "Contract", "Shape", "not_supported_reasons", "repaired", "repaired_mask", "scale_or_default"]
+__all__ = [
+    "HALF",
+    "Contract",
+    "Shape",
+    "layout_reasons",
+    "not_supported_reasons",
+    "repaired",
+    "repaired_mask",
+    "scale_or_default",
+    "scale_ratio",
+    "unavailable_reasons_of",
+]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -52,7 +64,9 @@ class Contract:
         causal: "any"; "square": only with as many queries as keys (kernels disagree on the corner otherwise); "no".
         device_types: "cpu", "cuda", ...; empty for all.
         capabilities: the (major, minor) compute capabilities served on CUDA; empty for all from `min_capability` on.
-        package, versions: the distribution it comes from and the PEP 440 range tried; None for our own and torch's.
+        order: how the kernel reads tensors: "BLHD" or "BHLD"; the door turns them (a view) before the guard copies.
+        package, versions, module, entry_points: the distribution it comes from, the PEP 440 range that this adapter
+            knows, what to import and what must be found there; package None for our own kernels and torch's.
         workspace: bytes that the kernel allocates beside its output, by shape; None when it is negligible.
         writes_to_k: the kernel changes K in place; the door then gives it a K that nobody else holds.
         float32_as: what float32 tensors are cast to when `dtypes` lacks float32; None refuses them. Never float16,
@@ -74,8 +88,11 @@ class Contract:
     device_types: tuple[str, ...] = ("cuda",)
     capabilities: tuple[tuple[int, int], ...] = ()
     min_capability: tuple[int, int] | None = None
+    order: Literal["BLHD", "BHLD"] = "BLHD"
     package: str | None = None
     versions: str = ""
+    module: str = ""
+    entry_points: tuple[str, ...] = ()
     workspace: Callable[[Shape], int] | None = None
     writes_to_k: bool = False
     float32_as: torch.dtype | None = torch.bfloat16
@@ -210,6 +227,8 @@ def layout_reasons(
     if attn_mask is not None:
         tensors.append(("attn_mask", attn_mask))
     for name, x in tensors:
+        if name != "attn_mask" and contract.order == "BHLD":
+            x = x.transpose(1, 2)
         found = layout_violations(x, contract.alignment, contract.max_extent)
         if contract.layout == "aligned_contiguous" and name != "attn_mask" and not x.is_contiguous():
             found.append("it is not contiguous")
@@ -217,9 +236,32 @@ def layout_reasons(
     return reasons
 
 
+def unavailable_reasons_of(contract: Contract, device: torch.device) -> list[str]:
+    """Why no call at all can be served on `device`: its kind, its compute capability, the package.
+
+    Looks up packages and the GPU; ask once and keep the answer.
+    """
+    reasons = _device_reasons(contract, device)
+    if device.type == "cuda" and (contract.capabilities or contract.min_capability):
+        found = packages.capability(device)
+        if found is None:
+            reasons.append("it needs an NVIDIA GPU")
+        elif contract.capabilities and found not in contract.capabilities:
+            served = ", ".join(f"{major}.{minor}" for major, minor in contract.capabilities)
+            reasons.append(f"the GPU has compute capability {found[0]}.{found[1]}, it serves {served}")
+        elif contract.min_capability is not None and found < contract.min_capability:
+            major, minor = contract.min_capability
+            reasons.append(f"the GPU has compute capability {found[0]}.{found[1]}, it needs {major}.{minor} or newer")
+    if contract.package is not None:
+        reasons += packages.package_reasons(contract.package, contract.versions, contract.module, contract.entry_points)
+    return reasons
+
+
 def repaired(contract: Contract, x: torch.Tensor) -> torch.Tensor:
-    """`x` itself when the kernel may read it, otherwise one fresh copy (and, for float32, one cast)."""
+    """`x` [B, L, H, D] in the kernel's order and dtype, without a copy when the kernel may read it as it lies."""
     x = x.to(contract.kernel_dtype(x.dtype))
+    if contract.order == "BHLD":
+        x = x.transpose(1, 2)
     if contract.layout == "aligned_strided":
         return aligned_strided(x, contract.alignment)
     if contract.layout == "aligned_contiguous":

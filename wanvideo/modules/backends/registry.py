@@ -9,13 +9,23 @@ from typing import Protocol
 import torch
 
 from ...errors import BackendUnavailableError
-from .contract import Contract
+from .contract import Contract, unavailable_reasons_of
 
-__all__ = ["Backend", "Run", "backends", "lookup", "refuse", "register", "unavailable_reasons", "unregister"]
+__all__ = [
+    "Backend",
+    "Run",
+    "backends",
+    "forget_availability",
+    "lookup",
+    "refuse",
+    "register",
+    "unavailable_reasons",
+    "unregister",
+]
 
 
 class Run(Protocol):
-    """A kernel's call, on tensors that already meet its contract: [B, L, H, D] in, [B, L, H, D] out, any strides."""
+    """A kernel's call, on tensors that already meet its contract, in its order; the output may have any strides."""
 
     def __call__(
         self,
@@ -41,8 +51,8 @@ class Backend:
         name: what the log line, the reasons and the tables call it.
         contract: the calls that it answers rightly.
         run: the call itself.
-        unavailable: why it cannot run on a device at all (not installed, wrong version, wrong GPU); looks things up,
-            so it is asked once per device and the answer is kept.
+        unavailable: why it cannot run on a device at all, beyond what the contract says (device, capability, package);
+            asked once per device, the answer is kept.
         note: what the user should know when it runs, such as that it is slow.
     """
 
@@ -106,7 +116,8 @@ def unavailable_reasons(name: str, device: torch.device) -> tuple[str, ...]:
     """Why a backend cannot run on `device` at all; empty when it can. Kept after the first question."""
     key = (name, str(device))
     if key not in _known_reasons:
-        reasons = list(lookup(name).unavailable(device))
+        backend = lookup(name)
+        reasons = [*unavailable_reasons_of(backend.contract, device), *backend.unavailable(device)]
         if name in _refused:
             reasons.append(_refused[name])
         _known_reasons[key] = tuple(reasons)

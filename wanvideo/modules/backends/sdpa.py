@@ -20,6 +20,7 @@ SDPA_CONTRACT = Contract(
     masks=True,
     causal="any",
     device_types=(),
+    order="BHLD",
 )
 
 EAGER_CONTRACT = Contract(
@@ -39,22 +40,14 @@ def run_sdpa(
     softmax_scale: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` on [B, L, H, D], read by strides."""
+    """`scaled_dot_product_attention` on [B, H, L, D] views, read by strides."""
     mask = repaired_mask(SDPA_CONTRACT, attn_mask, q.dtype)
     if mask is not None and causal:
         # SDPA takes one or the other.
-        mask = repaired_mask(SDPA_CONTRACT, mask + _causal_bias(q.shape[1], k.shape[1], mask), q.dtype)
+        mask = repaired_mask(SDPA_CONTRACT, mask + _causal_bias(q.shape[2], k.shape[2], mask), q.dtype)
         causal = False
-    # [B, L, H, D] -> [B, H, L, D] views; the kernels' outputs have q's order in memory, so the way back is free.
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=softmax_scale,
-    )
-    return out.transpose(1, 2)
+    # The output has q's order in memory, [B, L, H, D], so the way back costs no copy.
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=softmax_scale)
 
 
 def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:

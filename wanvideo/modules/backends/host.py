@@ -1,0 +1,62 @@
+"""ComfyUI's own choice of attention, when ComfyUI is what runs us.
+
+Nothing of ComfyUI is imported: it has loaded its attention module long before a model runs, or it is not the host.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from .contract import HALF, Contract, repaired_mask, scale_ratio
+from .registry import Backend, register
+
+__all__ = ["HOST", "host_attention"]
+
+HOST_MODULE = "comfy.ldm.modules.attention"
+
+
+def host_attention() -> Callable[..., torch.Tensor] | None:
+    """`optimized_attention` of the ComfyUI that runs this process, None when there is none."""
+    return getattr(sys.modules.get(HOST_MODULE), "optimized_attention", None)
+
+
+CONTRACT = Contract(
+    dtypes=(*HALF, torch.float32),
+    layout="aligned_strided",
+    order="BHLD",
+    masks=True,
+    # Which of its kernels take a scale differs by version and by choice.
+    scales="power_of_two",
+    device_types=(),
+    # It may be SageAttention 1, which changes K.
+    writes_to_k=True,
+)
+
+
+def run_host(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    """`optimized_attention` on [B, H, L, D]."""
+    optimized = host_attention()
+    if optimized is None:
+        raise RuntimeError("ComfyUI's attention module is gone; it was there when the mode was chosen")
+    ratio = scale_ratio(softmax_scale, q.shape[-1])
+    if ratio != 1.0:
+        q = q * ratio
+    mask = repaired_mask(CONTRACT, attn_mask, q.dtype)
+    return optimized(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
+
+
+def _unavailable(device: torch.device) -> list[str]:
+    return [] if host_attention() is not None else ["ComfyUI is not running this process"]
+
+
+HOST = register(Backend("comfy", CONTRACT, run_host, _unavailable, note="ComfyUI's own choice"))
