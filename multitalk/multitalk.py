@@ -113,7 +113,8 @@ class AudioProjModel(nn.Module):
         later = F.relu(self.proj1_vf(aligned_strided(audio_embeds_vf.flatten(2))))  # [B, T-1, intermediate]
         frames = torch.cat((first, later), dim=1)  # [B, T, intermediate], fresh
         hidden = F.relu(self.proj2(frames))
-        tokens = self.proj3(aligned_strided(hidden)).unflatten(-1, (self.context_tokens, self.output_dim))
+        tokens = aligned_contiguous(self.proj3(aligned_strided(hidden)))
+        tokens = tokens.unflatten(-1, (self.context_tokens, self.output_dim))  # [B, T, tokens, output_dim]
         return aligned_contiguous(self.norm(tokens))
 
 
@@ -192,7 +193,7 @@ def calculate_x_ref_attn_map(
             f"{tuple(ref_target_masks.shape)}: give [1, L, H, D], [1, S, H, D] and [classes, S]"
         )
     scale = float(head_dim) ** -0.5
-    masks = ref_target_masks.float()
+    masks = aligned_contiguous(ref_target_masks.float())
     area = masks.sum(-1, keepdim=True)
     weights = torch.where(area > 0, masks / area, 0.0)  # [classes, S]; the guarded 0/0 is not taken
 
@@ -384,6 +385,8 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         Raises:
             InputError: shapes or a number of speakers that do not fit.
         """
+        if encoder_hidden_states.ndim != 4 or encoder_hidden_states.shape[0] != 1:
+            raise InputError(f"audio tokens {tuple(encoder_hidden_states.shape)}: give [1, T, n*tokens, Ca]")
         audio = encoder_hidden_states.squeeze(0)  # [T, n*tokens, Ca]
         if human_num is None:
             human_num = 1 if x_ref_attn_map is None else int(x_ref_attn_map.shape[0]) - 1

@@ -109,7 +109,7 @@ class HuMoAudioProjModel(nn.Module):
         """[B, T, seq_len, blocks, channels] -> [B, T, context_tokens, output_dim], contiguous."""
         hidden = F.relu(self.audio_proj_glob_1(aligned_strided(audio_embeds.flatten(2))))  # [B, T, intermediate]
         hidden = F.relu(self.audio_proj_glob_2(aligned_strided(hidden)))
-        tokens = self.audio_proj_glob_3(aligned_strided(hidden))
+        tokens = aligned_contiguous(self.audio_proj_glob_3(aligned_strided(hidden)))
         tokens = tokens.unflatten(-1, (self.context_tokens, self.output_dim))  # [B, T, tokens, output_dim]
         return aligned_contiguous(self.audio_proj_glob_norm(tokens))
 

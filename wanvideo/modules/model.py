@@ -1,6 +1,6 @@
 """The diffusion transformer of Wan2.1 (arXiv 2503.20314), with InfiniteTalk's or HuMo's audio layers when it has them.
 
-    latents -> patches -> blocks (self attention, text and picture cross attention, audio cross attention, FFN) -> velocity
+    latents -> tokens -> blocks (self attention, text and picture attention, audio attention, FFN) -> velocity
 
 B is the batch, T x H x W the grid of tokens (T latent frames, H = h/2 rows, W = w/2 columns), L = T*H*W, C = `dim`.
 Module names are the keys of the public checkpoints. The grid is a tuple of Python ints from the patch embedding on, and
@@ -169,7 +169,6 @@ class Conditions(NamedTuple):
     audio_scale: float
     humo_audio: torch.Tensor | None  # [B, T*tokens, kv_dim]
     humo_audio_scale: float
-    attention_mode: AttentionMode
 
 
 class BlockModes(NamedTuple):
@@ -483,16 +482,18 @@ class WanModel(nn.Module):
             audio_scale=audio_scale,
             humo_audio=self.embed_humo_audio(humo_audio, batch, grid),
             humo_audio_scale=humo_audio_scale,
-            attention_mode=self.attention_mode if attention_mode is None else attention_mode,
         )
+        mode = self.attention_mode if attention_mode is None else attention_mode
         tokens = self.patch_embedding(latents)  # [B, L, C]
         for index, block in enumerate(self.blocks):
-            tokens = self.run_block(index, block, tokens, given)
+            tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
         return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
 
-    def run_block(self, index: int, block: nn.Module, tokens: torch.Tensor, given: Conditions) -> torch.Tensor:
+    def run_block(
+        self, index: int, block: nn.Module, tokens: torch.Tensor, given: Conditions, modes: BlockModes
+    ) -> torch.Tensor:
         """tokens [B, L, C] -> [B, L, C]. The place to override: moving blocks between devices, caching, previews."""
-        return block(tokens, given, BlockModes.of(given.attention_mode, index))
+        return block(tokens, given, modes)
 
     # ---- embeddings: each checks what it is given, casts to the model's dtype and brings it to the width C
 
