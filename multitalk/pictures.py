@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..wanvideo.errors import InputError
 
@@ -30,18 +30,8 @@ def load_picture(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if not isinstance(source, Image.Image):
-        try:
-            with Image.open(source) as opened:
-                opened.load()
-                source = opened
-        except FileNotFoundError:
-            raise InputError(f"There is no picture at {source}: check the path.") from None
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"{source} cannot be read as a picture ({error}): give a PNG, JPEG or WebP file."
-            ) from None
-    upright = ImageOps.exif_transpose(source)
+    picture = source if isinstance(source, Image.Image) else _open(source)
+    upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I") or upright.mode == "F":
         # 16 and 32 bit grey: Pillow would clip at 255 instead of scaling.
         grey = np.asarray(upright, dtype=np.float32)
@@ -50,6 +40,17 @@ def load_picture(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
         upright = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     return upright.convert("RGB")
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise InputError(f"There is no picture at {path}: check the path.") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's ways to refuse a file
+        raise InputError(f"{path} cannot be read as a picture ({error}): give a PNG, JPEG or WebP file.") from None
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -67,8 +68,8 @@ def fit_size(
 ) -> tuple[int, int]:
     """Width and height of the video, both multiples of 16.
 
-    Given sides are rounded to the nearest multiple (with a line in the log); a missing one follows the picture's aspect;
-    with neither, the picture's aspect is kept within `area` pixels.
+    Given sides are rounded to the nearest multiple (with a line in the log); a missing one follows the picture's
+    aspect; with neither, the picture's aspect is kept within `area` pixels.
 
     Args:
         picture: (width, height) of the picture, pixels.

@@ -3,8 +3,8 @@
     for window in generate(model, vae, clip, conditioning, config):
         writer.append(window.frames)
 
-Each window is conditioned on a source frame (the picture, or the frame of a source video where the window starts) and on
-the last frames of the window before. Nothing is kept but those, so memory does not grow with the recording.
+Each window is conditioned on a source frame (the picture, or the frame of a source video where the window starts) and
+on the last frames of the window before. Nothing is kept but those, so memory does not grow with the recording.
 
 Modes. `infinitetalk`: the condition is a source frame in every window, and the motion latents (of the picture at first,
 then of the frames carried over) stand clean at the front of the latents throughout. `multitalk`: later windows are
@@ -305,7 +305,7 @@ class _Run:
             yield FinishedWindow(window.index, len(self.plan), pixels, latents)
 
     def _denoise_safely(self, window: Window, inputs: _WindowInputs) -> torch.Tensor:
-        """Clean latents of the window, started over in the next safer attention mode as long as values are not finite."""
+        """Clean latents of the window; while values are not finite, it starts over in the next safer attention mode."""
         state = self.rng.get_state()
         while True:
             try:
@@ -471,8 +471,8 @@ class _Run:
             frames = self.vae.decode(latents.unsqueeze(0), tiled=self.config.tiled_vae)[0]
         if not bool(torch.isfinite(frames).all()):
             raise InfiniteTalkError(
-                f"The VAE gave non-finite frames in window {window.index + 1} from finite latents: its precision is too "
-                "low; load it in bf16 or float32."
+                f"The VAE gave non-finite frames in window {window.index + 1} from finite latents: its precision is "
+                "too low; load it in bf16 or float32."
             )
         return match_colors(frames, self.reference.to(frames.device), self.config.color_correction)
 

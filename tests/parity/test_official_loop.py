@@ -1,4 +1,4 @@
-"""The loop against the public one, with an analytic model and a linear VAE: every case and record that the golden holds.
+"""The loop against the public one, with an analytic model and a linear VAE: every case in the golden.
 
 Limits: rel 2e-5 for what has been through the model, 1e-6 for what only conditions it, random numbers bit for bit.
 """
@@ -20,7 +20,7 @@ CONDITION_TOLERANCE = 1e-6
 
 @dataclass
 class AnalyticModel:
-    """v = 0.3 x + 0.1 sin x + 0.05 mean(context) + 0.2 a / (1 + |a|) + 0.02 y[4:20] + 0.01 t / 1000, a = mean(audio)."""
+    """0.3 x + 0.1 sin x + 0.05 mean(context) + 0.2 a / (1 + |a|) + 0.02 y[4:20] + 0.01 t / 1000, a = mean(audio)."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
 
