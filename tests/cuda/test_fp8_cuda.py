@@ -1,0 +1,236 @@
+"""Quantised linears on an NVIDIA GPU: every quantisation with the layouts that kernels fault on, against float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear, nvfp4_matmul_violations
+from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+
+pytestmark = pytest.mark.cuda
+
+BASES = (torch.bfloat16, torch.float16, torch.float32)
+# Relative L2 against the stored weights: the roundings of the base dtype alone, or quantised activations too.
+ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+FP4_ACTIVATIONS = 0.13
+QUANTIZED = [name for name in fp8.QUANTIZATIONS if name != "disabled"]
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def make(name: str, base: torch.dtype, out_features: int = 96, in_features: int = 128) -> Any:
+    wanted = fp8.Quantization.parse(name)
+    linear = nn.Linear(in_features, out_features).to(device())
+    if wanted.format == "fp4":
+        return NVFP4Linear.quantize(linear, base)
+    dtype = fp8.FP8_DTYPES[wanted.format]
+    fp8.Fp8Linear.quantize(linear, dtype, base, scaled=wanted.scaled, fast=wanted.fast)
+    return linear
+
+
+def bound(linear: Any) -> float:
+    extents = (linear.out_features, linear.in_features)
+    if isinstance(linear, NVFP4Linear):
+        native = not nvfp4_matmul_violations(*extents, linear.base_dtype, device())
+        return FP4_ACTIVATIONS if native else ROUNDING[linear.base_dtype]
+    scale = linear.scale_weight
+    fast = linear.fast and not fp8.fp8_matmul_violations(linear.weight, linear.base_dtype, device(), scale)
+    return fp8.FAST_MATMUL_ERROR if fast else ROUNDING[linear.base_dtype]
+
+
+def exact(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """In float64, from the stored weight."""
+    base, linear.base_dtype = linear.base_dtype, torch.float32
+    weight = linear.dequantized_weight().double()
+    linear.base_dtype = base
+    return F.linear(x.double(), weight, linear.bias.double())
+
+
+def check(linear: Any, x: torch.Tensor, what: str) -> None:
+    before = x.clone()
+    out = linear(x)
+    torch.cuda.synchronize()
+    assert out.is_contiguous(), what
+    assert out.dtype == linear.base_dtype, what
+    assert torch.equal(x, before), f"{what}: the input was written to"
+    expected = exact(linear, x)
+    assert out.shape == expected.shape, what
+    if out.numel():
+        assert relative_l2(out, expected) < bound(linear), what
+
+
+def layouts(dtype: torch.dtype, features: int) -> Iterator[tuple[str, torch.Tensor]]:
+    shape = (2, 33, features)
+    plain = torch.randn(shape, device=device()).to(dtype)
+    for offset in range(16):
+        storage = torch.zeros(plain.numel() + offset, device=device(), dtype=dtype)
+        yield f"offset {offset}", storage[offset:].view(shape).copy_(plain)
+    wide = torch.randn(2, 33, features + 3, device=device()).to(dtype)
+    yield "column slice", wide[..., 1:-2]
+    yield "row slice", torch.randn(2, 70, features, device=device()).to(dtype)[:, 1::2][:, :33]
+    yield "transposed", plain.transpose(0, 1)
+    yield "last stride", plain.permute(2, 0, 1).clone().permute(1, 2, 0)
+    yield "expanded", plain[:1].expand(shape)
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_layout(name, base):
+    linear = make(name, base)
+    for what, x in layouts(base, linear.in_features):
+        check(linear, x, what)
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_rank_and_row_count(name, base):
+    linear = make(name, base)
+    shapes = [(128,), (2, 128), (2, 3, 128), (2, 3, 5, 128), (0, 128), (1, 0, 128)]
+    shapes += [(rows, 128) for rows in (1, 3, 15, 16, 17, 127, 129, 1561)]
+    for shape in shapes:
+        check(linear, torch.randn(shape, device=device()).to(base), str(shape))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 120), (100, 128), (7, 33), (17, 16), (5120, 768)])
+def test_every_extent(name, out_features, in_features):
+    linear = make(name, torch.bfloat16, out_features, in_features)
+    check(linear, torch.randn(2, 19, in_features, device=device()).bfloat16(), f"{out_features} x {in_features}")
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn_scaled_fast", "fp8_e5m2_fast", "fp8_e4m3fn", "fp8_e5m2_scaled"])
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_weights_at_odd_addresses_and_strides(name, base):
+    linear = make(name, base)
+    weight = linear.weight.detach()
+    for offset in (1, 8, 16):
+        storage = torch.zeros(weight.numel() + offset, device=device(), dtype=torch.uint8).view(weight.dtype)
+        moved = storage[offset:].view(weight.shape)
+        moved.copy_(weight)
+        linear.weight = nn.Parameter(moved, requires_grad=False)
+        check(linear, torch.randn(5, 128, device=device()).to(base), f"weight {offset} bytes off")
+    wide = torch.zeros(96, 130, device=device(), dtype=torch.uint8).view(weight.dtype)
+    wide[:, 1:129].copy_(weight)
+    linear.weight = nn.Parameter(wide[:, 1:129], requires_grad=False)
+    check(linear, torch.randn(5, 128, device=device()).to(base), "weight as a column slice")
+    turned = weight.view(torch.uint8).t().clone().view(weight.dtype).t()
+    linear.weight = nn.Parameter(turned, requires_grad=False)
+    check(linear, torch.randn(5, 128, device=device()).to(base), "weight stored transposed")
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_rows_stay_visible(name, bad):
+    linear = make(name, torch.bfloat16)
+    x = torch.randn(40, 128, device=device()).bfloat16()
+    x[7, 3] = bad
+    out = linear(x)
+    assert not torch.isfinite(out[7]).any()
+    if not isinstance(linear, NVFP4Linear):  # its activations share one scale, where the FP4 matmul runs
+        assert torch.isfinite(out[:7]).all()
+        assert torch.isfinite(out[8:]).all()
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("name", [n for n in QUANTIZED if n.endswith("_fast")])
+def test_gpu_and_cpu_agree(name, base):
+    """The CPU's computation of the fast way is what the GPU gives, up to the order of additions."""
+    linear = make(name, base, 256, 512)
+    x = torch.randn(3, 50, 512, device=device()).to(base)
+    on_gpu = linear(x).cpu()
+    on_cpu = linear.cpu()(x.cpu())
+    assert relative_l2(on_gpu, on_cpu) < 4e-3  # the tensor cores add with 14 bits
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_the_row_quantiser_compiles_to_the_same_numbers(base):
+    x = torch.randn(257, 640, device=device()).to(base)
+    values, scale = fp8.quantize_rows_fp8(x)
+    compiled_values, compiled_scale = torch.compile(fp8.quantize_rows_fp8, fullgraph=True)(x)
+    assert relative_l2(compiled_scale, scale) < 1e-6
+    # The compiled division may round the other way at ties: then a value is one step of e4m3 off.
+    assert float((compiled_values.float() != values.float()).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn_scaled_fast", "fp8_e5m2_fast", "fp8_e4m3fn_scaled"])
+def test_a_forward_can_be_captured_in_a_graph(name):
+    """No synchronisation, no visit to the host inside."""
+    linear = make(name, torch.bfloat16)
+    x = torch.randn(64, 128, device=device()).bfloat16()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        linear(x)  # warm-up outside of the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = linear(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        assert torch.equal(captured, linear(x))
+
+
+# What the guards and the contract protect from, shown on the raw call. In a child process: a fault poisons the process.
+RAW_CALL = """
+import torch
+case = {case!r}
+rows, columns, out = 64, 128, 96
+if case == "inner extent 20":
+    columns = 20
+if case == "outer extent 100":
+    out = 100
+x = torch.randn(rows, columns, device="cuda").to(torch.float8_e4m3fn)
+w = torch.randn(out, columns, device="cuda").to(torch.float8_e4m3fn)
+def moved(t, offset):
+    storage = torch.zeros(t.numel() + offset, device="cuda", dtype=torch.uint8).view(t.dtype)
+    view = storage[offset:].view(t.shape)
+    view.copy_(t)
+    return view
+if case.startswith("input offset"):
+    x = moved(x, int(case.split()[-1]))
+if case.startswith("weight offset"):
+    w = moved(w, int(case.split()[-1]))
+if case == "column slice":
+    wide = torch.zeros(rows, columns + 2, device="cuda", dtype=torch.uint8).view(x.dtype)
+    wide[:, 1:-1].copy_(x)
+    x = wide[:, 1:-1]
+expected = x.double() @ w.double().t()
+one = torch.ones((), device="cuda")
+y = torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+torch.cuda.synchronize()
+error = float((y.double() - expected).norm() / expected.norm())
+assert error < 0.01, f"wrong numbers: relative error {{error}}"
+"""
+
+
+def run_raw(case: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RAW_CALL.format(case=case)], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_the_raw_matmul_works_on_aligned_operands():
+    """The demonstration below shows something only if the script itself is right."""
+    done = run_raw("aligned")
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["input offset 1", "input offset 8", "weight offset 8", "column slice", "inner extent 20", "outer extent 100"],
+)
+def test_the_raw_matmul_fails_where_the_layer_serves(case):
+    done = run_raw(case)
+    assert done.returncode != 0, f"{case}: the raw call served this, so the contract is stricter than it need be"
