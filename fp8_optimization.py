@@ -359,12 +359,7 @@ def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtyp
     """
     wanted = Quantization.parse(quantization)
     linears = [(name, linear) for name, linear in _linears(model) if name.startswith(QUANTIZED_PREFIX)]
-    stored = sorted({form for _, linear in linears if (form := stored_format(linear)) is not None})
-    if stored and wanted.format not in ("disabled", *stored):
-        raise InputError(
-            f"the model file already holds {' and '.join(stored)} weights, which quantization '{quantization}' would "
-            f"quantise a second time; choose 'disabled' (keeps them) or load a 16-bit file."
-        )
+    _refuse_a_second_quantisation([stored_format(linear) for _, linear in linears], wanted)
     for _, linear in linears:
         form = stored_format(linear)
         if form in FP8_DTYPES:
@@ -375,6 +370,18 @@ def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtyp
         elif form is None and wanted.format == "fp4":
             NVFP4Linear.quantize(linear, base_dtype)
     log.info("Linear layers: %s", summary(model))
+
+
+def _refuse_a_second_quantisation(forms: list[str | None], wanted: Quantization) -> None:
+    """Most linears must be able to take the format asked for. (An adapter file may differ from the base file.)"""
+    if wanted.format == "disabled" or wanted.format in forms:
+        return
+    stored = sorted({form for form in forms if form is not None})
+    if 2 * forms.count(None) < len(forms):
+        raise InputError(
+            f"the model file already holds {' and '.join(stored)} weights, which quantization '{wanted.name}' would "
+            "quantise a second time; choose 'disabled' (keeps them) or load a 16-bit file."
+        )
 
 
 def stored_format(linear: nn.Linear) -> str | None:
