@@ -560,11 +560,11 @@ class WanModel(nn.Module):
         """x and y, with or without a batch dimension -> [B, in_dim, T, h, w] of the model's dtype."""
         parts = [part if part.ndim == 5 else part.unsqueeze(0) for part in (x, y) if part is not None]
         batch = int(parts[0].shape[0])
-        shapes = " and ".join(str(tuple(part.shape)) for part in parts)
         if any(part.shape[2:] != parts[0].shape[2:] or part.shape[0] not in (1, batch) for part in parts):
-            raise InputError(f"latents and condition do not fit together: {shapes}")
-        if sum(int(part.shape[1]) for part in parts) != self.config.in_dim:
-            raise InputError(f"this model takes {self.config.in_dim} channels of latents and condition, not {shapes}")
+            raise InputError(f"latents and condition do not fit together: {[tuple(part.shape) for part in parts]}")
+        channels = sum(int(part.shape[1]) for part in parts)
+        if channels != self.config.in_dim:
+            raise InputError(f"x and y together must have {self.config.in_dim} channels for this model, not {channels}")
         return torch.cat([part.to(self.dtype).expand(batch, -1, -1, -1, -1) for part in parts], dim=1)
 
     def _speaker_masks(self, masks: torch.Tensor | None, speakers: int, grid: Grid) -> torch.Tensor | None:
