@@ -1,0 +1,115 @@
+"""The tiny set: the same bytes each time, public key names, and files that pass through the public loaders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from wanvideo_infinitetalk.multitalk.audio import Wav2Vec2Features
+from wanvideo_infinitetalk.tiny import TinySet, make_tiny
+from wanvideo_infinitetalk.wanvideo.checkpoints import load_dit, read_state_dict
+from wanvideo_infinitetalk.wanvideo.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.text import TextEncoder
+from wanvideo_infinitetalk.wanvideo.vae import WanVAE
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_two_sets_are_the_same_bytes(tiny_set: TinySet, tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    first, second = files_of(tiny_set.model.parent), files_of(tmp_path)
+    assert list(first) == list(second)
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_small(tiny_set: TinySet) -> None:
+    assert sum(map(len, files_of(tiny_set.model.parent).values())) < 45e6
+
+
+def test_no_tensor_is_constant_or_wild(tiny_set: TinySet) -> None:
+    for path in (tiny_set.model, tiny_set.adapter, tiny_set.vae, tiny_set.text_encoder, tiny_set.wav2vec_file):
+        for name, tensor in read_state_dict(path).items():
+            if tensor.is_floating_point():
+                values = tensor.float()
+                assert 1e-3 < float(values.std()) < 2, name
+                assert float(values.abs().max()) < 8, name
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("model", ["patch_embedding.weight", "blocks.1.cross_attn.norm_k_img.weight", "head.modulation"]),
+        ("adapter", ["audio_proj.proj1_vf.weight", "blocks.1.audio_cross_attn.kv_linear.bias", "blocks.0.norm_x.bias"]),
+        ("vae", ["conv2.weight", "decoder.upsamples.4.shortcut.weight", "encoder.downsamples.8.time_conv.weight"]),
+        ("text_encoder", ["blocks.0.pos_embedding.embedding.weight", "spiece_model", "norm.weight"]),
+        ("clip_vision", ["vision_model.pre_layrnorm.weight", "vision_model.encoder.layers.1.mlp.fc2.bias"]),
+        ("wav2vec_file", ["wav2vec2.encoder.pos_conv_embed.conv.weight_g", "wav2vec2.masked_spec_embed"]),
+    ],
+)
+def test_public_names(tiny_set: TinySet, role: str, names: list[str]) -> None:
+    held = read_state_dict(getattr(tiny_set, role))
+    assert set(names) <= set(held)
+
+
+def test_the_model_loads_and_gives_sane_velocities(tiny_set: TinySet) -> None:
+    model = load_dit(tiny_set.model, tiny_set.adapter, base_dtype=torch.float32)
+    assert model.config.head_dim == 64
+    audio = model.config.audio
+    assert audio is not None
+    velocity = model(
+        torch.randn(16, 3, 4, 6),
+        torch.tensor([700.0]),
+        [torch.randn(7, model.config.text_dim)],
+        torch.randn(1, 257, model.config.clip_dim),
+        torch.randn(20, 3, 4, 6),
+        torch.randn(1, 9, 5, audio.blocks, audio.channels),
+    )
+    assert velocity.shape == (1, 16, 3, 4, 6)
+    assert 0.1 < float(velocity.std()) < 3
+
+
+def test_the_vae_loads(tiny_set: TinySet) -> None:
+    vae = WanVAE.load(tiny_set.vae, dtype=torch.float32)
+    latents = vae.encode(torch.rand(1, 3, 5, 16, 24) * 2 - 1)
+    assert latents.shape == (1, 16, 2, 2, 3)
+    assert 0.01 < float(latents.std()) < 10
+    frames = vae.decode(latents)
+    assert frames.shape == (1, 3, 5, 16, 24)
+    assert 0.05 < float(frames.std()) < 0.95
+
+
+def test_the_text_encoder_loads_and_its_tokenizer_is_real(tiny_set: TinySet) -> None:
+    encoder = TextEncoder.load(tiny_set.text_encoder, dtype=torch.float32)
+    short, long = encoder.encode(["A woman", "A woman looks into the camera and speaks 你好"])
+    assert short.shape[1] == long.shape[1] == 64
+    assert 2 < len(short) < len(long)  # words become pieces, and a sentence ends with </s>
+    ids = encoder.tokenize("A woman looks")
+    assert ids[-1] == 1
+    assert 2 not in encoder.tokenize("☃ unheard")  # bytes stand in for what the vocabulary lacks
+    assert 0.1 < float(long.std()) < 5
+
+
+def test_clip_loads(tiny_set: TinySet) -> None:
+    tokens = ClipVision.load(tiny_set.clip_vision, dtype=torch.float32).encode(torch.rand(1, 3, 40, 30) * 2 - 1)
+    assert tokens.shape == (1, 257, 1280)
+    assert 0.1 < float(tokens.std()) < 10
+
+
+def test_wav2vec2_is_the_same_as_folder_and_as_file(tiny_set: TinySet) -> None:
+    waveform = torch.sin(torch.arange(16000) * 0.05) * 0.3
+    folder = Wav2Vec2Features.load(tiny_set.wav2vec, do_normalize=False)(waveform)
+    file = Wav2Vec2Features.load(tiny_set.wav2vec_file)(waveform)
+    assert folder.shape == (25, 2, 128)
+    assert torch.equal(folder, file)
+    assert 0.1 < float(folder.std()) < 5
+
+
+def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "file"))):
+        make_tiny(tmp_path / "file" / "set")
