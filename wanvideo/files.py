@@ -205,7 +205,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = _torch_load(path)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+        if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "Trying to")):
             raise CheckpointError(
                 f"{path} holds more than tensors and is not unpickled, because that could run foreign code; "
                 "use a safetensors version of it."
