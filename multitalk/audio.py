@@ -202,7 +202,7 @@ EAGER_TOKENS = 750
 """Up to this many video frames attention is transformers' eager one; its score matrix grows with the square. Beyond,
 the same weights run through `scaled_dot_product_attention`, whose memory grows with the length only."""
 
-_STRIDES = {(10, 3, 3, 3, 3, 2, 2): [5, 2, 2, 2, 2, 2, 2]}  # by kernel sizes; the only public front end
+_STRIDES: dict[tuple[int, ...], list[int]] = {(10, 3, 3, 3, 3, 2, 2): [5, 2, 2, 2, 2, 2, 2]}  # by kernel sizes
 
 # What a folder's config.json (or our metadata) may add to the shapes.
 _CONFIG_FIELDS = (
@@ -223,7 +223,7 @@ def wav2vec2_config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what
     the convolutions (else those of every public wav2vec2), whether layer norms stand before or after (else as
     the public models with such a front end have it). Raises CheckpointError for other models.
     """
-    convs = []
+    convs: list[Tensor] = []
     while (weight := state.get(f"feature_extractor.conv_layers.{len(convs)}.conv.weight")) is not None:
         convs.append(weight)
     layers = layers_of(state, "encoder.layers.")

@@ -99,3 +99,83 @@ def transformers_wav2vec2(**changes) -> nn.Module:
     model = Wav2Vec2Model._from_config(config, attn_implementation="eager")
     randomise(model)
     return model
+
+
+def transformers_t5(**changes) -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    options = {"vocab_size": 120, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    config = UMT5Config(**{**options, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, **changes})
+    model = UMT5EncoderModel._from_config(config, attn_implementation="eager")
+    randomise(model)
+    return model
+
+
+def hugging_face_t5_names(model: nn.Module) -> dict[str, Tensor]:
+    """As the published files: `shared.weight` once, `encoder.block...`."""
+    stack = {f"encoder.{name}": tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    stack["shared.weight"] = stack.pop("encoder.embed_tokens.weight")
+    return stack
+
+
+_T5 = (
+    ("norm1", "layer.0.layer_norm"),
+    ("attn", "layer.0.SelfAttention"),
+    ("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"),
+    ("norm2", "layer.1.layer_norm"),
+    ("ffn.gate.0", "layer.1.DenseReluDense.wi_0"),
+    ("ffn.fc1", "layer.1.DenseReluDense.wi_1"),
+    ("ffn.fc2", "layer.1.DenseReluDense.wo"),
+)
+
+
+def official_to_hugging_face_t5(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    rules = [(rf"^blocks\.(\d+)\.{re.escape(old)}\.", rf"encoder.block.\1.{new}.") for old, new in _T5]
+    return replace(state, *rules, (r"^token_embedding", "shared"), (r"^norm\.", "encoder.final_layer_norm."))
+
+
+def hugging_face_to_official_t5(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # The position table before the attention that it is part of.
+    rules = [(rf"^encoder\.block\.(\d+)\.{re.escape(new)}\.", rf"blocks.\1.{old}.") for old, new in reversed(_T5)]
+    return replace(state, *rules, (r"^shared", "token_embedding"), (r"^encoder\.final_layer_norm", "norm"))
+
+
+def transformers_clip(**changes) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = CLIPVisionConfig(**{**options, "image_size": 42, "patch_size": 14, "hidden_act": "gelu", **changes})
+    model = CLIPVisionModel._from_config(config, attn_implementation="eager")
+    randomise(model)
+    return model
+
+
+def bare_clip_names(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("vision_model."): tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def official_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names without prefix -> those of the official file, q|k|v fused."""
+    fused: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            fused[name.replace("self_attn.q_proj", "attn.to_qkv")] = torch.cat(parts)
+        else:
+            fused[name] = tensor
+    out = replace(
+        fused,
+        (r"^encoder\.layers\.", "transformer."),
+        (r"layer_norm([12])", r"norm\1"),
+        (r"self_attn\.out_proj", "attn.proj"),
+        (r"mlp\.fc1", "mlp.0"),
+        (r"mlp\.fc2", "mlp.2"),
+        (r"^pre_layrnorm", "pre_norm"),
+        (r"^post_layernorm", "post_norm"),
+        (r"^embeddings\.patch_embedding", "patch_embedding"),
+    )
+    out["cls_embedding"] = out.pop("embeddings.class_embedding")[None, None]
+    out["pos_embedding"] = out.pop("embeddings.position_embedding.weight")[None]
+    return out

@@ -43,8 +43,8 @@ def write_av(path, samples: np.ndarray, rate: int, codec: str = "aac", picture: 
         if video is not None:
             video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
             for _ in range(3):
-                frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-                container.mux(video.encode(frame))
+                picture_frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+                container.mux(video.encode(picture_frame))
             container.mux(video.encode(None))
         if stream is not None:
             for begin in range(0, samples.shape[1], 1024):
