@@ -249,7 +249,7 @@ def text_encoder_weights(dtype: torch.dtype = torch.float32) -> State:
 
 def tokenizer_model() -> bytes:
     """The small SentencePiece model (unigram with byte fallback; pad 0, eos 1, unk 2 as in UMT5)."""
-    return files(__package__).joinpath("assets", "tiny-spiece.model").read_bytes()
+    return files(__package__).joinpath("assets").joinpath("tiny-spiece.model").read_bytes()
 
 
 def vocabulary_size(spiece: bytes) -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .files import CheckpointFile, Progress, own_memory, read_metadata, read_state_dict
+from .files import CheckpointFile, Progress, Stored, own_memory, read_metadata, read_state_dict
+from .gguf import GGUFLinear, GGUFTensor
 from .modules.attention import AttentionMode
 from .modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel
 from .nvfp4 import NVFP4Linear, nvfp4_storage_shapes
@@ -90,7 +91,7 @@ def public_names(names: Iterable[str], anchor: str) -> dict[str, str]:
 
 
 def dit_config(
-    state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, what: str = "The file"
+    state_dict: Mapping[str, Stored], metadata: Mapping[str, str] | None = None, what: str = "The file"
 ) -> WanConfig:
     """The configuration of a DiT from the shapes of its tensors (bare public names; the meta device will do).
 
@@ -177,7 +178,7 @@ def _num_blocks(names: Iterable[str]) -> int:
     return 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
 
 
-def _audio_config(state: Mapping[str, Tensor], told: Mapping[str, int], what: str) -> AudioConfig | None:
+def _audio_config(state: Mapping[str, Stored], told: Mapping[str, int], what: str) -> AudioConfig | None:
     """Of the InfiniteTalk layers, None where the file has none.
 
     proj1 reads `window` rows per first frame and proj1_vf `window + vae_scale - 1` rows per later latent frame.
@@ -205,7 +206,7 @@ def _audio_config(state: Mapping[str, Tensor], told: Mapping[str, int], what: st
     )
 
 
-def _humo_config(state: Mapping[str, Tensor]) -> HuMoConfig:
+def _humo_config(state: Mapping[str, Stored]) -> HuMoConfig:
     """Of HuMo's layers: eight rows per latent frame, of the five groups of whisper layers that all public ones read."""
     seq_len, blocks = HuMoConfig.seq_len, HuMoConfig.blocks
     hidden, features = (int(n) for n in state[HUMO_ANCHOR].shape)
@@ -251,15 +252,15 @@ class DitFiles:
             raise
 
     @property
-    def shapes(self) -> dict[str, Tensor]:
-        """Public name -> tensor on the meta device, or packed as in a GGUF file."""
+    def shapes(self) -> dict[str, Stored]:
+        """Public name -> what tells its shape and dtype."""
         return {name: file.shapes[stored] for name, (file, stored) in self._where.items()}
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         file, stored = self._where[name]
         return file.read(stored, device, dtype)
 
-    def mapped(self, name: str) -> Tensor:
+    def mapped(self, name: str) -> Stored:
         """The tensor as it lies in the file, perhaps unaligned: only for making another one from it at once."""
         file, stored = self._where[name]
         return file.mapped(stored)
@@ -291,7 +292,7 @@ def _joined(base: dict[str, str], adapter: dict[str, str], what: str) -> dict[st
 
 
 def _refuse_other_adapters(
-    what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: Mapping[str, Tensor]
+    what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: Mapping[str, Stored]
 ) -> None:
     if not names or "audio_proj.proj1.weight" not in names:
         from .weights import kind_of  # it reads files through this module
@@ -452,7 +453,9 @@ class _Filler:
             value = self.files.read(name, self.device, torch.float32) * self.files.read(scale, self.device).float()
             tensor = value.to(self.base_dtype)
         elif self._is_quantized_next(name):
-            tensor = self.files.mapped(name)
+            mapped = self.files.mapped(name)
+            assert isinstance(mapped, Tensor)  # packed ones in the blocks stay packed
+            tensor = mapped
         else:
             tensor = self.files.read(name, self.device, self.base_dtype)
         self._assign(name, tensor)
@@ -465,6 +468,12 @@ class _Filler:
     def _fill_quantized(self, layer: str, linear: nn.Linear, blank: Tensor) -> bool:
         """Take a linear's weight as the file stores it, where the file stores it quantised; False where it does not."""
         name = f"{layer}.weight"
+        if isinstance(self.shapes[name], GGUFTensor) and _in_blocks(name):
+            self._check_shape(name, blank)
+            packed = self.files.mapped(name)
+            assert isinstance(packed, GGUFTensor)
+            GGUFLinear.adopt(linear, packed.to(self.device), self.base_dtype)
+            return True
         extras = self.extras.get(layer, {})
         form = self._told_format(extras.get("comfy_quant"), name)
         if form == "nvfp4":
@@ -520,5 +529,5 @@ def _in_blocks(name: str) -> bool:
     return name.startswith("blocks.")
 
 
-def _num_bytes(tensor: Tensor) -> int:
+def _num_bytes(tensor: Stored) -> int:
     return tensor.numel() * tensor.element_size()

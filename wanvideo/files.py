@@ -18,11 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .gguf import GGUFTensor, read_gguf, read_gguf_metadata
 
 log = logging.getLogger(__name__)
 
 # Called with (bytes read, bytes in the file) after each tensor.
 Progress = Callable[[int, int], None]
+
+# A tensor, or the packed blocks of one in a GGUF file.
+Stored = Tensor | GGUFTensor
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -54,28 +58,28 @@ def own_memory(tensor: Tensor, device: str | torch.device = "cpu", dtype: torch.
 class CheckpointFile:
     """An open checkpoint: `shapes` at once, each tensor when asked for.
 
-    `shapes` maps every name to a tensor on the meta device (shape and dtype, no memory); `metadata` is the text that a
-    safetensors header carries. Raises CheckpointError when the file is missing, damaged, or of a format that is not
-    read here. Use as a context manager, or call `close`.
+    `shapes` maps every name to what tells its shape and dtype (a tensor on the meta device, or the mapped one);
+    `metadata` is the text that a safetensors or GGUF header carries. Raises CheckpointError when the file is missing,
+    damaged, or of a format that is not read here. Use as a context manager, or call `close`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.metadata: dict[str, str] = {}
-        self._tensors: dict[str, Tensor] | None = None  # formats that are loaded (or mapped) whole
+        self.shapes: dict[str, Stored] = {}
+        self._tensors: dict[str, Stored] | None = None  # formats that are loaded (or mapped) whole
         self._safetensors: safe_open | None = None
         _refuse_what_is_no_file(self.path)
         suffix = self.path.suffix.lower()
         if suffix in SAFETENSORS_SUFFIXES:
-            self.shapes = self._open_safetensors()
+            self.shapes |= self._open_safetensors()
         elif suffix in PICKLE_SUFFIXES:
-            self._tensors = _load_pickle(self.path)
-            self.shapes = dict(self._tensors)
+            self._tensors = {**_load_pickle(self.path)}
+            self.shapes |= self._tensors
         elif suffix in GGUF_SUFFIXES:
-            from .gguf import read_gguf
-
-            self._tensors = read_gguf(self.path)
-            self.shapes = dict(self._tensors)
+            self._tensors = {**read_gguf(self.path)}
+            self.shapes |= self._tensors
+            self.metadata = read_gguf_metadata(self.path)
         else:
             known = ", ".join((*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES, *GGUF_SUFFIXES))
             raise CheckpointError(f"{self.path} has an unknown ending '{suffix}': model files end in {known}.")
@@ -104,26 +108,27 @@ class CheckpointFile:
         return list(self.shapes)
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor `name` in memory of its own on `device`, cast to `dtype` where one is given."""
-        try:
-            if self._safetensors is not None:
-                return own_memory(self._safetensors.get_tensor(name), device, dtype)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
-        assert self._tensors is not None
-        tensor = self._tensors[name]
-        if type(tensor) not in (Tensor, torch.nn.Parameter):  # GGUF blocks: they know how to unpack themselves
-            return tensor.to(device)
-        return own_memory(tensor, device, dtype)
+        """The tensor `name` in memory of its own on `device`, cast to `dtype` where one is given.
 
-    def mapped(self, name: str) -> Tensor:
+        Packed tensors of a GGUF file are unpacked, to bfloat16 where no dtype is given.
+        """
+        tensor = self.mapped(name)
+        if isinstance(tensor, GGUFTensor):
+            return tensor.dequantize(dtype or torch.bfloat16, device)
+        try:
+            return own_memory(tensor, device, dtype)
+        except OSError as error:
+            raise _damaged(self.path, error) from error
+
+    def mapped(self, name: str) -> Stored:
         """The tensor as it lies in the file: at any byte, and valid only while the file stays as it is."""
         try:
             if self._safetensors is not None:
                 return self._safetensors.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(self.path, error) from error
-        assert self._tensors is not None
+        if self._tensors is None:
+            raise ValueError(f"{self.path} is closed")
         return self._tensors[name]
 
     def close(self) -> None:
@@ -141,6 +146,8 @@ def read_state_dict(
     path: str | Path, device: str | torch.device = "cpu", *, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .pth/.pt or .gguf file, in their stored dtypes, names as in the file.
+
+    The packed tensors of a GGUF file come unpacked, in bfloat16.
 
     Each tensor lies contiguous in memory of its own on `device`. Raises CheckpointError, one sentence, for a file that
     is missing, truncated, a folder, a Git LFS pointer, unsafe to unpickle, or of an unknown format.
@@ -168,7 +175,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata
 
 
-def _num_bytes(tensor: Tensor) -> int:
+def _num_bytes(tensor: Stored) -> int:
     return tensor.numel() * tensor.element_size()
 
 
