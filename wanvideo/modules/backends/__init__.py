@@ -10,6 +10,7 @@ from .registry import (
     lookup,
     refuse,
     register,
+    set_trial,
     unavailable_reasons,
     unregister,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "register",
     "sage",
     "sdpa",
+    "set_trial",
     "unavailable_reasons",
     "unregister",
 ]

@@ -66,6 +66,7 @@ class Backend:
 _backends: dict[str, Backend] = {}
 _refused: dict[str, str] = {}
 _known_reasons: dict[tuple[str, str], tuple[str, ...]] = {}
+_trial: Callable[[str, torch.device], list[str]] | None = None
 
 
 def register(backend: Backend) -> Backend:
@@ -107,6 +108,13 @@ def refuse(name: str, reason: str | None) -> None:
     _known_reasons.clear()
 
 
+def set_trial(trial: Callable[[str, torch.device], list[str]] | None) -> None:
+    """Let `trial(name, device)` give reasons against a backend that is otherwise available; None trusts them all."""
+    global _trial
+    _trial = trial
+    _known_reasons.clear()
+
+
 def forget_availability() -> None:
     """Ask all backends anew whether they can run: a package was installed, or a fake put in its place."""
     _known_reasons.clear()
@@ -120,5 +128,7 @@ def unavailable_reasons(name: str, device: torch.device) -> tuple[str, ...]:
         reasons = [*unavailable_reasons_of(backend.contract, device), *backend.unavailable(device)]
         if name in _refused:
             reasons.append(_refused[name])
+        if not reasons and _trial is not None:
+            reasons += _trial(name, device)
         _known_reasons[key] = tuple(reasons)
     return _known_reasons[key]
