@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -114,7 +115,13 @@ def resolve_mode(mode: AttentionMode, block: int, role: str) -> str:
     return canonical_mode(mode(block, role)) if callable(mode) else mode_for_role(mode, role)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise InputError(f"attention takes q, k, v of [B, L, H, D], not {q.ndim}, {k.ndim} and {v.ndim} dimensions")
     same = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
@@ -129,6 +136,23 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise InputError(f"attention takes q, k, v on one device, not {q.device}, {k.device} and {v.device}")
     if k.shape[1] == 0:
         raise InputError("attention needs at least one key, k and v are empty")
+    if softmax_scale is not None and not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise InputError(f"softmax_scale must be a finite number above 0, not {softmax_scale}")
+    if attn_mask is not None:
+        _check_mask(attn_mask, q, k.shape[1])
+
+
+def _check_mask(mask: torch.Tensor, q: torch.Tensor, keys: int) -> None:
+    scores = (q.shape[0], q.shape[2], q.shape[1], keys)
+    fits = mask.ndim <= 4 and all(
+        size in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise InputError(f"attn_mask {tuple(mask.shape)} does not broadcast to {scores}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(f"attn_mask must be bool or floating point, not {mask.dtype}")
+    if mask.device != q.device:
+        raise InputError(f"attention takes all tensors on one device, not q on {q.device}, attn_mask on {mask.device}")
 
 
 _announced: set[tuple[str, str]] = set()
@@ -211,7 +235,7 @@ def attention(
     if torch.compiler.is_compiling():
         return _attention_op(q, k, v, attention_mode, attn_mask, softmax_scale, causal)
     mode = canonical_mode(attention_mode)
-    _check(q, k, v)
+    _check(q, k, v, attn_mask, softmax_scale)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     passed_over: dict[str, list[str]] = {}
@@ -239,7 +263,7 @@ def run_backend(
 ) -> torch.Tensor:
     """One backend by name instead of a mode, for trials, measurements and tests; otherwise as `attention`."""
     backend = lookup(name)
-    _check(q, k, v)
+    _check(q, k, v, attn_mask, softmax_scale)
     reasons = reasons_against(backend, q, k, v, attn_mask, softmax_scale, causal)
     if reasons:
         raise BackendUnavailableError(f"The attention backend '{name}' cannot serve this call: {', '.join(reasons)}.")

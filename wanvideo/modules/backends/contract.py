@@ -242,7 +242,7 @@ def unavailable_reasons_of(contract: Contract, device: torch.device) -> list[str
     Looks up packages and the GPU; ask once and keep the answer.
     """
     reasons = _device_reasons(contract, device)
-    if device.type == "cuda" and (contract.capabilities or contract.min_capability):
+    if not reasons and (contract.capabilities or contract.min_capability):
         found = packages.capability(device)
         if found is None:
             reasons.append("it needs an NVIDIA GPU")
@@ -260,23 +260,21 @@ def unavailable_reasons_of(contract: Contract, device: torch.device) -> list[str
 def repaired(contract: Contract, x: torch.Tensor) -> torch.Tensor:
     """`x` [B, L, H, D] in the kernel's order and dtype, without a copy when the kernel may read it as it lies."""
     x = x.to(contract.kernel_dtype(x.dtype))
+    if contract.layout == "aligned_strided":
+        # Before the turn, so that a copy lies in the order [B, L, H, D], which the output then takes over.
+        x = aligned_strided(x, contract.alignment)
     if contract.order == "BHLD":
         x = x.transpose(1, 2)
-    if contract.layout == "aligned_strided":
-        return aligned_strided(x, contract.alignment)
-    if contract.layout == "aligned_contiguous":
-        return aligned_contiguous(x, contract.alignment)
-    return x
+    return aligned_contiguous(x, contract.alignment) if contract.layout == "aligned_contiguous" else x
 
 
-def repaired_mask(contract: Contract, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """An additive mask as the kernel may read it: `dtype`, aligned start, rows that start at aligned addresses.
+def repaired_mask(contract: Contract, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as the kernel may read it: additive, of `dtype`, four dimensions, every row at an aligned address.
 
     Args:
         mask: broadcastable to [B, H, Lq, Lk]; bool (True takes part) or floating point (added to the scores).
     """
-    if mask is None:
-        return None
+    mask = mask[(None,) * (4 - mask.ndim)]
     if mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=dtype, device=mask.device)
         mask = torch.where(mask, zero, zero - math.inf)

@@ -51,7 +51,7 @@ def run_host(
     ratio = scale_ratio(softmax_scale, q.shape[-1])
     if ratio != 1.0:
         q = q * ratio
-    mask = repaired_mask(CONTRACT, attn_mask, q.dtype)
+    mask = None if attn_mask is None else repaired_mask(CONTRACT, attn_mask, q.dtype)
     return optimized(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
 
 

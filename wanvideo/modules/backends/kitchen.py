@@ -42,7 +42,7 @@ def run_kitchen_int8(
     causal: bool,
 ) -> torch.Tensor:
     """`comfy_kitchen.int8_attention` on [B, H, L, D]."""
-    mask = repaired_mask(CONTRACT, attn_mask, q.dtype)
+    mask = None if attn_mask is None else repaired_mask(CONTRACT, attn_mask, q.dtype)
     scale = scale_or_default(softmax_scale, q.shape[-1])
     return packages.load("comfy_kitchen").int8_attention(q, k, v, scale=scale, attn_mask=mask)
 

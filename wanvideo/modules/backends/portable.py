@@ -17,7 +17,16 @@ __all__ = ["EMULATED_FP8", "EMULATED_NVFP4", "EMULATED_NVFP4_PLAIN", "OWN_FP4", 
 # wanvideo.modules.backends.portable -> wanvideo.kernels
 _KERNELS = __name__.rsplit(".", 3)[0] + ".kernels"
 
-OWN_CONTRACT = Contract(
+# Triton reads any address and any strides whose last is 1, so nothing is copied for alignment.
+OWN_FP8_CONTRACT = Contract(
+    dtypes=(*HALF, torch.float32),
+    layout="aligned_strided",
+    alignment=1,
+    head_dims=(64, 96, 128),
+    min_capability=(8, 0),
+)
+
+OWN_FP4_CONTRACT = Contract(
     dtypes=HALF,
     layout="aligned_strided",
     head_dims=(64, 128),
@@ -53,7 +62,7 @@ def _run_kernel(module: str, function: str) -> Run:
 OWN_FP8 = register(
     Backend(
         "own_fp8",
-        OWN_CONTRACT,
+        OWN_FP8_CONTRACT,
         _run_kernel("sage_fp8", "sage_fp8_attention"),
         functools.partial(_kernel_unavailable, "sage_fp8"),
         note="this project's int8/fp8 kernel",
@@ -62,7 +71,7 @@ OWN_FP8 = register(
 OWN_FP4 = register(
     Backend(
         "own_fp4",
-        OWN_CONTRACT,
+        OWN_FP4_CONTRACT,
         _run_kernel("sage_fp4", "sage_fp4_attention"),
         functools.partial(_kernel_unavailable, "sage_fp4"),
         note="this project's NVFP4 kernel",

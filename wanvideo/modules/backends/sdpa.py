@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .contract import Contract, repaired_mask, scale_or_default
 from .registry import Backend, register
@@ -11,6 +14,9 @@ from .registry import Backend, register
 __all__ = ["EAGER", "SDPA", "eager_attention"]
 
 _CHUNK_BYTES = 256 << 20
+
+# Masks are rare and short here; these two have read them by their strides for years.
+_MASK_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # After the 16-byte repair every kernel behind SDPA is right: flash, efficient and cuDNN all read aligned strided
 # tensors. Unrepaired, flash and efficient fault and cuDNN returns wrong numbers without an error.
@@ -41,13 +47,16 @@ def run_sdpa(
     causal: bool,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` on [B, H, L, D] views, read by strides."""
+    if attn_mask is None:
+        # The output has q's order in memory, [B, L, H, D], so the way back costs no copy.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale)
     mask = repaired_mask(SDPA_CONTRACT, attn_mask, q.dtype)
-    if mask is not None and causal:
-        # SDPA takes one or the other.
+    if causal:  # SDPA takes one or the other
         mask = repaired_mask(SDPA_CONTRACT, mask + _causal_bias(q.shape[2], k.shape[2], mask), q.dtype)
-        causal = False
-    # The output has q's order in memory, [B, L, H, D], so the way back costs no copy.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=softmax_scale)
+    with sdpa_kernel(_MASK_KERNELS) if q.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+    # Kernels disagree on a query that may see no key (NaN, zero, the mean of V); here it gets zeros.
+    return out.masked_fill((mask == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
