@@ -1,0 +1,357 @@
+"""Loading models: the DiT with its adapter, the VAE, the text encoder, CLIP vision, wav2vec2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from .. import host
+from ..fp8_optimization import QUANTIZATIONS
+from ..wanvideo.compilation import CompileSettings
+from ..wanvideo.offload import BlockSwap
+from .models import SpeechModel, TextModel, VaeModel, VideoModel, VisionModel
+from .schema import (
+    AdapterType,
+    BlockSwapType,
+    CompileType,
+    LoraType,
+    TextEncoderType,
+    WanModelType,
+    WanVaeType,
+    Wav2VecType,
+    foreign,
+    node_schema,
+    refuse_foreign,
+)
+from .types import Adapter, Lora
+
+# The public values first and in their order, then ours.
+ATTENTION_MODES = [
+    "sdpa",
+    "flash_attn_2",
+    "flash_attn_3",
+    "sageattn",
+    "sageattn_3",
+    "radial_sage_attention",
+    "sageattn_compiled",
+    "sageattn_ultravico",
+    "comfy",
+    "auto",
+    "sageattn_3_fp4",
+    "sageattn_3_fp8",
+    "eager",
+]
+HUB_WAV2VEC = ["TencentGameMate/chinese-wav2vec2-base", "facebook/wav2vec2-base-960h"]
+_LOAD_DEVICE_TIP = "main_device: keep it on the GPU. offload_device: keep it in host memory until it is needed."
+
+
+def _load_device(default: str, **options: Any) -> Any:
+    return io.Combo.Input(
+        "load_device", options=["main_device", "offload_device"], default=default, tooltip=_LOAD_DEVICE_TIP, **options
+    )
+
+
+class WanVideoModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoModelLoader",
+            "WanVideo Model Loader",
+            "Load a Wan2.1 video model: safetensors, scaled fp8 or GGUF, with the InfiniteTalk or MultiTalk adapter "
+            "and LoRAs. A model that is already loaded with the same settings is used again.",
+            group="loaders",
+            aliases=["wan model", "diffusion model", "infinitetalk", "gguf", "fp8", "nvfp4", "加载模型"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=host.model_files("dit"),
+                    tooltip="A Wan2.1 file of ComfyUI/models/diffusion_models. Its size is read from the file.",
+                ),
+                io.Combo.Input(
+                    "base_precision",
+                    options=["fp32", "bf16", "fp16", "fp16_fast"],
+                    default="bf16",
+                    tooltip="What is computed in where nothing is quantised. fp16_fast also lets the GPU accumulate in "
+                    "fp16: faster on consumer GPUs, less exact.",
+                ),
+                io.Combo.Input(
+                    "quantization",
+                    options=list(QUANTIZATIONS),
+                    default="disabled",
+                    tooltip="How the weights of the transformer blocks are kept. Files that are quantised already keep "
+                    "their own format. fp8: half the memory. scaled: with a scale per layer. fast: also multiply in "
+                    "fp8. fp4_scaled: NVFP4, a quarter of the memory.",
+                ),
+                _load_device("offload_device"),
+                io.Combo.Input(
+                    "attention_mode",
+                    options=ATTENTION_MODES,
+                    default="sdpa",
+                    optional=True,
+                    tooltip="How self-attention is computed. auto chooses the fastest that is known to be right on "
+                    "this GPU. sageattn_3_fp4 and sageattn_3_fp8 run anywhere; where a package is missing it says so.",
+                ),
+                CompileType.Input("compile_args", optional=True, tooltip="From WanVideo Torch Compile Settings."),
+                BlockSwapType.Input("block_swap_args", optional=True, tooltip="From WanVideo Block Swap."),
+                LoraType.Input("lora", optional=True, tooltip="From WanVideo Lora Select."),
+                foreign("VRAM_MANAGEMENTARGS", "vram_management_args", "Not supported; use WanVideo Block Swap."),
+                foreign("VACEPATH", "extra_model", "VACE is not supported; leave unconnected."),
+                foreign("FANTASYTALKINGMODEL", "fantasytalking_model", "Not supported; leave unconnected."),
+                AdapterType.Input(
+                    "multitalk_model",
+                    optional=True,
+                    tooltip="From Multi/InfiniteTalk Model Loader. Not needed where the model file has audio layers.",
+                ),
+                foreign("FANTASYPORTRAITMODEL", "fantasyportrait_model", "Not supported; leave unconnected."),
+                io.Combo.Input(
+                    "rms_norm_function",
+                    options=["default", "pytorch"],
+                    default="default",
+                    optional=True,
+                    tooltip="Kept for saved workflows: both compute the same normalisation in float32.",
+                ),
+            ],
+            outputs=[WanModelType.Output(display_name="model", tooltip="The loaded model.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: str,
+        base_precision: str,
+        quantization: str,
+        load_device: str,
+        attention_mode: str = "sdpa",
+        compile_args: CompileSettings | None = None,
+        block_swap_args: BlockSwap | None = None,
+        lora: tuple[Lora, ...] | None = None,
+        multitalk_model: Adapter | None = None,
+        rms_norm_function: str = "default",
+        **foreign_sockets: Any,
+    ) -> Any:
+        refuse_foreign(cls, foreign_sockets)
+        loaded = VideoModel.load(
+            host.model_path("dit", model),
+            adapter=multitalk_model,
+            precision=base_precision,
+            quantization=quantization,
+            attention_mode=attention_mode,
+            loras=lora or (),
+            compile_settings=compile_args,
+            swap=block_swap_args,
+            keep_on_device=load_device == "main_device",
+        )
+        return io.NodeOutput(loaded)
+
+
+class MultiTalkModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "MultiTalkModelLoader",
+            "Multi/InfiniteTalk Model Loader",
+            "Choose the InfiniteTalk or MultiTalk adapter that gives a Wan2.1 I2V model its audio layers.",
+            group="loaders",
+            aliases=["infinitetalk", "multitalk", "lip sync", "audio adapter", "数字人", "对口型"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=host.model_files("dit"),
+                    tooltip="An adapter file of ComfyUI/models/diffusion_models, safetensors or GGUF. With 'infinite' "
+                    "in its name it is taken for InfiniteTalk, else for MultiTalk; the video node can overrule that.",
+                )
+            ],
+            outputs=[AdapterType.Output(display_name="model", tooltip="For WanVideo Model Loader.")],
+        )
+
+    @classmethod
+    def execute(cls, model: str) -> Any:
+        return io.NodeOutput(Adapter(host.model_path("dit", model)))
+
+
+class WanVideoVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoVAELoader",
+            "WanVideo VAE Loader",
+            "Load the Wan2.1 VAE, which turns pictures into latents and latents into pictures.",
+            group="loaders",
+            aliases=["wan vae", "加载 VAE"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name", options=host.model_files("vae"), tooltip="The Wan2.1 VAE in ComfyUI/models/vae."
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["fp16", "fp32", "bf16"],
+                    default="bf16",
+                    optional=True,
+                    tooltip="What the VAE computes in; fp32 is the most exact and takes twice the memory.",
+                ),
+                CompileType.Input(
+                    "compile_args", optional=True, tooltip="Compile the VAE's decoder with torch.compile."
+                ),
+                io.Boolean.Input(
+                    "use_cpu_cache",
+                    default=False,
+                    optional=True,
+                    tooltip="Kept for saved workflows: the VAE works frame by frame and keeps little on the GPU.",
+                ),
+                io.Boolean.Input(
+                    "verbose", default=False, optional=True, tooltip="Log size and time of every encode and decode."
+                ),
+            ],
+            outputs=[WanVaeType.Output(display_name="vae", tooltip="The loaded VAE.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model_name: str,
+        precision: str = "bf16",
+        compile_args: CompileSettings | None = None,
+        use_cpu_cache: bool = False,
+        verbose: bool = False,
+    ) -> Any:
+        path = host.model_path("vae", model_name)
+        return io.NodeOutput(VaeModel.load(path, precision, compile_settings=compile_args, verbose=verbose))
+
+
+class LoadWanVideoT5TextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "LoadWanVideoT5TextEncoder",
+            "WanVideo T5 Text Encoder Loader",
+            "Load the UMT5-XXL text encoder that Wan2.1 understands prompts with.",
+            group="loaders",
+            aliases=["umt5", "t5", "text encoder", "文本编码器"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files("text_encoder"),
+                    tooltip="A UMT5-XXL file of ComfyUI/models/text_encoders, with official or Hugging Face key names.",
+                ),
+                io.Combo.Input(
+                    "precision", options=["fp32", "bf16"], default="bf16", tooltip="What the encoder computes in."
+                ),
+                _load_device("offload_device", optional=True),
+                io.Combo.Input(
+                    "quantization",
+                    options=["disabled", "fp8_e4m3fn"],
+                    default="disabled",
+                    optional=True,
+                    tooltip="Keep the weights in fp8: half the memory.",
+                ),
+            ],
+            outputs=[TextEncoderType.Output(display_name="wan_t5_model", tooltip="The loaded text encoder.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model_name: str, precision: str, load_device: str = "offload_device", quantization: str = "disabled"
+    ) -> Any:
+        path = host.model_path("text_encoder", model_name)
+        return io.NodeOutput(TextModel.load(path, precision, quantization, keep_on_device=load_device == "main_device"))
+
+
+class InfiniteTalkClipVisionLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkClipVisionLoader",
+            "InfiniteTalk CLIP Vision Loader",
+            "Load the CLIP vision model of Wan2.1 I2V. Does what ComfyUI's Load CLIP Vision does for the same file, "
+            "and also reads the official key names (.pth) and other sizes.",
+            group="loaders",
+            aliases=["clip vision", "clip_vision_h", "open-clip", "CLIP 视觉"],
+            inputs=[
+                io.Combo.Input(
+                    "clip_name",
+                    options=host.model_files("clip_vision"),
+                    tooltip="CLIP ViT-H of ComfyUI/models/clip_vision.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["fp16", "fp32", "bf16"],
+                    default="fp16",
+                    optional=True,
+                    tooltip="What the model computes in.",
+                ),
+            ],
+            outputs=[io.ClipVision.Output(display_name="clip_vision", tooltip="For WanVideo ClipVision Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, clip_name: str, precision: str = "fp16") -> Any:
+        return io.NodeOutput(VisionModel.load(host.model_path("clip_vision", clip_name), precision))
+
+
+def _wav2vec_outputs() -> list[Any]:
+    return [Wav2VecType.Output(display_name="wav2vec_model", tooltip="For Multi/InfiniteTalk Wav2vec2 Embeds.")]
+
+
+def _wav2vec_precision() -> Any:
+    return io.Combo.Input(
+        "base_precision", options=["fp32", "bf16", "fp16"], default="fp16", tooltip="What the model computes in."
+    )
+
+
+class Wav2VecModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "Wav2VecModelLoader",
+            "Wav2vec2 Model Loader",
+            "Load the wav2vec2 model that turns speech into what the lips follow.",
+            group="loaders",
+            aliases=["wav2vec2", "audio encoder", "speech encoder", "语音编码器"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=host.model_files("wav2vec"),
+                    tooltip="chinese-wav2vec2-base in ComfyUI/models/wav2vec2 or models/audio_encoders: one "
+                    "safetensors file, or the weights inside a Hugging Face folder.",
+                ),
+                _wav2vec_precision(),
+                _load_device("main_device"),
+            ],
+            outputs=_wav2vec_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model: str, base_precision: str, load_device: str) -> Any:
+        return io.NodeOutput(_speech_model(host.model_path("wav2vec", model), base_precision, load_device))
+
+
+class DownloadAndLoadWav2VecModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "DownloadAndLoadWav2VecModel",
+            "(Down)load Wav2Vec Model",
+            "Load wav2vec2 from ComfyUI/models/wav2vec2; download it from Hugging Face first if it is not there.",
+            group="loaders",
+            aliases=["wav2vec2", "download wav2vec", "下载"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=HUB_WAV2VEC,
+                    tooltip="InfiniteTalk and MultiTalk were trained with chinese-wav2vec2-base.",
+                ),
+                _wav2vec_precision(),
+                _load_device("main_device"),
+            ],
+            outputs=_wav2vec_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model: str, base_precision: str, load_device: str) -> Any:
+        return io.NodeOutput(_speech_model(host.hub_folder(model), base_precision, load_device))
+
+
+def _speech_model(path: Path, precision: str, load_device: str) -> SpeechModel:
+    return SpeechModel.load(path, precision, keep_on_device=load_device == "main_device")

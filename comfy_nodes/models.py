@@ -1,0 +1,495 @@
+"""The loaded models that travel between nodes: our library's objects under ComfyUI's memory management."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import host
+from ..fp8_optimization import Fp8Linear
+from ..multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, load_speech, normalise_loudness
+from ..multitalk.speakers import add_noise_floor, arrange, mix, smooth_transients
+from ..wanvideo.checkpoints import CheckpointFile, load_dit
+from ..wanvideo.clip import ClipVision
+from ..wanvideo.compilation import CompileSettings, compile_model
+from ..wanvideo.errors import CheckpointError, InputError
+from ..wanvideo.modules.attention import canonical_mode
+from ..wanvideo.modules.model import WanModel
+from ..wanvideo.offload import BlockSwap
+from ..wanvideo.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
+from ..wanvideo.vae import WanVAE
+from .types import Adapter, ClipEmbeds, Lora, SpeechEmbeds, TextEmbeds
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_fast": torch.float16}
+
+
+def _loading_bar() -> Callable[[int, int], None]:
+    bar = host.Progress(1)
+    return lambda done, total: bar(done, max(total, 1))
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
+
+
+# --- the video model ---------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Weights:
+    """One copy of a model's weights; several `VideoModel`s may look at it."""
+
+    model: WanModel
+    resident: host.Resident
+
+
+# Weights in use, by what they were loaded from and how: the same request gets the same copy.
+_in_use: WeakValueDictionary[tuple[Any, ...], Weights] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """WANVIDEOMODEL: weights, and how to run them."""
+
+    weights: Weights = field(repr=False)
+    name: str
+    precision: str
+    attention_mode: str
+    adapter_mode: str | None
+    swap: BlockSwap | None = None
+    compile_settings: CompileSettings | None = None
+    loras: tuple[Lora, ...] = ()  # those that run beside the weights
+    keep_on_device: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        adapter: Adapter | None,
+        precision: str,
+        quantization: str,
+        attention_mode: str,
+        loras: tuple[Lora, ...] = (),
+        compile_settings: CompileSettings | None = None,
+        swap: BlockSwap | None = None,
+        keep_on_device: bool = False,
+    ) -> VideoModel:
+        """Read the files, or take the copy that is loaded already."""
+        attention_mode = canonical_mode(attention_mode)
+        merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
+        beside = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
+        key = (
+            _stamp(path),
+            adapter and _stamp(adapter.path),
+            PRECISIONS[precision],
+            quantization,
+            tuple((_stamp(lora.path), lora.strength) for lora in merged),
+            compile_settings,
+        )
+        weights = _in_use.get(key)
+        if weights is None:
+            with host.ordinary_tensors():
+                weights = _load_weights(path, adapter, precision, quantization, merged, compile_settings, swap)
+            _in_use[key] = weights
+        else:
+            log.info("%s is loaded already with these settings", path.name)
+        model = cls(
+            weights,
+            name=path.name,
+            precision=precision,
+            attention_mode=attention_mode,
+            adapter_mode=None if adapter is None else adapter.mode,
+            swap=swap,
+            compile_settings=compile_settings,
+            loras=beside,
+            keep_on_device=keep_on_device,
+        )
+        model._check_loras()
+        if keep_on_device:
+            model.to_device()
+        return model
+
+    def with_loras(self, loras: tuple[Lora, ...]) -> VideoModel:
+        """The same weights with `loras` beside them, instead of those before."""
+        model = replace(self, loras=tuple(lora for lora in loras if lora.strength != 0))
+        model._check_loras()
+        return model
+
+    def with_block_swap(self, swap: BlockSwap | None) -> VideoModel:
+        return replace(self, swap=swap)
+
+    @property
+    def model(self) -> WanModel:
+        return self.weights.model
+
+    @property
+    def mode(self) -> str:
+        """How windows follow each other: what the adapter's name says, else what the model's says."""
+        return self.adapter_mode or ("multitalk" if "multitalk" in self.name.lower() else "infinitetalk")
+
+    def to_device(self, working_bytes: int = 0) -> None:
+        """On the device, with this block swap and these LoRAs."""
+        self.weights.resident.set_swap(self.swap)
+        self._apply_loras()
+        self.weights.resident.load(working_bytes)
+
+    def unload(self) -> None:
+        if not self.keep_on_device:
+            self.weights.resident.unload()
+
+    def _check_loras(self) -> None:
+        """Read the headers of the LoRAs now, so that a wrong file is reported where it was chosen."""
+        for lora in self.loras:
+            with CheckpointFile(lora.path):
+                pass
+
+    def _apply_loras(self) -> None:
+        if self.loras:
+            raise InputError("LoRAs are not part of this pack yet.")
+
+
+def _load_weights(
+    path: Path,
+    adapter: Adapter | None,
+    precision: str,
+    quantization: str,
+    merged: tuple[Lora, ...],
+    compile_settings: CompileSettings | None,
+    swap: BlockSwap | None,
+) -> Weights:
+    model = load_dit(
+        path,
+        None if adapter is None else adapter.path,
+        base_dtype=PRECISIONS[precision],
+        quantization=quantization,
+        progress=_loading_bar(),
+    )
+    if merged:
+        raise InputError("LoRAs are not part of this pack yet.")
+    if compile_settings is not None:
+        compile_model(model, compile_settings)
+    return Weights(model, host.Resident(model, host.device(), swap))
+
+
+# --- the VAE -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VaeModel:
+    """WANVAE."""
+
+    vae: WanVAE = field(repr=False)
+    resident: host.Resident = field(repr=False)
+    verbose: bool = False
+
+    @classmethod
+    def load(
+        cls, path: Path, precision: str, *, compile_settings: CompileSettings | None = None, verbose: bool = False
+    ) -> VaeModel:
+        with host.ordinary_tensors():
+            vae = WanVAE.load(path, PRECISIONS[precision])
+            if compile_settings is not None:
+                compile_model(vae.model.decoder, replace(compile_settings, blocks_only=False))
+            return cls(vae, host.Resident(vae.model, host.device()), verbose)
+
+    def encode(self, video: Tensor, *, tiled: bool = False, **tiles: int) -> Tensor:
+        """Pixels [1, 3, F, H, W] in [-1, 1] to latents [1, 16, T, h, w], on the VAE's device."""
+        return self._run("encoded", self.vae.encode, video, tiled, tiles)
+
+    def decode(self, latents: Tensor, *, tiled: bool = False, **tiles: int) -> Tensor:
+        """Latents [1, 16, T, h, w] to pixels [1, 3, F, H, W] in [-1, 1], in host memory."""
+        return self._run("decoded", self.vae.decode, latents, tiled, {**tiles, "output_device": "cpu"})
+
+    def unload(self) -> None:
+        self.resident.unload()
+
+    def _run(self, done: str, action: Callable[..., Tensor], x: Tensor, tiled: bool, options: dict[str, Any]) -> Tensor:
+        self.resident.load()
+        begin = time.monotonic()
+        with host.ordinary_tensors():
+            result = action(x, tiled=tiled, callback=lambda part, parts: host.stop_if_interrupted(), **options)
+        if self.verbose:
+            log.info("VAE %s %s to %s in %.1f s", done, list(x.shape), list(result.shape), time.monotonic() - begin)
+        return result
+
+
+# --- the text encoder --------------------------------------------------------------------------------------------
+
+# Linears of UMT5 that stay in 16 bits: transformers casts its activations to the dtype of this weight.
+_TEXT_KEEPS = ("wo",)
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """WANTEXTENCODER."""
+
+    encoder: TextEncoder = field(repr=False)
+    resident: host.Resident = field(repr=False)
+    identity: str
+    keep_on_device: bool = False
+
+    @classmethod
+    def load(cls, path: Path, precision: str, quantization: str, *, keep_on_device: bool = False) -> TextModel:
+        with host.ordinary_tensors():
+            dtype = PRECISIONS[precision]
+            encoder = TextEncoder.load(path, _tokenizer_source(path), dtype)
+            if quantization == "fp8_e4m3fn":
+                for name, module in encoder.model.named_modules():
+                    if isinstance(module, torch.nn.Linear) and not name.endswith(_TEXT_KEEPS):
+                        Fp8Linear.quantize(module, torch.float8_e4m3fn, dtype, scaled=False, fast=False)
+            resident = host.Resident(encoder.model, host.device())
+        return cls(encoder, resident, f"{_stamp(path)} {precision} {quantization}", keep_on_device)
+
+    def encode(self, prompt: str, where: str) -> Tensor:
+        """Features [tokens, text_dim], float32 in host memory; `where` is "gpu" or "cpu"."""
+        if where == "gpu":
+            self.resident.load()
+        else:
+            self.resident.unload()
+        with host.ordinary_tensors():
+            return self.encoder.encode([prompt])[0].cpu()
+
+    def unload(self) -> None:
+        if not self.keep_on_device:
+            self.resident.unload()
+
+    @staticmethod
+    def encode_prompts(
+        model: TextModel | None, positive: str, negative: str, *, device: str, cache: Path | None
+    ) -> TextEmbeds:
+        """Both prompts, from the cache folder where they are in it.
+
+        Raises InputError when there is neither a text encoder nor a cached result.
+        """
+        identity = None if model is None else model.identity
+
+        def encode(prompt: str) -> Tensor:
+            if model is None:
+                raise InputError(
+                    f"The prompt '{prompt[:40]}' is not in the disk cache and no text encoder is connected: connect t5."
+                )
+            return model.encode(prompt, device)
+
+        return TextEmbeds(*(_cached(prompt, identity, cache, encode) for prompt in (positive, negative)))
+
+    @classmethod
+    def encode_once(
+        cls,
+        path: Path,
+        precision: str,
+        quantization: str,
+        positive: str,
+        negative: str,
+        *,
+        device: str,
+        cache: Path | None,
+    ) -> TextEmbeds:
+        """Both prompts; the encoder is read only if one of them is not in the cache, and let go at the end."""
+        loaded: list[TextModel] = []
+
+        def encode(prompt: str) -> Tensor:
+            if not loaded:
+                loaded.append(cls.load(path, precision, quantization))
+            return loaded[0].encode(prompt, device)
+
+        identity = f"{_stamp(path)} {precision} {quantization}"
+        embeds = TextEmbeds(*(_cached(prompt, identity, cache, encode) for prompt in (positive, negative)))
+        for model in loaded:
+            model.resident.unload()
+        return embeds
+
+
+def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Callable[[str], Tensor]) -> Tensor:
+    """`encode(prompt)`, kept as one file per prompt and encoder; without an encoder the prompt alone is looked for."""
+    if folder is None:
+        return encode(prompt)
+    words = hashlib.sha256(prompt.encode()).hexdigest()[:32]
+    if identity is None:
+        found = sorted(folder.glob(f"{words}-*.safetensors"), key=lambda path: path.stat().st_mtime)
+        return load_file(found[-1])["features"] if found else encode(prompt)
+    file = folder / f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    if file.is_file():
+        return load_file(file)["features"]
+    features = encode(prompt)
+    partial = file.with_suffix(".partial")
+    save_file({"features": features.contiguous()}, partial)  # layout: a row of a padded batch, stored whole
+    partial.replace(file)
+    return features
+
+
+def _tokenizer_source(path: Path) -> str | None:
+    """None where the file brings its tokenizer or has one beside it, else the hub's."""
+    with CheckpointFile(path) as file:
+        if "spiece_model" in file.shapes:
+            return None
+    try:
+        load_tokenizer(None, beside=path)
+    except CheckpointError:
+        return HUB_TOKENIZER
+    return None
+
+
+# --- CLIP vision -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionModel:
+    """CLIP_VISION of our own loader."""
+
+    clip: ClipVision = field(repr=False)
+    resident: host.Resident = field(repr=False)
+
+    @classmethod
+    def load(cls, path: Path, precision: str) -> VisionModel:
+        with host.ordinary_tensors():
+            clip = ClipVision.load(path, PRECISIONS[precision])
+            return cls(clip, host.Resident(clip.model, host.device()))
+
+    def hidden_states(self, image: Tensor, crop: str) -> Tensor:
+        """[B, H, W, 3] in [0, 1] -> [B, 257, 1280], float32 in host memory."""
+        self.resident.load()
+        pixels = image[..., :3].movedim(-1, 1) * 2 - 1
+        if crop == "center":
+            side = min(pixels.shape[-2:])
+            top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
+            pixels = pixels[..., top : top + side, left : left + side]
+        with host.ordinary_tensors():
+            return self.clip.encode(pixels).cpu()
+
+
+COMBINATIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "average": lambda embeds: torch.stack(embeds).mean(0),
+    "sum": lambda embeds: torch.stack(embeds).sum(0),
+    "concat": lambda embeds: torch.cat(embeds, dim=1),
+}
+
+
+def clip_embeds_of(
+    clip_vision: Any,
+    images: Sequence[tuple[Tensor, float]],
+    *,
+    negative: Tensor | None,
+    crop: str,
+    combine: str,
+    tiles: int,
+    tile_share: float,
+    force_offload: bool,
+) -> ClipEmbeds:
+    """Features of (picture, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION."""
+    if tiles > 0 and tile_share > 0:
+        raise InputError("Tiled CLIP features are not part of this pack: set tiles to 0.")
+    if combine not in COMBINATIONS and len(images) > 1:
+        raise InputError(f"combine_embeds '{combine}' is not part of this pack: choose average, sum or concat.")
+
+    def features(image: Tensor) -> Tensor:
+        if isinstance(clip_vision, VisionModel):
+            return clip_vision.hidden_states(image[:1], crop)
+        return host.clip_hidden_states(clip_vision, image[:1], crop).float().cpu()
+
+    embeds = [features(image) * strength for image, strength in images]
+    positive = embeds[0] if len(embeds) == 1 else COMBINATIONS[combine](embeds)
+    result = ClipEmbeds(positive, None if negative is None else features(negative))
+    if force_offload and isinstance(clip_vision, VisionModel):
+        clip_vision.resident.unload()
+    return result
+
+
+# --- wav2vec2 ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpeechModel:
+    """WAV2VECMODEL. Small (0.2 GB in fp16), so it moves by itself and not under ComfyUI's memory management."""
+
+    features: Wav2Vec2Features = field(repr=False)
+    keep_on_device: bool = True
+
+    @classmethod
+    def load(cls, path: Path, precision: str, *, keep_on_device: bool) -> SpeechModel:
+        if path.is_file() and (path.parent / "config.json").is_file():
+            path = path.parent  # the weights inside a Hugging Face folder
+        dtype = PRECISIONS[precision]
+        if host.device().type == "cpu" and dtype == torch.float16:
+            dtype = torch.float32  # half precision convolutions are slow on CPUs, and no smaller in effect
+        with host.ordinary_tensors():
+            return cls(Wav2Vec2Features.load(path, dtype), keep_on_device)
+
+    def embed(
+        self,
+        recordings: Sequence[dict[str, Any]],
+        *,
+        normalize: bool,
+        max_frames: int,
+        fps: float,
+        one_after_the_other: bool,
+        noise_floor: bool,
+        smooth: bool,
+        audio_scale: float,
+        audio_cfg: float,
+        masks: Tensor | None,
+    ) -> SpeechEmbeds:
+        """Features per speaker of ComfyUI's AUDIO values, and the sound of all together."""
+        speech = [load_speech(_mono(a), int(a["sample_rate"]), target_lufs=None) for a in recordings]
+        if smooth:
+            speech = [smooth_transients(waveform, SAMPLE_RATE) for waveform in speech]
+        if normalize:
+            speech = [normalise_loudness(waveform) for waveform in speech]
+        lines = arrange(speech, one_after_the_other=one_after_the_other)
+        available = Wav2Vec2Features.frames_of(len(lines[0]), fps)
+        frames = min(max_frames, available)
+        if frames < 1:
+            raise InputError("The recordings are shorter than one video frame: give longer ones.")
+        lines = [line[: int(frames / fps * SAMPLE_RATE) + 1] for line in lines]
+        heard = [add_noise_floor(line) for line in lines] if noise_floor else lines
+        with host.ordinary_tensors():
+            self.features.to(host.device())
+            rows = tuple(self._features(line, frames, fps) for line in heard)
+            if not self.keep_on_device:
+                self.features.to("cpu")
+        return SpeechEmbeds(rows, frames, fps, audio_scale, audio_cfg, masks, _sound(recordings, lines))
+
+    def _features(self, line: Any, frames: int, fps: float) -> Tensor:
+        host.stop_if_interrupted()
+        return self.features(line, frames, fps)
+
+
+def _mono(audio: dict[str, Any]) -> Tensor:
+    """The first item of an AUDIO batch [B, channels, n], channels averaged: [n]."""
+    return audio["waveform"][0].float().mean(0)
+
+
+def _sound(recordings: Sequence[dict[str, Any]], lines: Sequence[Any]) -> dict[str, Any]:
+    """What the video sounds like: a single recording as it came, cut to length; several mixed at 16 kHz."""
+    if len(recordings) == 1:
+        rate = int(recordings[0]["sample_rate"])
+        samples = int(len(lines[0]) / SAMPLE_RATE * rate)
+        return {"waveform": recordings[0]["waveform"][..., :samples], "sample_rate": rate}
+    return {"waveform": torch.from_numpy(mix(lines))[None, None], "sample_rate": SAMPLE_RATE}
+
+
+def normalized_audio(audio: dict[str, Any], lufs: float) -> dict[str, Any]:
+    """AUDIO at another loudness; every channel by the same factor."""
+    waveform, rate = audio["waveform"], int(audio["sample_rate"])
+    scaled = []
+    for recording in waveform:  # [channels, n]
+        mono = recording.float().mean(0).numpy()
+        louder = normalise_loudness(mono, rate, lufs)
+        peak = int(abs(mono).argmax())
+        gain = float(louder[peak] / mono[peak]) if mono[peak] != 0 else 1.0
+        scaled.append(recording * gain)
+    return {"waveform": torch.stack(scaled), "sample_rate": rate}

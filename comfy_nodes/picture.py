@@ -1,0 +1,394 @@
+"""Pictures: what the video starts from, as the sampler wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..wanvideo.errors import InputError
+from .conversion import keyframe_window
+from .models import VaeModel, clip_embeds_of
+from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, advanced, foreign, node_schema, refuse_foreign
+from .types import ClipEmbeds, LongVideo, OneWindow
+
+COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
+
+
+def _size(input_id: str, default: int, largest: int) -> Any:
+    return io.Int.Input(
+        input_id,
+        default=default,
+        min=64,
+        max=largest,
+        step=8,
+        tooltip=f"{input_id.capitalize()} of the video in pixels; rounded down to a multiple of 16.",
+    )
+
+
+class WanVideoClipVisionEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoClipVisionEncode",
+            "WanVideo ClipVision Encode",
+            "Describe one or two pictures with CLIP vision, for I2V models.",
+            group="picture",
+            aliases=["clip vision encode", "image embeds", "CLIP 视觉编码"],
+            inputs=[
+                io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision or InfiniteTalk CLIP Vision Loader."),
+                io.Image.Input("image_1", tooltip="The picture."),
+                io.Float.Input(
+                    "strength_1", default=1.0, min=0.0, max=10.0, step=0.001, tooltip="Factor on the first picture."
+                ),
+                io.Float.Input(
+                    "strength_2", default=1.0, min=0.0, max=10.0, step=0.001, tooltip="Factor on the second picture."
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=["center", "disabled"],
+                    default="center",
+                    tooltip="center: the middle square of the picture. disabled: the whole picture, squeezed.",
+                ),
+                io.Combo.Input(
+                    "combine_embeds",
+                    options=["average", "sum", "concat", "batch"],
+                    default="average",
+                    tooltip="How several pictures become one description.",
+                ),
+                io.Boolean.Input(
+                    "force_offload", default=True, tooltip="Move the CLIP model to host memory when it is done."
+                ),
+                io.Image.Input("image_2", optional=True, tooltip="A second picture to combine with the first."),
+                io.Image.Input(
+                    "negative_image", optional=True, tooltip="A picture to move away from; needs cfg above 1."
+                ),
+                io.Int.Input(
+                    "tiles",
+                    default=0,
+                    min=0,
+                    max=16,
+                    step=2,
+                    optional=True,
+                    tooltip="Also look at this many tiles of the picture; 0 looks at the whole only.",
+                ),
+                io.Float.Input(
+                    "ratio",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Share of the tiles in the result; 0 is the whole picture alone.",
+                ),
+            ],
+            outputs=[
+                ClipEmbedsType.Output(
+                    display_name="image_embeds", tooltip="For WanVideo Long I2V or WanVideo ImageToVideo Encode."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip_vision: Any,
+        image_1: torch.Tensor,
+        strength_1: float,
+        strength_2: float,
+        crop: str,
+        combine_embeds: str,
+        force_offload: bool,
+        image_2: torch.Tensor | None = None,
+        negative_image: torch.Tensor | None = None,
+        tiles: int = 0,
+        ratio: float = 0.5,
+    ) -> Any:
+        embeds = clip_embeds_of(
+            clip_vision,
+            [(image_1, strength_1)] + ([] if image_2 is None else [(image_2, strength_2)]),
+            negative=negative_image,
+            crop=crop,
+            combine=combine_embeds,
+            tiles=tiles,
+            tile_share=ratio,
+            force_offload=force_offload,
+        )
+        return io.NodeOutput(embeds)
+
+
+class WanVideoImageToVideoMultiTalk(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoImageToVideoMultiTalk",
+            "WanVideo Long I2V Multi/InfiniteTalk",
+            "A talking video of any length from a picture (or a source video), made in windows that follow each other.",
+            group="picture",
+            aliases=["infinitetalk", "multitalk", "long video", "talking head", "数字人", "长视频"],
+            inputs=[
+                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader; it encodes and decodes every window."),
+                _size("width", 832, 2048),
+                _size("height", 480, 29048),
+                io.Int.Input(
+                    "frame_window_size",
+                    default=81,
+                    min=1,
+                    max=10000,
+                    step=4,
+                    tooltip="Frames of one window, 4n + 1. The models were trained with 81.",
+                ),
+                io.Int.Input(
+                    "motion_frame",
+                    default=25,
+                    min=1,
+                    max=10000,
+                    step=1,
+                    tooltip="Frames that a window takes over from the one before, 4n + 1: 9 for InfiniteTalk, 25 for "
+                    "MultiTalk. More is smoother and slower.",
+                ),
+                io.Boolean.Input(
+                    "force_offload",
+                    default=False,
+                    tooltip="Move the video model out of GPU memory before each window is decoded: slower, needs less.",
+                ),
+                io.Combo.Input(
+                    "colormatch",
+                    options=COLOR_MATCHES,
+                    default="disabled",
+                    tooltip="Keep the colours of the picture through a long video. reinhard is the method here; "
+                    "the others are answered with a message.",
+                ),
+                io.Image.Input(
+                    "start_image",
+                    optional=True,
+                    tooltip="The picture, or all frames of a source video (dubbing). Resized and cut to the size.",
+                ),
+                io.Boolean.Input(
+                    "tiled_vae", default=False, optional=True, tooltip="Encode and decode in tiles: slower, needs less."
+                ),
+                ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From WanVideo ClipVision Encode."),
+                io.Combo.Input(
+                    "mode",
+                    options=["auto", "multitalk", "infinitetalk"],
+                    default="auto",
+                    optional=True,
+                    tooltip="auto goes by the name of the adapter file. infinitetalk anchors every window to the "
+                    "picture, multitalk to the last frame of the window before.",
+                ),
+                io.String.Input(
+                    "output_path",
+                    default="",
+                    optional=True,
+                    tooltip="A file name in ComfyUI's output folder. Finished windows are appended to this video with "
+                    "its sound as they come, and images then holds the last window only: for long videos.",
+                ),
+            ],
+            outputs=[
+                ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler."),
+                io.String.Output(display_name="output_path", tooltip="The path as given."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: VaeModel,
+        width: int,
+        height: int,
+        frame_window_size: int,
+        motion_frame: int,
+        force_offload: bool,
+        colormatch: str,
+        start_image: torch.Tensor | None = None,
+        tiled_vae: bool = False,
+        clip_embeds: ClipEmbeds | None = None,
+        mode: str = "auto",
+        output_path: str = "",
+    ) -> Any:
+        plan = LongVideo(
+            vae=vae,
+            width=width // 16 * 16,
+            height=height // 16 * 16,
+            frames=frame_window_size,
+            motion_frames=motion_frame,
+            start_images=start_image,
+            clip=clip_embeds,
+            mode=mode,
+            color_match=colormatch,
+            tiled=tiled_vae,
+            offload_between=force_offload,
+            output_path=output_path.strip(),
+        )
+        return io.NodeOutput(plan, output_path)
+
+
+class WanVideoEmptyEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoEmptyEmbeds",
+            "WanVideo Empty Embeds",
+            "Size and length of a video that starts from no picture (text to video).",
+            group="picture",
+            aliases=["t2v", "text to video", "empty latent", "文生视频"],
+            inputs=[
+                _size("width", 832, 8096),
+                _size("height", 480, 8096),
+                io.Int.Input(
+                    "num_frames", default=81, min=1, max=10000, step=4, tooltip="Length of the video, 4n + 1 frames."
+                ),
+                ImageEmbedsType.Input(
+                    "control_embeds", optional=True, tooltip="For control models, which this pack does not run."
+                ),
+                io.Latent.Input(
+                    "extra_latents", optional=True, tooltip="For models with reference latents, not run by this pack."
+                ),
+            ],
+            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, width: int, height: int, num_frames: int, control_embeds: Any = None, extra_latents: Any = None
+    ) -> Any:
+        _refuse_control(control_embeds, extra_latents)
+        return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, num_frames))
+
+
+class WanVideoImageToVideoEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoImageToVideoEncode",
+            "WanVideo ImageToVideo Encode",
+            "One window of video that starts from a picture, ends in a picture, or both.",
+            group="picture",
+            aliases=["i2v", "image to video", "start end frame", "图生视频", "首尾帧"],
+            inputs=[
+                _size("width", 832, 8096),
+                _size("height", 480, 8096),
+                io.Int.Input(
+                    "num_frames", default=81, min=1, max=10000, step=4, tooltip="Length of the video, 4n + 1 frames."
+                ),
+                io.Float.Input(
+                    "noise_aug_strength",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    tooltip="Noise added to the pictures: more motion, less likeness.",
+                ),
+                io.Float.Input(
+                    "start_latent_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    tooltip="Factor on the latents of the first picture; below 1 gives more motion.",
+                ),
+                io.Float.Input(
+                    "end_latent_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    tooltip="Factor on the latents of the last picture.",
+                ),
+                io.Boolean.Input("force_offload", default=True, tooltip="Move the VAE to host memory when it is done."),
+                WanVaeType.Input("vae", optional=True, tooltip="From WanVideo VAE Loader; needed where a picture is."),
+                ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From WanVideo ClipVision Encode."),
+                io.Image.Input("start_image", optional=True, tooltip="The first frame, or several first frames."),
+                io.Image.Input("end_image", optional=True, tooltip="The last frame."),
+                ImageEmbedsType.Input(
+                    "control_embeds", optional=True, tooltip="For control models, which this pack does not run."
+                ),
+                io.Boolean.Input(
+                    "fun_or_fl2v_model",
+                    default=True,
+                    optional=True,
+                    tooltip="On for first-last-frame models: the last picture counts as the last frame. "
+                    "Off: it gets a latent frame of its own behind the video, as plain I2V models want it.",
+                ),
+                io.Mask.Input(
+                    "temporal_mask",
+                    optional=True,
+                    tooltip="Which frames are given, one mask per frame; instead of first and last.",
+                ),
+                io.Latent.Input(
+                    "extra_latents", optional=True, tooltip="For models with reference latents, not run by this pack."
+                ),
+                io.Boolean.Input(
+                    "tiled_vae", default=False, optional=True, tooltip="Encode in tiles: slower, needs less memory."
+                ),
+                advanced(foreign("ADD_COND_LATENTS", "add_cond_latents", "Not supported; leave unconnected.")),
+                io.Float.Input(
+                    "augment_empty_frames",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Noise in the frames that no picture fills: more motion.",
+                ),
+                io.Image.Input(
+                    "empty_frame_pad_image",
+                    optional=True,
+                    tooltip="What the frames that no picture fills are filled with; grey without it.",
+                ),
+            ],
+            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        width: int,
+        height: int,
+        num_frames: int,
+        noise_aug_strength: float,
+        start_latent_strength: float,
+        end_latent_strength: float,
+        force_offload: bool,
+        vae: VaeModel | None = None,
+        clip_embeds: ClipEmbeds | None = None,
+        start_image: torch.Tensor | None = None,
+        end_image: torch.Tensor | None = None,
+        control_embeds: Any = None,
+        fun_or_fl2v_model: bool = True,
+        temporal_mask: torch.Tensor | None = None,
+        extra_latents: Any = None,
+        tiled_vae: bool = False,
+        augment_empty_frames: float = 0.0,
+        empty_frame_pad_image: torch.Tensor | None = None,
+        **foreign_sockets: Any,
+    ) -> Any:
+        refuse_foreign(cls, foreign_sockets)
+        _refuse_control(control_embeds, extra_latents)
+        window = keyframe_window(
+            vae,
+            width // 16 * 16,
+            height // 16 * 16,
+            num_frames,
+            start=start_image,
+            end=end_image,
+            start_strength=start_latent_strength,
+            end_strength=end_latent_strength,
+            noise=noise_aug_strength,
+            empty_noise=augment_empty_frames,
+            empty=empty_frame_pad_image,
+            end_is_last_frame=fun_or_fl2v_model,
+            given=temporal_mask,
+            tiled=tiled_vae,
+            clip=clip_embeds,
+        )
+        if force_offload and vae is not None:
+            vae.unload()
+        return io.NodeOutput(window)
+
+
+def _refuse_control(control_embeds: Any, extra_latents: Any) -> None:
+    for name, value in (("control_embeds", control_embeds), ("extra_latents", extra_latents)):
+        if value is not None:
+            raise InputError(f"{name} is for control and reference models: not part of this pack, disconnect {name}.")

@@ -1,0 +1,416 @@
+"""From the sampler's widgets to one call of the library, for long videos and for single windows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..fp8_optimization import summary
+from ..multitalk.guidance import Guidance, per_step
+from ..multitalk.masks import latent_masks
+from ..multitalk.pipeline import Callbacks, Conditioning, FinishedWindow, GenerateConfig, generate
+from ..multitalk.single_window import StepReport, WindowInputs, denoise
+from ..multitalk.windows import audio_rows, latent_frames, plan_windows
+from ..wanvideo.compilation import compile_limits
+from ..wanvideo.errors import InputError
+from ..wanvideo.modules.layout import count_guards
+from ..wanvideo.policy import bind
+from ..wanvideo.schedulers import SCHEDULERS, Scheduler, make_scheduler
+from .models import VideoModel
+from .types import ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+
+log = logging.getLogger(__name__)
+
+# What serves in place of public schedulers that we do not run.
+INSTEAD = {
+    "longcat_distill_euler": "euler",
+    "deis": "dpm++",
+    "er_sde": "dpm++_sde",
+    "flowmatch_causvid": "flowmatch_distill",
+    "flowmatch_pusa": "euler",
+    "sa_ode_stable": "unipc",
+    "rcm": "lcm",
+    "vibt_unipc": "unipc",
+}
+
+COLOR_STRENGTH = {"disabled": 0.0, "reinhard": 1.0}
+
+Latent = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """The widgets of the sampler."""
+
+    steps: int
+    cfg: float | Sequence[float]
+    shift: float
+    seed: int
+    scheduler: str
+    sigmas: Tensor | None = None
+    denoise: float = 1.0
+    start_step: int = 0
+    end_step: int = -1
+    add_noise: bool = False
+    riflex: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scheduler in INSTEAD:
+            raise InputError(
+                f"The scheduler {self.scheduler} is not part of this pack: choose {INSTEAD[self.scheduler]} instead."
+            )
+        if self.scheduler not in SCHEDULERS:
+            raise InputError(f"There is no scheduler '{self.scheduler}': choose one of {', '.join(SCHEDULERS)}.")
+        if self.riflex:
+            raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
+        if self.denoise <= 0:
+            raise InputError("A denoise_strength of 0 makes nothing: set it above 0.")
+
+    @property
+    def levels(self) -> list[float] | None:
+        return None if self.sigmas is None else [float(sigma) for sigma in self.sigmas]
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule; with denoise_strength below 1 its last `steps` are run."""
+        return self.steps if self.denoise == 1 else max(self.steps, round(self.steps / self.denoise))
+
+    @property
+    def first_step(self) -> int:
+        return self.start_step + self.schedule_steps - self.steps
+
+
+def sample(
+    model: VideoModel,
+    what: LongVideo | OneWindow,
+    settings: SamplerSettings,
+    *,
+    text: TextEmbeds | None,
+    speech: SpeechEmbeds | None,
+    start: Latent | None,
+) -> tuple[Latent, Latent]:
+    """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
+    if text is None:
+        raise InputError("There is no prompt: connect text_embeds (WanVideo TextEncode).")
+    begin = time.monotonic()
+    with host.ordinary_tensors(), count_guards() as guards, _fast_fp16(model), compile_limits(model.compile_settings):
+        if isinstance(what, LongVideo):
+            result = _long_video(model, what, settings, text, speech, start)
+        else:
+            result = _one_window(model, what, settings, text, speech, start)
+    log.info(
+        "%s: attention %s, linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
+        model.name,
+        model.attention_mode,
+        summary(model.model.blocks),
+        model.precision,
+        guards.copies,
+        guards.calls,
+        guards.bytes / 2**20,
+        time.monotonic() - begin,
+    )
+    return result
+
+
+@contextlib.contextmanager
+def _fast_fp16(model: VideoModel) -> Iterator[None]:
+    """fp16_fast: let matrix products accumulate in fp16, where this torch can, while the model runs."""
+    matmul = torch.backends.cuda.matmul
+    if model.precision != "fp16_fast" or not hasattr(matmul, "allow_fp16_accumulation"):
+        yield
+        return
+    before = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = True
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = before
+
+
+def _policy(model: VideoModel) -> Any:
+    return bind("default", model.attention_mode, len(model.model.blocks))
+
+
+class _Reporter:
+    """Progress and preview of a run on ComfyUI's node."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._progress = host.Progress(1, device)
+        self._clean: Tensor | None = None
+
+    def guess(self, clean: Tensor, window: int, step: int) -> None:
+        self._clean = clean
+
+    def step(self, window: int, windows: int, step: int, steps: int) -> None:
+        self._progress(window * steps + step, windows * steps, self._clean)
+
+    def report(self, report: StepReport) -> None:
+        self._progress(report.done, report.total, report.clean)
+
+
+# --- long videos -------------------------------------------------------------------------------------------------
+
+
+class _Pictures:
+    """IMAGE [N, H, W, 3] as a source of frames."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self._images[index, ..., :3].float().cpu().numpy()
+
+
+class _FixedClip:
+    """CLIP features that were made beforehand, whatever the picture."""
+
+    def __init__(self, embeds: ClipEmbeds) -> None:
+        self._embeds = embeds
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self._embeds.positive
+
+
+def _long_video(
+    model: VideoModel,
+    what: LongVideo,
+    settings: SamplerSettings,
+    text: TextEmbeds,
+    speech: SpeechEmbeds | None,
+    start: Latent | None,
+) -> tuple[Latent, Latent]:
+    """All windows: decoded frames in the LATENT's "video", the last window's latents as its samples."""
+    if speech is None:
+        raise InputError("There is no speech: connect multitalk_embeds (MultiTalk Silent Embeds for a silent person).")
+    if settings.end_step != -1:
+        raise InputError("end_step stops within a window, a long video has many: set it to -1.")
+    if what.color_match not in COLOR_STRENGTH:
+        raise InputError(f"colormatch {what.color_match} is not part of this pack: choose reinhard.")
+    if what.clip is not None and what.clip.negative is not None:
+        raise InputError("A negative_image has no effect on long videos: disconnect it (WanVideo ClipVision Encode).")
+    source = _source(what, start)
+    resident = model.weights.resident
+    config = GenerateConfig(
+        width=what.width,
+        height=what.height,
+        frames=what.frames,
+        motion_frames=what.motion_frames,
+        total_frames=speech.num_frames,
+        steps=settings.schedule_steps,
+        shift=settings.shift,
+        scheduler=settings.scheduler,
+        sigmas=settings.levels,
+        start_step=settings.first_step,
+        cfg=settings.cfg,
+        audio_cfg=speech.audio_cfg,
+        audio_scale=speech.audio_scale,
+        seed=settings.seed,
+        mode=model.mode if what.mode == "auto" else what.mode,
+        color_correction=COLOR_STRENGTH[what.color_match],
+        attention_policy=_policy(model),
+        tiled_vae=what.tiled,
+        device=resident.device,
+    )
+    masks = _planes(speech)
+    conditioning = Conditioning(
+        text.positive, _negative(text, settings), _features(model, speech), _Pictures(source), masks
+    )
+    reporter = _Reporter(resident.device)
+    callbacks = Callbacks(
+        progress=reporter.step,
+        preview=reporter.guess,
+        check_interrupt=host.stop_if_interrupted,
+        stage=_stages(model, what.offload_between),
+    )
+    clip = None if what.clip is None else _FixedClip(what.clip)
+    windows = generate(model.model, what.vae, clip, conditioning, config, callbacks)
+    result = _collect(windows, what, speech)
+    what.vae.unload()
+    return result, result
+
+
+def _source(what: LongVideo, start: Latent | None) -> Tensor:
+    """Pictures that the video starts from: a source video's frames come with the latents of WanVideo Encode."""
+    frames = None if start is None else start.get("source_frames")
+    if start is not None and frames is None:
+        raise InputError("samples of a long video must come from WanVideo Encode: connect its output.")
+    if what.start_images is not None and (frames is None or len(what.start_images) > 1):
+        return what.start_images
+    if frames is not None:
+        return frames
+    raise InputError("There is no picture: connect start_image of WanVideo Long I2V Multi/InfiniteTalk.")
+
+
+def _stages(model: VideoModel, offload_between: bool) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[None]:
+        if name == "model":
+            model.to_device()
+        yield
+        if name == "model" and offload_between:
+            model.unload()
+
+    return stage
+
+
+def _collect(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmbeds) -> Latent:
+    """The frames of all windows, in memory or appended to a file as they come."""
+    if what.output_path:
+        return _write(windows, what, speech)
+    video: Tensor | None = None
+    done = 0
+    latents = torch.empty(0)
+    for window in windows:
+        if video is None:
+            video = torch.empty(speech.num_frames, *window.frames.shape[1:])
+        video[done : done + len(window.frames)] = window.frames
+        done += len(window.frames)
+        latents = window.latents
+    assert video is not None
+    return {"samples": latents.cpu()[None], "video": video, "output_path": ""}
+
+
+def _write(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmbeds) -> Latent:
+    from ..multitalk.video import VideoWriter
+
+    path = host.output_file(what.output_path, ".mp4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sound = [] if speech.audio is None else [(_mono(speech.audio), int(speech.audio["sample_rate"]))]
+    first = next(windows)
+    height, width = first.frames.shape[1:3]
+    window = first
+    with VideoWriter(path, width, height, speech.fps, sound=sound) as writer:
+        writer.append(first.frames)
+        for window in windows:
+            writer.append(window.frames)
+    return {"samples": window.latents.cpu()[None], "video": window.frames, "output_path": str(path)}
+
+
+def _mono(audio: dict[str, Any]) -> Any:
+    return audio["waveform"][0].float().mean(0).numpy()
+
+
+# --- one window --------------------------------------------------------------------------------------------------
+
+
+def _one_window(
+    model: VideoModel,
+    what: OneWindow,
+    settings: SamplerSettings,
+    text: TextEmbeds,
+    speech: SpeechEmbeds | None,
+    start: Latent | None,
+) -> tuple[Latent, Latent]:
+    if what.num_frames % 4 != 1:
+        raise InputError(f"{what.num_frames} frames are not 4n + 1: set num_frames to {what.num_frames // 4 * 4 + 1}.")
+    device = model.weights.resident.device
+    scheduler = make_scheduler(settings.scheduler, settings.schedule_steps, settings.shift, settings.levels)
+    steps = len(scheduler)
+    if not 0 <= settings.first_step < steps:
+        raise InputError(f"start_step {settings.first_step} leaves none of {steps} steps: set it below that.")
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
+    x = _first_latents(start, settings, scheduler, torch.randn(shape, generator=generator))
+    model.to_device()
+    reporter = _Reporter(device)
+    x, clean = denoise(
+        model.model,
+        scheduler,
+        x.to(device),
+        _window_inputs(model, what, settings, text, speech, device),
+        cfg=per_step(settings.cfg, steps, "cfg"),
+        audio_cfg=per_step(1.0 if speech is None else speech.audio_cfg, steps, "audio cfg"),
+        generator=generator,
+        guidance=Guidance(),
+        start_step=settings.first_step,
+        end_step=None if settings.end_step == -1 else settings.end_step,
+        attention_policy=_policy(model),
+        report=reporter.report,
+        check_interrupt=host.stop_if_interrupted,
+    )
+    return {"samples": x.cpu()[None]}, {"samples": clean.cpu()[None]}
+
+
+def _first_latents(start: Latent | None, settings: SamplerSettings, scheduler: Scheduler, noise: Tensor) -> Tensor:
+    """Noise, or the latents to start from, noised to the level of the first step where they are clean."""
+    if start is None:
+        if settings.first_step > 0:
+            raise InputError("Starting behind the first step needs latents to start from: connect samples.")
+        return noise
+    given = start["samples"][0].float()
+    if given.shape != noise.shape:
+        raise InputError(
+            f"samples {list(given.shape)} do not have the size of the video {list(noise.shape)}: encode at its size."
+        )
+    clean = settings.add_noise or settings.denoise < 1
+    return scheduler.add_noise(given, noise, settings.first_step) if clean else given
+
+
+def _window_inputs(
+    model: VideoModel,
+    what: OneWindow,
+    settings: SamplerSettings,
+    text: TextEmbeds,
+    speech: SpeechEmbeds | None,
+    device: torch.device,
+) -> WindowInputs:
+    clip = what.clip
+    audio, masks, audio_scale = None, None, 1.0
+    if speech is not None:
+        window = plan_windows(what.num_frames, what.num_frames, 1)[0]
+        rows = torch.tensor(audio_rows(window, what.num_frames))
+        audio = torch.stack([f[rows.clamp(max=len(f) - 1)] for f in _features(model, speech)]).to(device)
+        masks = latent_masks(_planes(speech), len(audio), (what.width, what.height), what.width, what.height).to(device)
+        audio_scale = speech.audio_scale
+    return WindowInputs(
+        context=text.positive.to(device),
+        negative=_negative(text, settings).to(device),
+        y=None if what.condition is None else what.condition.to(device),
+        clip=None if clip is None else clip.positive.to(device),
+        negative_clip=None if clip is None or clip.negative is None else clip.negative.to(device),
+        audio=audio,
+        masks=masks,
+        audio_scale=audio_scale,
+    )
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+
+
+def _negative(text: TextEmbeds, settings: SamplerSettings) -> Tensor:
+    if text.negative is not None:
+        return text.negative
+    if settings.cfg != 1:
+        raise InputError("A cfg above 1 needs a negative prompt: connect one, or set cfg to 1.")
+    return text.positive
+
+
+def _features(model: VideoModel, speech: SpeechEmbeds) -> tuple[Tensor, ...]:
+    """Features of the speakers; of nobody speaking, where there is none."""
+    if speech.speakers:
+        return speech.speakers
+    audio = model.model.config.audio
+    if audio is None:
+        raise InputError(f"{model.name} has no audio layers: connect multitalk_model to its loader.")
+    return (torch.zeros(speech.num_frames, audio.blocks, audio.channels),)
+
+
+def _planes(speech: SpeechEmbeds) -> list[Tensor] | None:
+    """Masks of the speakers, without the background that some workflows add behind them."""
+    if speech.masks is None or len(speech.speakers) < 2:
+        return None
+    masks = speech.masks if speech.masks.ndim == 3 else speech.masks[None]
+    if len(masks) == len(speech.speakers) + 1:
+        masks = masks[:-1]
+    return list(masks.float().cpu())

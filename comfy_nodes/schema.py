@@ -1,0 +1,106 @@
+"""What all node schemas share: the types on the wires, and how a schema is built on older and newer ComfyUI alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..wanvideo.errors import InputError
+
+CATEGORY = "WanVideo InfiniteTalk"
+
+# The types that travel between our nodes, under the names that saved workflows know.
+WanModelType = io.Custom("WANVIDEOMODEL")
+WanVaeType = io.Custom("WANVAE")
+AdapterType = io.Custom("MULTITALKMODEL")
+Wav2VecType = io.Custom("WAV2VECMODEL")
+TextEncoderType = io.Custom("WANTEXTENCODER")
+TextEmbedsType = io.Custom("WANVIDEOTEXTEMBEDS")
+ClipEmbedsType = io.Custom("WANVIDIMAGE_CLIPEMBEDS")
+ImageEmbedsType = io.Custom("WANVIDIMAGE_EMBEDS")
+SpeechEmbedsType = io.Custom("MULTITALK_EMBEDS")
+LoraType = io.Custom("WANVIDLORA")
+BlockSwapType = io.Custom("BLOCKSWAPARGS")
+CompileType = io.Custom("WANCOMPILEARGS")
+
+# Inputs that saved workflows may carry for models and methods that this pack does not run. The socket exists, so that
+# the workflow loads; connecting it is answered with one sentence.
+FOREIGN = {
+    "VRAM_MANAGEMENTARGS": "per-layer VRAM management (use WanVideo Block Swap)",
+    "VACEPATH": "VACE models",
+    "FANTASYTALKINGMODEL": "FantasyTalking models (use an InfiniteTalk or MultiTalk model)",
+    "FANTASYPORTRAITMODEL": "FantasyPortrait models",
+    "SELECTEDBLOCKS": "LoRAs on selected blocks (here every block gets the LoRA)",
+    "WANVIDEOPROMPTEXTENDER_ARGS": "prompt extension (write the longer prompt into positive_prompt)",
+    "FETAARGS": "Enhance-A-Video",
+    "WANVIDCONTEXT": "context windows (WanVideo Long I2V Multi/InfiniteTalk makes long videos in windows)",
+    "CACHEARGS": "step caching (TeaCache, MagCache, EasyCache; a distillation LoRA with fewer steps saves more)",
+    "FLOWEDITARGS": "FlowEdit",
+    "SLGARGS": "skip-layer guidance",
+    "LOOPARGS": "looped sampling",
+    "EXPERIMENTALARGS": "experimental sampling options",
+    "UNIANIMATE_POSE": "UniAnimate",
+    "FANTASYTALKING_EMBEDS": "FantasyTalking (connect multitalk_embeds)",
+    "UNI3C_EMBEDS": "Uni3C camera control",
+    "FREEINITARGS": "FreeInit",
+    "ADD_COND_LATENTS": "additional condition latents",
+}
+
+
+def foreign(type_name: str, input_id: str, tooltip: str) -> Any:
+    """An optional socket of a type in `FOREIGN`: there for the workflow's sake, refused by `refuse_foreign`."""
+    return io.Custom(type_name).Input(input_id, optional=True, tooltip=tooltip)
+
+
+def refuse_foreign(node: Any, sockets: dict[str, Any]) -> None:
+    """Raise InputError for the first socket of a foreign type that something is connected to.
+
+    `sockets` are the keyword arguments that `node.execute` has no name for; each must be a foreign socket of it.
+    """
+    types = {socket.id: str(socket.get_io_type()) for socket in node.define_schema().inputs}
+    for input_id, value in sockets.items():
+        if types.get(input_id) not in FOREIGN:
+            raise TypeError(f"{node.__name__} has no input {input_id!r}")
+        if value is not None:
+            raise InputError(
+                f"{input_id} is for {FOREIGN[types[input_id]]}: not part of this pack, disconnect {input_id}."
+            )
+
+
+def advanced(widget: Any) -> Any:
+    """Mark a widget as advanced: an attribute in newer ComfyUI, an entry of its options before."""
+    if hasattr(widget, "advanced"):
+        widget.advanced = True
+    else:
+        widget.extra_dict["advanced"] = True
+    return widget
+
+
+def node_schema(
+    node_id: str,
+    display_name: str,
+    description: str,
+    *,
+    group: str,
+    aliases: list[str],
+    inputs: list[Any],
+    outputs: list[Any],
+    hidden: list[Any] | None = None,
+    output_node: bool = False,
+) -> Any:
+    """An io.Schema in the category of this pack; search aliases only where this ComfyUI knows them."""
+    optional_fields: dict[str, Any] = {"search_aliases": aliases}
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(
+        node_id=node_id,
+        display_name=display_name,
+        category=f"{CATEGORY}/{group}",
+        description=description,
+        inputs=inputs,
+        outputs=outputs,
+        hidden=hidden or [],
+        is_output_node=output_node,
+        **{name: value for name, value in optional_fields.items() if name in known},
+    )

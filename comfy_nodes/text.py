@@ -1,0 +1,163 @@
+"""Prompts: encoded with our text encoder, or handed over from ComfyUI's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .. import host
+from .models import TextModel
+from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, refuse_foreign
+from .types import TextEmbeds
+
+_POSITIVE_TIP = "What the video shows."
+_NEGATIVE_TIP = "What the video should not show; used where cfg is above 1."
+_DISK_CACHE_TIP = "Keep the result in ComfyUI's user folder, so that this prompt never needs the encoder again."
+_DEVICE_TIP = "Where the text encoder runs."
+
+
+def _prompt(input_id: str, tooltip: str) -> Any:
+    return io.String.Input(input_id, default="", multiline=True, tooltip=tooltip)
+
+
+class WanVideoTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoTextEncode",
+            "WanVideo TextEncode",
+            "Encode the prompt and the negative prompt.",
+            group="text",
+            aliases=["prompt", "text encode", "提示词"],
+            inputs=[
+                _prompt("positive_prompt", _POSITIVE_TIP),
+                _prompt("negative_prompt", _NEGATIVE_TIP),
+                TextEncoderType.Input(
+                    "t5",
+                    optional=True,
+                    tooltip="From WanVideo T5 Text Encoder Loader. May be left out for prompts in the disk cache.",
+                ),
+                io.Boolean.Input(
+                    "force_offload",
+                    default=True,
+                    optional=True,
+                    tooltip="Move the text encoder to host memory when it is done.",
+                ),
+                WanModelType.Input(
+                    "model_to_offload",
+                    optional=True,
+                    tooltip="A video model to move to host memory first, so that the text encoder has room.",
+                ),
+                io.Boolean.Input("use_disk_cache", default=False, optional=True, tooltip=_DISK_CACHE_TIP),
+                io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=_DEVICE_TIP),
+            ],
+            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For WanVideo Sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        positive_prompt: str,
+        negative_prompt: str,
+        t5: TextModel | None = None,
+        force_offload: bool = True,
+        model_to_offload: Any = None,
+        use_disk_cache: bool = False,
+        device: str = "gpu",
+    ) -> Any:
+        if model_to_offload is not None:
+            model_to_offload.unload()
+        cache = host.cache_folder("prompts") if use_disk_cache else None
+        embeds = TextModel.encode_prompts(t5, positive_prompt, negative_prompt, device=device, cache=cache)
+        if t5 is not None and force_offload:
+            t5.unload()
+        return io.NodeOutput(embeds)
+
+
+class WanVideoTextEncodeCached(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoTextEncodeCached",
+            "WanVideo TextEncode Cached",
+            "Encode prompts with a text encoder that is loaded for the moment only, and not at all for known prompts.",
+            group="text",
+            aliases=["prompt", "cached prompt", "提示词 缓存"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files("text_encoder"),
+                    tooltip="A UMT5-XXL file of ComfyUI/models/text_encoders.",
+                ),
+                io.Combo.Input(
+                    "precision", options=["fp32", "bf16"], default="bf16", tooltip="What the encoder computes in."
+                ),
+                _prompt("positive_prompt", _POSITIVE_TIP),
+                _prompt("negative_prompt", _NEGATIVE_TIP),
+                io.Combo.Input(
+                    "quantization",
+                    options=["disabled", "fp8_e4m3fn"],
+                    default="disabled",
+                    tooltip="Keep the weights in fp8 while encoding: half the memory.",
+                ),
+                io.Boolean.Input("use_disk_cache", default=True, tooltip=_DISK_CACHE_TIP),
+                io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", tooltip=_DEVICE_TIP),
+                foreign("WANVIDEOPROMPTEXTENDER_ARGS", "extender_args", "Not supported; leave unconnected."),
+            ],
+            outputs=[
+                TextEmbedsType.Output(display_name="text_embeds", tooltip="For WanVideo Sampler."),
+                TextEmbedsType.Output(
+                    display_name="negative_text_embeds", tooltip="The negative prompt as if it were a prompt."
+                ),
+                io.String.Output(display_name="positive_prompt", tooltip="The prompt as it was encoded."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model_name: str,
+        precision: str,
+        positive_prompt: str,
+        negative_prompt: str,
+        quantization: str,
+        use_disk_cache: bool,
+        device: str,
+        **foreign_sockets: Any,
+    ) -> Any:
+        refuse_foreign(cls, foreign_sockets)
+        embeds = TextModel.encode_once(
+            host.model_path("text_encoder", model_name),
+            precision,
+            quantization,
+            positive_prompt,
+            negative_prompt,
+            device=device,
+            cache=host.cache_folder("prompts") if use_disk_cache else None,
+        )
+        assert embeds.negative is not None
+        negative = TextEmbeds(embeds.negative, embeds.negative)
+        return io.NodeOutput(embeds, negative, positive_prompt)
+
+
+class WanVideoTextEmbedBridge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoTextEmbedBridge",
+            "WanVideo TextEmbed Bridge",
+            "Use prompts encoded by ComfyUI's own CLIP Text Encode (Load CLIP with type wan).",
+            group="text",
+            aliases=["conditioning", "clip text encode", "提示词 桥接"],
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="The prompt, encoded by ComfyUI with type wan."),
+                io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, encoded alike."),
+            ],
+            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For WanVideo Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, positive: Any, negative: Any = None) -> Any:
+        # CONDITIONING is a list of [embeddings [1, tokens, width], options].
+        return io.NodeOutput(TextEmbeds(positive[0][0][0], None if not negative else negative[0][0][0]))

@@ -1,0 +1,52 @@
+"""The entry for ComfyUI: the list of our nodes. One file per concern lies in `comfy_nodes`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import ComfyExtension
+
+from . import host
+from .comfy_nodes import audio, latents, loaders, options, picture, sampler, text
+
+host.register_folders()
+
+NODES: list[Any] = [
+    loaders.WanVideoModelLoader,
+    loaders.MultiTalkModelLoader,
+    loaders.WanVideoVAELoader,
+    loaders.LoadWanVideoT5TextEncoder,
+    loaders.InfiniteTalkClipVisionLoader,
+    loaders.Wav2VecModelLoader,
+    loaders.DownloadAndLoadWav2VecModel,
+    options.WanVideoLoraSelect,
+    options.WanVideoLoraSelectMulti,
+    options.WanVideoSetLoRAs,
+    options.WanVideoBlockSwap,
+    options.WanVideoSetBlockSwap,
+    options.WanVideoTorchCompileSettings,
+    options.CreateCFGScheduleFloatList,
+    text.WanVideoTextEncode,
+    text.WanVideoTextEncodeCached,
+    text.WanVideoTextEmbedBridge,
+    audio.MultiTalkWav2VecEmbeds,
+    audio.MultiTalkSilentEmbeds,
+    audio.NormalizeAudioLoudness,
+    picture.WanVideoClipVisionEncode,
+    picture.WanVideoImageToVideoMultiTalk,
+    picture.WanVideoImageToVideoEncode,
+    picture.WanVideoEmptyEmbeds,
+    latents.WanVideoEncode,
+    latents.WanVideoDecode,
+    latents.WanVideoPassImagesFromSamples,
+    sampler.WanVideoSampler,
+]
+
+
+class InfiniteTalkExtension(ComfyExtension):
+    async def get_node_list(self) -> list[Any]:
+        return NODES
+
+
+async def comfy_entrypoint() -> InfiniteTalkExtension:
+    return InfiniteTalkExtension()
