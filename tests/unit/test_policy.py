@@ -55,7 +55,8 @@ def test_block_ranges_count_from_both_ends(monkeypatch):
     rules = (policy.Rule("sdpa", blocks=(-2, 40)), policy.Rule(policy.CHOSEN))
     monkeypatch.setitem(policy.POLICIES, "tail", rules)
     modes = [
-        policy.select("tail", "sageattn_3_fp8", step=1, steps=3, block=b, blocks=40, role="self") for b in (0, 37, 38, 39)
+        policy.select("tail", "sageattn_3_fp8", step=1, steps=3, block=b, blocks=40, role="self")
+        for b in (0, 37, 38, 39)
     ]
     assert modes == ["sageattn_3_fp8", "sageattn_3_fp8", "sdpa", "sdpa"]
 

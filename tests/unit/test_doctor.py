@@ -1,0 +1,71 @@
+"""The doctor: what serves, why not, how accurate, and what its exit code says."""
+
+import json
+
+import pytest
+import torch
+from wanvideo_infinitetalk import doctor
+from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
+from wanvideo_infinitetalk.wanvideo.modules import attention as door
+from wanvideo_infinitetalk.wanvideo.modules.backends import refuse
+
+
+@pytest.fixture(scope="module")
+def report():
+    return doctor.examine(torch.device("cpu"))
+
+
+def test_every_mode_and_backend_has_a_row(report):
+    rows = {(row.mode, row.kernel) for row in report.kernels}
+    assert rows == {(mode, name) for mode, names in door.MODE_BACKENDS.items() for name in names}
+    assert [row.quantization for row in report.linears] == list(QUANTIZATIONS)
+
+
+def test_each_precision_serves_without_a_gpu(report):
+    assert report.precisions == {"16-bit": True, "8-bit": True, "4-bit": True}
+    assert report.healthy
+
+
+def test_accuracy_is_measured(report):
+    by_kernel = {row.kernel: row for row in report.kernels}
+    assert by_kernel["sdpa"].cosine > 0.9999
+    assert 0.995 < by_kernel["emulated_nvfp4"].cosine < 0.9999
+    assert 0.999 < by_kernel["emulated_fp8"].cosine < 0.99999
+    assert by_kernel["emulated_nvfp4"].relative_l2 > by_kernel["emulated_fp8"].relative_l2 > 0
+
+
+def test_one_kernel_per_mode_is_the_one_it_takes(report):
+    for mode in {row.mode for row in report.kernels if row.serves}:
+        assert sum(row.first for row in report.kernels if row.mode == mode) == 1
+
+
+def test_what_cannot_run_says_why(report):
+    row = next(r for r in report.kernels if r.kernel == "sageattn3_block_means")
+    assert not row.serves
+    assert any("cpu" in reason for reason in row.reasons)
+    assert row.advice == ""  # installing the package would not help on a CPU
+
+
+def test_advice_is_given_where_only_the_package_is_missing():
+    name = "sageattn3_block_means"
+    assert doctor._advice(name, ("the package sageattn3 is not installed",)).startswith("install sageattn3")
+    assert doctor._advice(name, ("the package sageattn3 is not installed", "another GPU")) == ""
+
+
+def test_a_precision_without_any_kernel_is_unhealthy():
+    for name in door.MODE_BACKENDS["sageattn_3_fp4"]:
+        refuse(name, "not today")
+    try:
+        sick = doctor.examine(torch.device("cpu"))
+    finally:
+        for name in door.MODE_BACKENDS["sageattn_3_fp4"]:
+            refuse(name, None)
+    assert sick.precisions == {"16-bit": True, "8-bit": True, "4-bit": False}
+    assert not sick.healthy
+    assert any("not today" in row.verdict for row in sick.kernels)
+
+
+def test_the_report_is_json(report):
+    again = json.loads(json.dumps(report.as_json()))
+    assert again["healthy"] is True
+    assert again["environment"]["torch"] == torch.__version__
