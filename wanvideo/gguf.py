@@ -1,8 +1,8 @@
 """Models in GGUF files: weights in blocks of 4 to 8 bits, unpacked per call.
 
 A GGUF file lists named tensors with a type each. F32, F16 and BF16 are plain; the others store blocks of 32 or 256
-values with their scales. The arithmetic of unpacking is that of diffusers. Linear layers keep the blocks (`GGUFLinear`) and
-unpack them for each call; everything else is unpacked when it is loaded.
+values with their scales. The arithmetic of unpacking is that of diffusers. Linear layers keep the blocks
+(`GGUFLinear`) and unpack them for each call; everything else is unpacked when it is loaded.
 """
 
 from __future__ import annotations
