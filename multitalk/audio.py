@@ -83,9 +83,14 @@ def _read_soundfile(path: Path) -> tuple[Waveform, int]:
     import soundfile
 
     with soundfile.SoundFile(path) as file:
-        # Block by block, so that the channels of a long recording are never all in memory.
-        blocks = file.blocks(blocksize=1 << 18, dtype="float32", always_2d=True)
-        return _joined([block.mean(axis=1) for block in blocks]), int(file.samplerate)
+        # Block by block into one array, so that a long recording is in memory once, without its channels.
+        mono = np.empty(max(int(file.frames), 0), np.float32)
+        filled = 0
+        for block in file.blocks(blocksize=1 << 18, dtype="float32", always_2d=True):
+            part = block.mean(axis=1)[: mono.size - filled]
+            mono[filled : filled + part.size] = part
+            filled += part.size
+        return mono[:filled], int(file.samplerate)
 
 
 def _read_av(path: Path) -> tuple[Waveform, int]:
@@ -142,6 +147,7 @@ def load_speech(
     if waveform.size < MIN_SECONDS * rate:
         raise InputError(f"{name} is too short: {waveform.size / rate:.3f} s, at least {MIN_SECONDS} s are needed.")
     speech = _resample(waveform, rate)
+    del waveform  # the loudness is measured in double precision: no need to hold both
     if not speech.any():
         log.warning("%s is silent", name)
     return speech if target_lufs is None else normalise_loudness(speech, target_lufs=target_lufs)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoints import CheckpointFile
 from .errors import CheckpointError, InputError
+from .files import CheckpointFile, Stored
 from .weights import fill_module, find_prefix, kind_of, layers_of
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _official(name: str) -> str | None:
     return f"block.{parts[1]}.{_LAYER[inner]}.weight" if inner in _LAYER and kind == "weight" else None
 
 
-def _config(shapes: Mapping[str, Tensor], what: str) -> dict[str, Any]:
+def _config(shapes: Mapping[str, Stored], what: str) -> dict[str, Any]:
     """Arguments of transformers' UMT5Config; `shapes` by the names of the encoder stack."""
     stem = "block.0.layer."
     needed = (
@@ -220,22 +220,25 @@ class _Dequantised(Mapping[str, Tensor]):
     """The encoder's tensors, read when asked for and multiplied by their scale where the file has one."""
 
     def __init__(
-        self, names: Mapping[str, str], stored: Sequence[str], read: Callable[[str], Tensor], what: str
+        self, names: Mapping[str, str], stored: Sequence[str], read: Callable[[str], Stored], what: str
     ) -> None:
         self._names, self._stored, self._read, self._what = names, set(stored), read, what
 
     def __getitem__(self, name: str) -> Tensor:
         source = self._names[name]
         weight = self._read(source)
-        if not weight.is_floating_point():
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            stored = weight.dtype if isinstance(weight, Tensor) else "GGUF blocks"
             raise CheckpointError(
-                f"{self._what} stores {source} as {weight.dtype}, a quantisation that is not read for text encoders; "
+                f"{self._what} stores {source} as {stored}, a quantisation that is not read for text encoders; "
                 "use the fp8, bf16 or fp16 file."
             )
         stem = source.removesuffix(".weight")
         for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
             if scale_name in self._stored:
-                scale = self._read(scale_name).float()
+                scale = self._read(scale_name)
+                assert isinstance(scale, Tensor)
+                scale = scale.float()
                 # One scale for all, or one per row.
                 return weight.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1)))
         return weight
@@ -294,8 +297,8 @@ class TextEncoder:
     @classmethod
     def _build(
         cls,
-        shapes: Mapping[str, Tensor],
-        read: Callable[[str], Tensor],
+        shapes: Mapping[str, Stored],
+        read: Callable[[str], Stored],
         tokenizer: Tokenizer | None,
         dtype: torch.dtype,
         device: str | torch.device,

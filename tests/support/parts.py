@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def replace(names: dict[str, Tensor], *rules: tuple[str, str]) -> dict[str, Tens
     return out
 
 
-def diffusers_vae(**changes) -> nn.Module:
+def diffusers_vae(**changes) -> Any:
     from diffusers import AutoencoderKLWan
 
     options = {
@@ -111,7 +112,7 @@ def transformers_t5(**changes) -> nn.Module:
     return model
 
 
-def hugging_face_t5_names(model: nn.Module) -> dict[str, Tensor]:
+def hugging_face_t5_names(model: Any) -> dict[str, Tensor]:
     """As the published files: `shared.weight` once, `encoder.block...`."""
     stack = {f"encoder.{name}": tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     stack["shared.weight"] = stack.pop("encoder.embed_tokens.weight")
