@@ -1,0 +1,271 @@
+"""Writing videos window by window, and reading them again."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from wanvideo_infinitetalk.multitalk.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
+
+FPS = 25
+
+
+def _frames(count: int, height: int = 48, width: int = 64, start: int = 0) -> torch.Tensor:
+    """Grey frames that tell their index: (index * 8) % 240."""
+    levels = (torch.arange(start, start + count) * 8 % 240).to(torch.uint8)
+    return levels[:, None, None, None].expand(count, height, width, 3)
+
+
+def _tone(seconds: float, rate: int) -> np.ndarray:
+    return (0.3 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def _decode(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """Frames [n, H, W, 3], sound [samples] and its rate."""
+    with av.open(str(path)) as container:
+        pictures = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            return pictures, np.zeros(0), 0
+        pieces = [f.to_ndarray().mean(0) for f in container.decode(audio=0)]
+        rate = container.streams.audio[0].rate
+    return pictures, np.concatenate(pieces), rate
+
+
+def _durations(path: Path) -> dict[str, float]:
+    with av.open(str(path)) as container:
+        return {s.type: float(s.duration * s.time_base) for s in container.streams if s.duration is not None}
+
+
+def _write(path: Path, seconds: float, rate: int, windows: int = 3) -> int:
+    total = round(seconds * FPS)
+    sizes = [len(part) for part in np.array_split(np.arange(total), windows)]
+    with VideoWriter(path, FPS, _tone(seconds, rate), rate) as writer:
+        for index, size in enumerate(sizes):
+            writer.append(_frames(size, start=sum(sizes[:index])))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds"),
+    [(8000, 0.2), (16000, 0.04), (16000, 2.013), (22050, 1.0), (44100, 1.5), (48000, 2.5), (96000, 1)],
+)
+def test_picture_and_sound_last_as_long_as_the_recording(tmp_path, rate, seconds) -> None:
+    path = tmp_path / "out.mp4"
+    total = _write(path, seconds, rate)
+    durations = _durations(path)
+    assert abs(durations["video"] - seconds) <= 1 / FPS + 1e-6
+    assert abs(durations["audio"] - seconds) <= 1 / FPS + 1e-6
+    pictures, sound, out_rate = _decode(path)
+    assert len(pictures) == total
+    assert abs(len(sound) / out_rate - seconds) <= 0.05  # whole AAC packets
+
+
+def test_frames_and_sound_come_back_in_order(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    total = _write(path, 3.0, 16000)
+    pictures, sound, rate = _decode(path)
+    levels = pictures.mean(axis=(1, 2, 3))
+    assert np.abs(levels - np.arange(total) * 8 % 240).max() < 6
+    loud = sound[rate // 2 : rate * 2]
+    spectrum = np.abs(np.fft.rfft(loud))
+    assert abs(np.argmax(spectrum) / len(loud) * rate - 440) < 3
+    assert 0.15 < np.sqrt((loud**2).mean()) < 0.25
+
+
+def test_the_finished_file_is_an_ordinary_mp4_alone_in_its_folder(tmp_path) -> None:
+    path = tmp_path / "new" / "folder" / "out.mp4"
+    _write(path, 1.0, 16000)
+    assert [p.name for p in path.parent.iterdir()] == ["out.mp4"]
+    data = path.read_bytes()
+    assert b"moof" not in data
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_colours_survive(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.5, 0.8]])
+    with VideoWriter(path) as writer:
+        for colour in colours:
+            writer.append(colour.expand(6, 64, 64, 3))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.colorspace == 1
+        frames = [f.reformat(format="rgb24", src_colorspace="ITU709").to_ndarray() for f in container.decode(video=0)]
+    for index, colour in enumerate(colours):
+        assert np.abs(frames[6 * index + 3].mean((0, 1)) - 255 * colour.numpy()).max() < 8
+
+
+def test_floats_are_rounded_and_clipped(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, crf=0) as writer:
+        writer.append(torch.stack([torch.full((32, 32, 3), v) for v in (-0.5, 0.5, 1.5)]))
+    levels = _decode(path)[0].mean((1, 2, 3))
+    assert np.abs(levels - [0, 128, 255]).max() < 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(49, 64), (48, 65), (1, 1), (33, 35)])
+def test_odd_sizes_get_one_more_row_or_column(tmp_path, height, width) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path) as writer:
+        writer.append(_frames(5, height, width))
+    assert _decode(path)[0].shape == (5, height + height % 2, width + width % 2, 3)
+
+
+def test_sound_is_cut_with_the_picture(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, FPS, _tone(10, 48000), 48000) as writer:
+        writer.append(_frames(25))
+    assert abs(_durations(path)["audio"] - 1.0) <= 1 / FPS + 1e-6
+
+
+def test_stereo_and_other_rates_of_frames(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, 29.97, np.stack([_tone(1, 44100)] * 2), 44100) as writer:
+        writer.append(_frames(30))
+    with av.open(str(path)) as container:
+        assert container.streams.audio[0].channels == 2
+        assert abs(float(container.streams.video[0].average_rate) - 29.97) < 1e-3
+
+
+def test_an_error_outside_leaves_what_was_appended(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+
+    def run() -> None:
+        with VideoWriter(path, FPS, _tone(10, 16000), 16000) as writer:
+            writer.append(_frames(40))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(_decode(path)[0]) == 40
+    assert abs(_durations(path)["audio"] - 40 / FPS) <= 1 / FPS + 1e-6
+
+
+def test_nothing_appended_makes_no_file(tmp_path) -> None:
+    with VideoWriter(tmp_path / "out.mp4"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+CHILD = """
+    import os, resource, sys
+    import numpy as np, torch
+    from wanvideo_infinitetalk.multitalk.video import VideoWriter
+    from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
+    writer = VideoWriter(sys.argv[1], 25, np.zeros(16000 * 60, np.float32), 16000)
+    noise = torch.randint(0, 255, (72, 96, 128, 3), dtype=torch.uint8)
+"""
+
+
+def _child(path: Path, code: str) -> subprocess.CompletedProcess[str]:
+    script = textwrap.dedent(CHILD) + textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=120)
+
+
+def test_a_killed_process_leaves_a_file_that_plays(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    result = _child(path, "for _ in range(2): writer.append(noise)\nos._exit(9)")
+    assert result.returncode == 9, result.stderr
+    assert len(_decode(path)[0]) >= 144 - 72
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_a_file_that_plays(tmp_path) -> None:
+    """A limit on the file's size stands in for the disk: both make writes fail half-way."""
+    path = tmp_path / "out.mp4"
+    result = _child(
+        path,
+        """
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+        try:
+            with writer:
+                for _ in range(8): writer.append(noise)
+        except InfiniteTalkError as error:
+            print(error)
+        """,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "could not be written: there is no space left for it" in result.stdout
+    assert "Free some space" in result.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+    decoded = 0
+    # The last fragment may be torn; players stop there.
+    with contextlib.suppress(av.error.FFmpegError), av.open(str(path)) as container:
+        for _ in container.decode(video=0):
+            decoded += 1
+    assert decoded >= 25
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("out.avi", r"end in \.mp4"), ("folder.mp4", "is a folder"), ("file/out.mp4", "not be written")],
+)
+def test_paths_that_cannot_be_written(tmp_path, path, message) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InfiniteTalkError, match=message), VideoWriter(tmp_path / path) as writer:
+        writer.append(_frames(1))
+
+
+def test_what_does_not_fit_is_refused(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    with pytest.raises(InputError, match="one or two channels"):
+        VideoWriter(path, sound=np.zeros((3, 10)), rate=16000)
+    with pytest.raises(InputError, match="give its rate"):
+        VideoWriter(path, sound=np.zeros(10))
+    with pytest.raises(InputError, match="25"):
+        VideoWriter(path, fps=0)
+    with VideoWriter(path) as writer:
+        with pytest.raises(InputError, match="height, width, 3"):
+            writer.append(torch.zeros(3, 8, 8))
+        writer.append(_frames(2))
+        with pytest.raises(InputError, match="one size"):
+            writer.append(_frames(2, 32, 32))
+
+
+# --- reading
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "source.mp4"
+    with VideoWriter(path, 25, crf=0) as writer:
+        writer.append(_frames(29))
+    return path
+
+
+def _level(frame: np.ndarray) -> int:
+    return round(frame.mean() / 8)
+
+
+def test_frames_by_index(source) -> None:
+    frames = VideoFrames(source, keep=5)
+    assert len(frames) == 29
+    assert frames[0].shape == (48, 64, 3)
+    # forward, within what is kept, and back to the beginning
+    assert [_level(frames[i]) for i in (0, 7, 8, 5, 28, 3, 4)] == [0, 7, 8, 5, 28, 3, 4]
+    with pytest.raises(IndexError):
+        frames[29]
+
+
+@pytest.mark.parametrize(("fps", "length"), [(50, 58), (12.5, 14), (25, 29)])
+def test_other_rates_repeat_and_leave_out(source, fps, length) -> None:
+    frames = VideoFrames(source, fps=fps)
+    assert abs(len(frames) - length) <= 1
+    levels = [_level(frames[i]) for i in range(len(frames))]
+    assert np.abs(np.array(levels) - np.arange(len(frames)) * 25 / fps).max() <= 1
+
+
+def test_sources_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(InputError, match="no video at"):
+        VideoFrames(tmp_path / "none.mp4")
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(InputError, match="cannot be read as a video"):
+        VideoFrames(tmp_path / "text.mp4")
