@@ -4,7 +4,7 @@ The set exists to try the whole way from a picture and a recording to a video wi
 files pass through the same loaders as the 14B ones. What they paint is noise. The numbers come from NumPy's PCG64, so
 that the same bytes are written everywhere.
 
-Widths: a DiT of two layers of two heads of 64; a VAE of the public layout with 8 instead of 96 base channels, 16 latent
+Widths: a DiT of two layers of two heads of 64; a VAE of the public layout with 4 instead of 96 base channels, 16 latent
 channels and strides 4x8x8; a CLIP that yields 257 tokens of 1280, as the DiT's image embedding takes them.
 """
 
@@ -30,7 +30,7 @@ TEXT_DIM, TEXT_FFN, TEXT_HEADS, TEXT_LAYERS = 64, 128, 2, 2
 CLIP_DIM, CLIP_FFN, CLIP_LAYERS, CLIP_TOKENS, CLIP_PATCH = 1280, 64, 2, 257, 14
 AUDIO_DIM, AUDIO_FFN, AUDIO_LAYERS, AUDIO_CONV = 128, 128, 2, 32
 AUDIO_HIDDEN, AUDIO_OUT, AUDIO_TOKENS = 64, 64, 8
-VAE_DIM, VAE_LATENT = 8, 16
+VAE_DIM, VAE_LATENT = 4, 16
 
 # kernels of the seven convolutions of wav2vec2
 WAV2VEC_KERNELS = (10, 3, 3, 3, 3, 2, 2)

@@ -1,0 +1,63 @@
+"""The demo: the whole job on tiny models, with a picture and a spoken sentence of ours."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from .generate import Job, ModelFiles
+from .multitalk.pipeline import GenerateConfig
+from .tiny import make_tiny
+
+__all__ = ["demo_job"]
+
+SIZE = 128
+STEPS = 3
+FRAMES, MOTION = 33, 5
+"""Short windows, so that the five seconds take several of them."""
+
+
+@contextmanager
+def demo_job(
+    out: str | Path,
+    *,
+    models: str | Path | None = None,
+    attention_mode: str = "auto",
+    quantization: str = "disabled",
+    device: str = "auto",
+) -> Iterator[Job]:
+    """The demo's job; its files are there as long as the context is open.
+
+    Args:
+        models: folder to keep the tiny checkpoints in; None: they are removed afterwards.
+    """
+    assets = files(__package__).joinpath("assets")
+    with (
+        tempfile.TemporaryDirectory(prefix="infinitetalk-") as temporary,
+        as_file(assets.joinpath("portrait.png")) as picture,
+        as_file(assets.joinpath("speech.wav")) as recording,
+    ):
+        tiny = make_tiny(temporary if models is None else models)
+        yield Job(
+            files=ModelFiles(
+                model=tiny.model,
+                adapter=tiny.adapter,
+                vae=tiny.vae,
+                text_encoder=tiny.text_encoder,
+                clip_vision=tiny.clip_vision,
+                wav2vec=tiny.wav2vec,
+            ),
+            audio=(recording,),
+            image=picture,
+            out=out,
+            prompt="A woman speaks to the camera in the evening light.",
+            config=GenerateConfig(
+                width=SIZE, height=SIZE, frames=FRAMES, motion_frames=MOTION, steps=STEPS, shift=7.0, cfg=5.0
+            ),
+            attention_mode=attention_mode,
+            quantization=quantization,
+            device=device,
+        )
