@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,11 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .errors import CheckpointError
 from .files import CheckpointFile, Stored
-from .quantized_linear import QuantizedLinear
+from .quantized_linear import QuantizedLinear, branched, unbranched
 
 __all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "remove_loras"]
 
@@ -52,6 +52,9 @@ class LoraSpec:
     strength: float = 1.0
     merge: bool = True
     blocks: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # one spelling, so that equal specs compare equal
 
     @property
     def name(self) -> str:
@@ -360,18 +363,13 @@ class LowRankBranch(nn.Module):
         return output
 
 
-def _add_branch(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    branch: Any = layer.lora
-    return branch(args[0], output)
-
-
 @dataclass
 class _Record:
     """What was done to a model; kept on it as `lora_record`."""
 
     merged: list[LoraSpec]
     beside: list[LoraSpec]
-    hooks: list[tuple[nn.Module, RemovableHandle]]  # layers with a branch
+    branched: list[nn.Linear]
     before: list[tuple[nn.Parameter, Tensor]]  # small parameters that were changed, and what they were
 
 
@@ -379,8 +377,9 @@ class _Record:
 def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str | torch.device | None = None) -> None:
     """Let `model` compute with the changes of all `specs`, in place.
 
-    LoRAs that run beside its weights already are replaced; merged ones stay merged. A file that changes any quantised
-    weight runs beside as a whole, so that it can be taken off again as a whole.
+    What runs beside the weights afterwards are those of `specs` alone. Merged ones stay merged and are not merged a
+    second time, so calling this again with the same specs changes nothing. A file that changes any quantised weight
+    runs beside as a whole, so that it can be taken off again as a whole.
 
     Args:
         model: with weights of 16 or 32 bits, quantised ones, or both. Call this before block swap packs its tensors,
@@ -392,7 +391,8 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
         CheckpointError: a file is missing, damaged, not a LoRA, or made for another model; `model` is unchanged then.
             (A file that fits in part is applied, with one warning that counts the rest.)
     """
-    wanted = [spec for spec in specs if spec.strength != 0]
+    already = Counter(_record(model).merged)
+    wanted = list((Counter(spec for spec in specs if spec.strength != 0) - already).elements())
     targets = _Targets(model)
     with ExitStack() as stack:
         files = [stack.enter_context(CheckpointFile(spec.path)) for spec in wanted]
@@ -421,12 +421,12 @@ def remove_loras(model: nn.Module) -> list[LoraSpec]:
     Returns those that were merged, and so can only be removed by loading the model again.
     """
     record = _record(model)
-    for layer, handle in record.hooks:
-        handle.remove()
+    for layer in record.branched:
+        layer.__class__ = unbranched(type(layer))
         del layer.lora
     for parameter, value in record.before:
         parameter.data = value.to(parameter.device)
-    record.hooks, record.before, record.beside = [], [], []
+    record.branched, record.before, record.beside = [], [], []
     return list(record.merged)
 
 
@@ -467,7 +467,8 @@ def _run_beside(
         parameter.data = _changed(parameter, changes, device)
         return
     module.lora = _branch(changes, parameter.device, _compute_dtype(module))
-    record.hooks.append((module, module.register_forward_hook(_add_branch)))
+    module.__class__ = branched(type(module))
+    record.branched.append(module)
 
 
 def _branch(changes: Sequence[_Change], device: torch.device, dtype: torch.dtype) -> LowRankBranch:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from .modules.layout import aligned_contiguous
 
-__all__ = ["QuantizedLinear", "linear_in", "relative_l2", "store_buffers", "store_weight", "take_over"]
+__all__ = [
+    "QuantizedLinear",
+    "branched",
+    "linear_in",
+    "relative_l2",
+    "store_buffers",
+    "store_weight",
+    "take_over",
+    "unbranched",
+]
 
 
 class QuantizedLinear(nn.Linear):
@@ -64,14 +73,44 @@ def take_over(linear: nn.Linear, kind: type[LinearKind], base_dtype: torch.dtype
 
     The object keeps its identity. Raises TypeError for a subclass of nn.Linear that runs its own way.
     """
-    if not isinstance(linear, QuantizedLinear) and type(linear).forward is not nn.Linear.forward:
-        raise TypeError(f"{type(linear).__name__} has a forward of its own and cannot become a {kind.__name__}")
-    linear.__class__ = kind
+    before = unbranched(type(linear))
+    if not issubclass(before, QuantizedLinear) and before.forward is not nn.Linear.forward:
+        raise TypeError(f"{before.__name__} has a forward of its own and cannot become a {kind.__name__}")
+    linear.__class__ = kind if before is type(linear) else branched(kind)
     assert isinstance(linear, kind)
     linear.base_dtype = base_dtype
     for name, value in state.items():
         setattr(linear, name, value)
     return linear
+
+
+class _Branched(nn.Linear):
+    """Mixed into the class of a linear layer that has a child `lora` to run beside it.
+
+    A class and not a hook, because compiled code notices that a layer changed its class, but not that it got a hook.
+    """
+
+    lora: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.lora(input, super().forward(input))
+
+
+_branched_kinds: dict[type[nn.Linear], type[nn.Linear]] = {}
+
+
+def branched(kind: type[nn.Linear]) -> type[nn.Linear]:
+    """The class, one per `kind`, of its layers whose output goes through `self.lora(input, output)`."""
+    if issubclass(kind, _Branched):
+        return kind
+    if kind not in _branched_kinds:
+        _branched_kinds[kind] = type(f"Branched{kind.__name__}", (_Branched, kind), {})
+    return _branched_kinds[kind]
+
+
+def unbranched(kind: type[nn.Linear]) -> type[nn.Linear]:
+    """The class that `branched` made `kind` from; `kind` itself when it is no such class."""
+    return kind.__mro__[2] if issubclass(kind, _Branched) else kind
 
 
 def store_weight(linear: nn.Linear, weight: Tensor) -> None:

@@ -361,6 +361,9 @@ def test_applying_again_replaces_what_runs_beside(tmp_path):
     assert torch.equal(linear_of(model, LAYERS[0])(x), linear_of(make_model(), LAYERS[0])(x))
     merged = LoraSpec(path, 0.5)
     apply_loras(model, [merged])
+    weight = linear_of(model, LAYERS[0]).weight.clone()
+    apply_loras(model, [LoraSpec(str(path), 0.5)])
+    assert torch.equal(linear_of(model, LAYERS[0]).weight, weight), "merged a second time"
     assert remove_loras(model) == [merged]
 
 
@@ -446,7 +449,30 @@ def test_beside_compiles_and_moves_with_the_layer(tmp_path):
     apply_loras(model, [LoraSpec(write(tmp_path / "l.safetensors", make_pairs()))])
     layer = linear_of(model, LAYERS[0])
     x = torch.randn(2, CONFIG.dim)
+    assert repr(layer).startswith("BranchedFp8Linear")
     with torch.no_grad():
         assert relative_l2(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 1e-6
     assert {"down", "up"} <= {name.rpartition(".")[2] for name, _ in layer.named_buffers()}
     assert layer.to("meta").lora.down.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["disabled", "fp8_e4m3fn_scaled_fast"])
+def test_compiled_code_notices(tmp_path, kind):
+    """A LoRA that is applied, changed or taken off after the first compiled call must not be without effect."""
+    path = write(tmp_path / "l.safetensors", make_pairs())
+    model = make_base(kind, torch.float32)
+    layer = linear_of(model, LAYERS[0])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, CONFIG.dim)
+    with torch.no_grad():
+        plain = compiled(x)
+        outputs = []
+        for strength in (1.0, 2.0):
+            apply_loras(model, [LoraSpec(path, strength, merge=False)])
+            outputs.append(compiled(x))
+            assert relative_l2(outputs[-1], layer(x)) < 1e-6
+        remove_loras(model)
+        assert relative_l2(compiled(x), plain) < 1e-6
+    assert relative_l2(outputs[0], plain) > 1e-3
+    assert relative_l2(outputs[1] - plain, 2 * (outputs[0] - plain)) < 1e-4
+    assert type(layer).__name__ == ("Linear" if kind == "disabled" else "Fp8Linear")
