@@ -165,8 +165,9 @@ class VideoWriter:
     def _finish_streams(self, container: Any) -> None:
         self._mux(container, self._video.encode(None))
         if self._sound is not None:
-            # A recording may outlast the last frame by the rest of that frame's time, never by more.
-            self._mux(container, self._sound.encode(Fraction(self.frames + 1) / self.fps))
+            # A recording that ends within a frame of the video is written whole.
+            if self._sound.seconds < Fraction(self.frames + 1) / self.fps:
+                self._mux(container, self._sound.encode(self._sound.seconds))
             self._mux(container, self._sound.finish())
 
     @staticmethod
@@ -206,6 +207,10 @@ class _SoundTrack:
         self.layout = "mono" if wave.shape[0] == 1 else "stereo"
         self.position = 0  # samples taken so far
         self._written = 0  # samples encoded so far, at the stream's rate
+
+    @property
+    def seconds(self) -> Fraction:
+        return Fraction(self.wave.shape[1], self.rate)
 
     def open(self, container: Any) -> None:
         self._stream_rate = self.rate if self.rate in SOUND_RATES else SOUND_RATES[-1]
