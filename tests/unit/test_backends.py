@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -405,3 +407,27 @@ def test_limits_are_where_the_contract_says() -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(BackendUnavailableError, match="no attention backend 'nonsense'"):
         lookup("nonsense")
+
+
+def test_the_document_names_every_mode_and_backend_in_order() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
+    modes = text.split("## Contracts")[0]
+    rows = {line.split("|")[1].split("`")[1]: line for line in modes.splitlines() if line.startswith("| `")}
+    for mode, names in door.MODE_BACKENDS.items():
+        assert re.findall(r"`(\w+)`", rows[mode].split("|")[3])[: len(names)] == list(names), mode
+    for backend in backends():
+        assert f"`{backend.name}`" in text
+        if backend.contract.package:
+            assert backend.contract.package in text
+
+
+def test_kernels_are_reached_through_the_door_only() -> None:
+    """No module but the backends names a kernel package or torch's attention."""
+    root = Path(door.__file__).parents[2]
+    names = re.compile(r"\b(scaled_dot_product_attention|sageattn3?_\w+|flash_attn_func|int8_attention)\(")
+    allowed = {root / "wanvideo" / "modules" / "backends", root / "tests", root / "benchmarks"}
+    for path in root.rglob("*.py"):
+        if any(part.startswith(".") or part in ("build", "out") for part in path.relative_to(root).parts):
+            continue
+        if not any(folder in path.parents for folder in allowed):
+            assert not names.search(path.read_text()), path
