@@ -23,6 +23,7 @@ __all__ = [
     "int8_scaled",
     "nvfp4_tensor_scale",
     "pack_e2m1",
+    "power_of_two_from",
     "quantize_nvfp4",
     "round_to_e2m1",
     "unpack_e2m1",
@@ -101,6 +102,16 @@ class NVFP4:
         return self.operand() * self.tensor_scale
 
 
+def power_of_two_from(x: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two >= each positive float32 value (at most 2 ** 127); NaN and infinity stay.
+
+    By the bits, since pow and exp2 of a GPU need not be exact.
+    """
+    bits = x.float().view(torch.int32)
+    rounded_up = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32).clamp(max=2.0**127)
+    return torch.where(x.isfinite(), rounded_up, x.float())
+
+
 def nvfp4_tensor_scale(x: torch.Tensor, dims: tuple[int, ...], power_of_two: bool = True) -> torch.Tensor:
     """The outer scale that brings max|x| over `dims` (kept, size 1) to the largest NVFP4 value, 6 * 448.
 
@@ -112,9 +123,7 @@ def nvfp4_tensor_scale(x: torch.Tensor, dims: tuple[int, ...], power_of_two: boo
     scale = scale.clamp_min(_TINY)
     if not power_of_two:
         return scale
-    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2 ** exponent, 0.5 <= mantissa < 1
-    rounded_up = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return torch.where(scale.isfinite(), torch.ldexp(torch.ones_like(scale), rounded_up), scale)
+    return power_of_two_from(scale)
 
 
 def quantize_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | float = 1.0) -> NVFP4:

@@ -83,6 +83,13 @@ def test_nvfp4_operands_are_exact_in_bfloat16() -> None:
     assert torch.equal(quantized.operand(torch.bfloat16).float(), quantized.operand())
 
 
+def test_powers_of_two_are_rounded_up_to() -> None:
+    x = torch.tensor([1.0, 1.0000001, 3.0, 4.0, 2.0**-126, 3e38, torch.inf, torch.nan])
+    got = quantizers.power_of_two_from(x)
+    assert got[:-1].tolist() == [1.0, 2.0, 4.0, 4.0, 2.0**-126, 2.0**127, torch.inf]
+    assert got[-1].isnan()
+
+
 def test_zeros_and_nan_in_quantisers() -> None:
     zeros = torch.zeros(2, 32)
     assert quantize_nvfp4(zeros, nvfp4_tensor_scale(zeros, (0, 1))).dequantized().eq(0).all()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ...quantizers import power_of_two_from
 from ..layout import aligned_contiguous
 from . import packages
 from .contract import HALF, Contract, Shape, scale_or_default, scale_ratio
@@ -31,8 +32,7 @@ def unit_range(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Dividing by a power of two rounds nothing. NaN and infinity in V stay in the head that has them.
     """
     peak = v.abs().amax((1, 3), keepdim=True).float().clamp_min(_TINY)
-    exponent = torch.frexp(peak).exponent  # peak <= 2 ** exponent
-    peak = torch.ldexp(torch.ones_like(peak), exponent.clamp(-120, 120))
+    peak = power_of_two_from(peak)
     return (v.float() / peak).to(v.dtype), peak
 
 
