@@ -29,7 +29,8 @@ def unit_range(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """v [B, Lk, H, D] -> (v / peak in v's dtype, peak float32 [B, 1, H, 1]); peak: a power of two >= max|v| of a head.
 
     For kernels that multiply P and V in fp16: their result times peak is the result for v, without the overflow.
-    Dividing by a power of two rounds only what lies beyond fp16's smallest number, 2 ** -24 of the peak. NaN and infinity in V stay in the head that has them.
+    Dividing by a power of two rounds only what lies below fp16's smallest number, 2 ** -24 of the peak. NaN and
+    infinity in V stay in the head that has them.
     """
     peak = v.abs().amax((1, 3), keepdim=True).float().clamp_min(_TINY)
     peak = power_of_two_from(peak)
