@@ -22,12 +22,17 @@ SIZE_STEP = 16
 DEFAULT_AREA = 640 * 640
 """Pixels. InfiniteTalk's smaller size, in any aspect."""
 
+MAX_ASPECT = 4.0
+"""Of a video whose sides are not given; narrower pictures show their middle."""
 
-def load_picture(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """An upright RGB picture from a file, a PIL picture of any mode, or an array [H, W, 3] (uint8, or float in [0, 1]).
+
+def load_picture(source: str | Path | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
+    """An upright RGB picture from a file, a PIL picture of any mode, or pixels [H, W, 3] (uint8, or float in [0, 1]).
 
     Transparent parts become white. Raises InputError for what is no picture.
     """
+    if isinstance(source, torch.Tensor):
+        source = (source if source.dtype == torch.uint8 else source.float()).cpu().numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source)
     picture = source if isinstance(source, Image.Image) else _open(source)
@@ -85,6 +90,7 @@ def fit_size(
     elif height is not None:
         wanted = (height * aspect, height)
     else:
+        aspect = min(max(aspect, 1 / MAX_ASPECT), MAX_ASPECT)
         wanted = (math.sqrt(area * aspect), math.sqrt(area / aspect))
     fitted = (_to_step(wanted[0]), _to_step(wanted[1]))
     if (width or fitted[0], height or fitted[1]) != fitted:

@@ -42,6 +42,7 @@ __all__ = [
     "ClipLike",
     "Conditioning",
     "FinishedWindow",
+    "FrameSource",
     "GenerateConfig",
     "ModelLike",
     "VaeLike",

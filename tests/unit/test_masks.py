@@ -1,0 +1,150 @@
+"""Masks of speakers, and pictures cut to the size of the video."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from wanvideo_infinitetalk.multitalk.masks import default_masks, latent_masks
+from wanvideo_infinitetalk.multitalk.pictures import cover_nearest, cover_picture, fit_size, load_picture
+from wanvideo_infinitetalk.wanvideo.errors import InputError
+
+
+def _half(height: int, width: int, left: bool) -> torch.Tensor:
+    mask = torch.zeros(height, width)
+    mask[:, : width // 2] = 1
+    return mask if left else 1 - mask
+
+
+@pytest.mark.parametrize("speakers", [2, 3, 4])
+def test_default_masks_share_the_picture_out(speakers) -> None:
+    masks = default_masks(speakers, 100, 400)
+    assert masks.shape == (speakers + 1, 100, 400)
+    assert masks.sum(0).eq(1).all()  # each place belongs to one speaker or to the background
+    part = 400 // speakers
+    for speaker, mask in enumerate(masks[:-1]):
+        rows, columns = mask.nonzero().unbind(1)
+        assert (int(rows.min()), int(rows.max()) + 1) == (5, 95)
+        assert int(columns.min()) == speaker * part + int(part * 0.05)
+        assert int(columns.max()) + 1 == speaker * part + int(part * 0.95)
+
+
+def test_one_speaker_is_everywhere() -> None:
+    assert default_masks(1, 20, 30).eq(1).all()
+    assert latent_masks([_half(8, 8, True)], 1, (30, 20), 64, 48).eq(1).all()
+
+
+@pytest.mark.parametrize("speakers", [0, 5])
+def test_numbers_of_speakers(speakers) -> None:
+    with pytest.raises(InputError, match="one to 4"):
+        default_masks(speakers, 100, 100)
+
+
+@pytest.mark.parametrize("scale", [1, 255, True])
+@pytest.mark.parametrize("size", [(90, 60), (45, 30), (9, 6)])
+def test_given_masks_of_any_scale_and_size(scale, size) -> None:
+    given = [_half(size[1], size[0], left) for left in (True, False)]
+    given = [m.bool() if scale is True else m * scale for m in given]
+    masks = latent_masks(given, 2, (90, 60), 96, 64)
+    assert masks.shape == (3, 8, 12)
+    assert masks[0, :, :6].eq(1).all()
+    assert masks[1, :, 6:].eq(1).all()
+    assert masks[0, :, 6:].eq(0).all()
+    assert masks[2].eq(0).all()
+
+
+def test_masks_are_cut_like_the_picture() -> None:
+    """A marked square lies at the same place of the cut picture and of the cut mask."""
+    pixels = np.zeros((200, 120, 3), np.uint8)
+    pixels[90:130, 30:80] = 255
+    mask = torch.from_numpy(pixels[..., 0] > 0)
+    picture = cover_picture(Image.fromarray(pixels), 64, 48)
+    cut = cover_nearest(mask[None].float(), 64, 48)
+    assert ((picture[0] > 0) == (cut[0] > 0)).float().mean() > 0.97
+
+
+def test_masks_that_do_not_fit() -> None:
+    halves = [_half(60, 90, True), _half(60, 90, False)]
+    with pytest.raises(InputError, match="2 masks for 3 speakers"):
+        latent_masks(halves, 3, (90, 60), 96, 64)
+    with pytest.raises(InputError, match="height, width"):
+        latent_masks([torch.zeros(3, 4, 5), halves[1]], 2, (90, 60), 96, 64)
+    with pytest.raises(InputError, match=r"speaker 1 covers no part of the 96 x 64 video"):
+        latent_masks([torch.zeros(60, 90), halves[1]], 2, (90, 60), 96, 64)
+    edge = torch.zeros(60, 200)
+    edge[:, :10] = 1  # cut away with the sides of a wide picture
+    with pytest.raises(InputError, match="speaker 1 covers no part"):
+        latent_masks([edge, 1 - edge], 2, (200, 60), 64, 64)
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize(
+    ("picture", "wanted", "expected"),
+    [
+        ((1000, 1000), (832, 480), (832, 480)),
+        ((1000, 1000), (830, 475), (832, 480)),
+        ((1000, 500), (640, None), (640, 320)),
+        ((1000, 500), (None, 320), (640, 320)),
+        ((1000, 1000), (None, None), (640, 640)),
+        ((1920, 1080), (None, None), (848, 480)),
+        ((1, 1), (1, 1), (16, 16)),
+        ((1, 5000), (None, None), (320, 1280)),
+    ],
+)
+def test_sizes(picture, wanted, expected) -> None:
+    assert fit_size(picture, *wanted) == expected
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (64, 48), (7, 3), (1, 1), (1, 400), (400, 1)])
+def test_pictures_cover_the_size(size) -> None:
+    picture = Image.new("RGB", size, (255, 0, 51))
+    cut = cover_picture(picture, 64, 48)
+    assert cut.shape == (3, 48, 64)
+    assert cut.dtype == torch.float32
+    assert torch.allclose(cut, torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand_as(cut), atol=1e-6)
+
+
+def test_the_centre_is_kept() -> None:
+    """Columns of a wide gradient: the middle of the cut is the middle of the picture."""
+    ramp = np.repeat(np.linspace(0, 255, 900).astype(np.uint8)[None, :, None], 60, 0).repeat(3, 2)
+    for width in (64, 640):
+        cut = cover_picture(Image.fromarray(ramp), width, width * 3 // 4)
+        assert abs(float(cut.mean())) < 0.02
+        assert cut[0, 0].diff().min() >= 0
+
+
+def test_transparent_becomes_white_and_deep_grey_is_scaled() -> None:
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert load_picture(clear).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
+    assert [load_picture(deep).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_pixels_as_arrays_and_tensors() -> None:
+    floats = np.array([[[0.0, 0.5, 1.0]]], np.float32)
+    for source in (floats, torch.from_numpy(floats), np.array([[[0, 128, 255]]], np.uint8)):
+        assert load_picture(source).getpixel((0, 0)) == (0, 128, 255)
+    assert load_picture(np.zeros((2, 2, 1), np.uint8)).mode == "RGB"
+    with pytest.raises(InputError, match="NaN"):
+        load_picture(floats * np.nan)
+    with pytest.raises(InputError, match="shape"):
+        load_picture(np.zeros((2, 2), np.uint8))
+
+
+def test_files_that_are_no_pictures(tmp_path) -> None:
+    with pytest.raises(InputError, match="no picture at"):
+        load_picture(tmp_path / "none.png")
+    for content in (b"", b"text", b"\x89PNG\r\n\x1a\n" + bytes(40)):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read as a picture"):
+            load_picture(tmp_path / "bad.png")
+
+
+def test_upright_as_the_camera_says(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_picture(tmp_path / "turned.jpg").size == (10, 20)

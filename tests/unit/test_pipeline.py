@@ -1,0 +1,477 @@
+"""The generation loop with small stand-ins for the models: what it asks of them, hands out, and does when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from wanvideo_infinitetalk.multitalk.pipeline import Callbacks, Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.multitalk.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
+from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
+from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
+
+LAYERS, HIDDEN = 2, 3
+
+
+class FakeBlock(nn.Module):
+    """Passes on what it is given, or half of it as NaN."""
+
+    def forward(self, x: torch.Tensor, poisoned: bool) -> torch.Tensor:
+        return torch.where(x > 0, torch.nan, x) if poisoned else x
+
+
+class FakeModel(nn.Module):
+    """A velocity that depends on everything it is given. `broken`: from its n-th call on, this mode spoils block 1."""
+
+    def __init__(self, broken: dict[str, int] | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FakeBlock() for _ in range(3))
+        self.broken = broken or {}
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(
+        self, x, t, context, clip_fea=None, y=None, audio=None, ref_target_masks=None, *, audio_scale=1.0,
+        attention_mode=None,
+    ):  # fmt: skip
+        self.calls.append(dict(x=x, t=t, context=context, clip=clip_fea, y=y, audio=audio, masks=ref_target_masks))
+        self.calls[-1].update(audio_scale=audio_scale, mode=attention_mode)
+        v = 0.4 * x + 0.1 * torch.sin(3 * x) + context.mean() + audio_scale * audio.mean() + 0.1 * y[0, 4:]
+        spoilt = attention_mode in self.broken and len(self.calls) > self.broken[attention_mode]
+        for index, block in enumerate(self.blocks):
+            v = block(v, spoilt and index == 1)
+        return v.unsqueeze(0)
+
+
+@dataclass
+class FakeVae:
+    """Latents: eight-by-eight means of the channels' mean, scaled; causal in time. Decode repeats them."""
+
+    encoded: list[torch.Tensor] = field(default_factory=list)
+    decoded_as: float | None = None
+
+    def encode(self, video, *, tiled=False):
+        self.encoded.append(video)
+        small = video[0].mean(0).unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).mean((2, 4))  # [F, h, w]
+        small = torch.cat([small[:1], small[1:].unflatten(0, (-1, 4)).mean(1)])
+        return (small * torch.linspace(0.5, 1.5, 16)[:, None, None, None]).unsqueeze(0)
+
+    def decode(self, latents, *, tiled=False):
+        small = latents[0, :3].clamp(-1, 1)
+        frames = torch.cat([small[:, :1], small[:, 1:].repeat_interleave(4, 1)], 1)
+        frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3).unsqueeze(0)
+        return frames if self.decoded_as is None else torch.full_like(frames, self.decoded_as)
+
+
+@dataclass
+class FakeClip:
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def encode(self, image):
+        self.seen.append(image)
+        return image.mean().expand(1, 257, 8)
+
+
+CONFIG = GenerateConfig(width=32, height=16, frames=9, motion_frames=5, steps=3, seed=7, color_correction=0.0)
+
+
+def _picture(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _conditioning(rows: int = 15, speakers: int = 1, **changes: Any) -> Conditioning:
+    rng = torch.Generator().manual_seed(3)
+    audio = [torch.randn(rows, LAYERS, HIDDEN, generator=rng) for _ in range(speakers)]
+    text = torch.randn(2, 4, 8, generator=rng)
+    return replace(Conditioning(text[0], text[1], audio, [_picture()]), **changes)
+
+
+def _run(config: GenerateConfig = CONFIG, conditioning: Conditioning | None = None, **parts: Any):
+    model, vae = parts.pop("model", None) or FakeModel(), parts.pop("vae", None) or FakeVae()
+    clip = parts.pop("clip", None) or FakeClip()
+    return list(generate(model, vae, clip, conditioning or _conditioning(), config, **parts))
+
+
+def _video(windows) -> torch.Tensor:
+    return torch.cat([w.frames for w in windows])
+
+
+# --- frames
+
+
+@given(
+    total=st.integers(1, 60),
+    frames=st.integers(1, 4).map(lambda n: 4 * n + 1),
+    motion=st.integers(0, 3).map(lambda n: 4 * n + 1),
+)
+def test_the_video_is_as_long_as_the_recording(total, frames, motion) -> None:
+    if motion >= frames:
+        motion = 1
+    config = replace(CONFIG, frames=frames, motion_frames=motion, steps=1, cfg=1.0, audio_cfg=1.0, width=16)
+    windows = _run(config, _conditioning(total))
+    assert sum(len(w.frames) for w in windows) == total
+    assert [w.index for w in windows] == list(range(windows[0].count))
+
+
+def test_frames_are_floats_from_0_to_1_of_the_given_size() -> None:
+    windows = _run()
+    video = _video(windows)
+    assert video.shape == (15, 16, 32, 3)
+    assert video.dtype == torch.float32
+    assert 0 <= video.min() < video.max() <= 1
+    assert windows[0].latents.shape == (16, 3, 2, 4)
+    # frames that the window before gave out are not given again: windows go on where the last one ended
+    assert [len(w.frames) for w in windows] == [9, 4, 2]
+
+
+def test_one_window_is_enough_and_may_be_longer_than_the_recording() -> None:
+    (only,) = _run(conditioning=_conditioning(4))
+    assert len(only.frames) == 4
+    (only,) = _run(conditioning=_conditioning(9))
+    assert len(only.frames) == 9
+
+
+def test_total_frames_cuts_the_video() -> None:
+    assert len(_video(_run(replace(CONFIG, total_frames=11)))) == 11
+
+
+def test_a_seed_means_one_video() -> None:
+    state = torch.get_rng_state()
+    first, again, other = _run(), _run(), _run(replace(CONFIG, seed=8))
+    assert torch.equal(_video(first), _video(again))
+    assert not torch.equal(_video(first), _video(other))
+    assert torch.equal(torch.get_rng_state(), state)  # only its own generator
+
+
+def test_frames_come_out_while_later_windows_are_not_begun() -> None:
+    model = FakeModel()
+    windows = generate(model, FakeVae(), FakeClip(), _conditioning(), CONFIG)
+    next(windows)
+    assert len(model.calls) == 9  # three passes, three steps
+    assert torch.is_grad_enabled()
+
+
+def test_sizes_are_rounded_to_what_the_model_takes(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    assert _video(_run(replace(CONFIG, width=30, height=17))).shape[1:3] == (16, 32)
+    assert "steps of 16 pixels" in caplog.text
+    assert _video(_run(replace(CONFIG, width=None, height=None, area=48 * 32))).shape[1:3] == (32, 48)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16", "CMYK", "1"])
+def test_pictures_of_any_mode(mode) -> None:
+    picture = _picture().convert("L").convert("I;16") if mode == "I;16" else _picture().convert(mode)
+    assert len(_video(_run(conditioning=_conditioning(5, source=[picture])))) == 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+def test_pictures_of_one_pixel(size) -> None:
+    assert len(_video(_run(conditioning=_conditioning(5, source=[_picture(size)])))) == 5
+
+
+# --- what the model is given
+
+
+def test_the_picture_conditions_every_window() -> None:
+    model, vae, clip = FakeModel(), FakeVae(), FakeClip()
+    _run(model=model, vae=vae, clip=clip)
+    ys = torch.stack([call["y"] for call in model.calls])
+    assert torch.equal(ys, ys[:1].expand_as(ys))
+    assert ys[0, 0, :4, 0].eq(1).all()
+    assert ys[0, 0, :4, 1:].eq(0).all()
+    assert len(clip.seen) == 1  # once for all windows
+    assert [v.shape[2] for v in vae.encoded] == [9, 5, 5]  # the condition once, then the carried frames
+    assert vae.encoded[0][:, :, 1:].eq(0).all()
+
+
+def test_scales_masks_and_modes_reach_the_model() -> None:
+    model = FakeModel()
+    config = replace(CONFIG, audio_scale=1.7, attention_policy=lambda step, steps: f"mode{step}of{steps}")
+    _run(config, model=model)
+    assert {call["audio_scale"] for call in model.calls} == {1.7}
+    assert [call["mode"] for call in model.calls[:9:3]] == ["mode0of3", "mode1of3", "mode2of3"]
+    assert model.calls[0]["masks"].shape == (3, 2, 4)
+    assert model.calls[0]["clip"].shape == (1, 257, 8)
+
+
+@pytest.mark.parametrize("speakers", [2, 3, 4])
+def test_several_speakers(speakers) -> None:
+    config = replace(CONFIG, width=128, height=64)
+    model = FakeModel()
+    _run(config, _conditioning(speakers=speakers), model=model)
+    assert model.calls[0]["audio"].shape == (speakers, 9, 5, LAYERS, HIDDEN)
+    masks = model.calls[0]["masks"]
+    assert masks.shape == (speakers + 1, 8, 16)
+    assert masks.sum(0).eq(1).all()
+    # the pass without speech is that of one silent speaker
+    assert model.calls[2]["audio"].shape[0] == 1
+    assert model.calls[2]["audio"].eq(0).all()
+
+
+def test_the_longest_of_several_recordings_counts() -> None:
+    given_audio = _conditioning(speakers=2)
+    short = [given_audio.audio[0], given_audio.audio[1][:4]]
+    model = FakeModel()
+    windows = _run(replace(CONFIG, width=64), replace(given_audio, audio=short), model=model)
+    assert len(_video(windows)) == 15
+    assert torch.equal(model.calls[-3]["audio"][1, -1, -1], short[1][-1])  # holds its last row
+
+
+def test_guidance_schedules_choose_the_passes_of_each_step() -> None:
+    model = FakeModel()
+    config = replace(CONFIG, cfg=[5.0, 1.0, 1.0], audio_cfg=[4.0, 4.0, 1.0])
+    _run(config, _conditioning(9), model=model)
+    times = [float(call["t"]) for call in model.calls]
+    assert [times.count(t) for t in sorted(set(times), reverse=True)] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "dpm++_sde", "lcm", "res_multistep"])
+def test_other_schedulers(scheduler) -> None:
+    config = replace(CONFIG, scheduler=scheduler, steps=4, shift=5.0)
+    assert torch.equal(_video(_run(config)), _video(_run(config)))
+    assert torch.isfinite(_video(_run(config))).all()
+
+
+def test_multitalk_goes_on_from_the_carried_frames() -> None:
+    model, vae, clip = FakeModel(), FakeVae(), FakeClip()
+    config = replace(CONFIG, mode="multitalk", cfg=1.0, audio_cfg=1.0)
+    windows = _run(config, model=model, vae=vae, clip=clip)
+    first, second = model.calls[0], model.calls[3]
+    assert first["y"][0, :4, 0].eq(1).all()
+    assert first["y"][0, :4, 1:].eq(0).all()
+    # the first window stands on noise alone
+    rng = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(16, 3, 2, 4, generator=rng)
+    assert torch.equal(first["x"], noise)
+    # later ones on the last five frames, as two latent frames that are noised to each step's sigma
+    carried = vae.encoded[1]
+    assert carried.shape[2] == 9
+    assert torch.allclose(carried[0, :, :5].permute(1, 2, 3, 0) / 2 + 0.5, windows[0].frames[-5:], atol=1e-6)
+    assert carried[0, :, 5:].eq(0).all()
+    assert second["y"][0, :4, :2].eq(1).all()
+    assert second["y"][0, :4, 2:].eq(0).all()
+    motion = vae.encode(carried)[0, :, :2]
+    sigmas = make_scheduler("multitalk", 3, config.shift).sigmas
+    noise = torch.randn(16, 3, 2, 4, generator=rng)
+    for step in range(3):
+        draw = torch.randn(16, 2, 2, 4, generator=rng)
+        expected = (1 - sigmas[step]) * motion + sigmas[step] * draw
+        assert torch.allclose(model.calls[3 + step]["x"][:, :2], expected, atol=1e-6)
+    assert torch.equal(second["x"][:, 2:], noise[:, 2:])
+    assert torch.allclose(windows[1].latents[:, :2], motion, atol=1e-6)
+    assert len(clip.seen) == len(windows)
+    assert torch.equal(clip.seen[1][0], carried[0, :, 4])
+
+
+# --- video to video
+
+
+def _source_video(count: int) -> list[np.ndarray]:
+    return [np.full((32, 48, 3), 10 * index, np.uint8) for index in range(count)]
+
+
+def test_a_source_video_gives_the_frame_where_each_window_starts() -> None:
+    clip = FakeClip()
+    _run(conditioning=_conditioning(source=_source_video(20)), clip=clip)
+    assert [round(float((image.mean() + 1) * 127.5) / 10) for image in clip.seen] == [0, 4, 8]
+
+
+def test_a_short_source_video_goes_on_with_its_last_frame() -> None:
+    clip = FakeClip()
+    _run(conditioning=_conditioning(source=_source_video(6)), clip=clip)
+    assert [round(float((image.mean() + 1) * 127.5) / 10) for image in clip.seen] == [0, 4, 5]
+
+
+def test_a_later_start_begins_with_the_source_video() -> None:
+    model, vae = FakeModel(), FakeVae()
+    config = replace(CONFIG, start_step=1, cfg=1.0, audio_cfg=1.0)
+    _run(config, _conditioning(9, source=_source_video(20)), model=model, vae=vae)
+    assert len(model.calls) == 2
+    source = vae.encoded[0]
+    levels = ((source[0].mean((0, 2, 3)) + 1) * 12.75).round()
+    assert levels.tolist() == list(range(9))
+    scheduler = make_scheduler("multitalk", 3, config.shift)
+    noise = torch.randn(16, 3, 2, 4, generator=torch.Generator().manual_seed(config.seed))
+    expected = scheduler.add_noise(FakeVae().encode(source)[0], noise, 1)
+    assert torch.allclose(model.calls[0]["x"][:, 1:], expected[:, 1:], atol=1e-6)
+    assert float(model.calls[0]["t"]) == float(scheduler.timesteps[1])
+
+
+def test_a_source_video_is_read_from_its_file(tmp_path) -> None:
+    path = tmp_path / "source.mp4"
+    with VideoWriter(path, crf=0) as writer:
+        writer.append(torch.from_numpy(np.stack(_source_video(20))))
+    clip = FakeClip()
+    _run(replace(CONFIG, start_step=1), _conditioning(source=VideoFrames(path)), clip=clip)
+    assert [round(float((image.mean() + 1) * 127.5) / 10) for image in clip.seen] == [0, 4, 8]
+
+
+# --- callbacks
+
+
+def test_progress_preview_and_stages() -> None:
+    steps: list[tuple[int, ...]] = []
+    previews: list[tuple[int, ...]] = []
+    stages: list[str] = []
+
+    @contextlib.contextmanager
+    def stage(name):
+        stages.append(name)
+        yield
+
+    callbacks = Callbacks(
+        progress=lambda *place: steps.append(place),
+        preview=lambda latents, window, step: previews.append((*latents.shape, window, step)),
+        stage=stage,
+    )
+    _run(callbacks=callbacks)
+    assert steps == [(window, 3, step, 3) for window in range(3) for step in (1, 2, 3)]
+    assert previews == [(16, 3, 2, 4, window, step) for window in range(3) for step in range(3)]
+    assert stages == ["vae", "clip", "model", "vae", "vae", "model", "vae", "vae", "model", "vae"]
+
+
+def test_an_interrupt_keeps_what_is_finished() -> None:
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise KeyboardInterrupt
+
+    windows = generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), CONFIG, Callbacks(check_interrupt=check))
+    assert len(next(windows).frames) == 9
+    with pytest.raises(KeyboardInterrupt):
+        next(windows)
+
+
+# --- no black frames
+
+
+@pytest.mark.parametrize("broken_from", [0, 1, 2])
+def test_non_finite_values_start_the_window_over_in_the_safer_mode(caplog, broken_from) -> None:
+    safe = _video(_run(replace(CONFIG, attention_policy="safe")))
+    model = FakeModel(broken={"fast": 9 * broken_from})  # three steps of three passes in each window
+    config = replace(CONFIG, attention_policy="fast")
+    windows = _run(config, model=model, fallback=["safe"])
+    assert torch.equal(_video(windows), safe)
+    assert f"In window {broken_from + 1}, step 1 of 3" in caplog.text
+    assert "attention mode fast, first in block 1" in caplog.text
+    assert "starts over with safe" in caplog.text
+    modes = [call["mode"] for call in model.calls]
+    first_safe = modes.index("safe")
+    assert set(modes[first_safe:]) == {"safe"}  # and stays there
+    assert modes[:first_safe].count("fast") >= 9 * broken_from + 3
+
+
+def test_a_strike_in_a_later_step_and_a_longer_ladder(caplog) -> None:
+    """Every mode but the last breaks, the first in its second step only."""
+
+    def policy(step: int, steps: int) -> str:
+        return "worst" if step == 1 else "safe"
+
+    config = replace(CONFIG, attention_policy=policy)
+    windows = _run(config, model=FakeModel(broken={"worst": 0, "bad": 0}), fallback=["bad", "safe"])
+    assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="safe"))))
+    assert "step 2 of 3: the model gave non-finite values with attention mode worst" in caplog.text
+    assert "step 1 of 3: the model gave non-finite values with attention mode bad" in caplog.text
+
+
+def test_one_check_a_step(monkeypatch) -> None:
+    checks = []
+    finite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: checks.append(tuple(x.shape)) or finite(x))
+    _run()
+    steps = [shape for shape in checks if shape == (16, 3, 2, 4)]
+    frames = [shape for shape in checks if shape == (3, 9, 16, 32)]
+    assert (len(steps), len(frames)) == (9, 3)
+
+
+def test_without_a_safer_mode_there_is_one_sentence() -> None:
+    model = FakeModel(broken={"sdpa": 9})
+    windows = generate(
+        model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"), fallback=["sdpa"]
+    )
+    assert len(next(windows).frames) == 9  # what was finished stays
+    with pytest.raises(InfiniteTalkError, match=r"window 2, step 1 of 3.*sdpa.*block 1.*no safer mode left"):
+        next(windows)
+
+
+def test_nan_in_one_block_of_the_real_model_gives_the_video_of_the_safe_mode(caplog) -> None:
+    torch.manual_seed(0)
+    model = WanModel(
+        model_type="i2v", text_len=8, in_dim=36, dim=32, ffn_dim=32, freq_dim=16, text_dim=8, out_dim=16, num_heads=2,
+        num_layers=3, audio_window=5, intermediate_dim=8, output_dim=8, context_tokens=4, vae_scale=4, blocks=LAYERS,
+        channels=HIDDEN, clip_dim=8,
+    ).eval()  # fmt: skip
+    config = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
+    safe = _video(_run(replace(config, attention_policy="sdpa"), model=model))
+    calls = 0  # the second step's, and the look for the block that follows it
+
+    def poison(module, args, output):
+        nonlocal calls
+        calls += 1
+        _, _, modes = args
+        return output * torch.nan if modes.self_attention == "eager" and calls in (2, 3) else output
+
+    handle = model.blocks[1].register_forward_hook(poison)
+    spoilt = _video(_run(replace(config, attention_policy="eager"), model=model, fallback=["sdpa"]))
+    handle.remove()
+    assert "In window 1, step 2 of 3" in caplog.text
+    assert "attention mode eager, first in block 1. The window starts over with sdpa" in caplog.text
+    assert torch.equal(spoilt, safe)
+
+
+def test_non_finite_frames_of_the_vae_are_an_error() -> None:
+    with pytest.raises(InfiniteTalkError, match="VAE gave non-finite frames in window 1"):
+        _run(vae=FakeVae(decoded_as=float("nan")))
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(mode="other"), "infinitetalk, multitalk"),
+        (dict(frames=80), "4n \\+ 1"),
+        (dict(motion_frames=9), "leave no room"),
+        (dict(start_step=3), "leaves none of 3 steps"),
+        (dict(color_correction=2.0), "between 0 and 1"),
+        (dict(guidance="other"), "additive, nested"),
+        (dict(scheduler="other"), "There is no scheduler"),
+        (dict(cfg=[]), "cfg schedule is empty"),
+        (dict(total_frames=0), "shorter than one"),
+        (dict(width=0), "multiple of 16"),
+    ],
+)
+def test_settings_are_refused_before_anything_runs(changes, message) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(audio=[]), "one to 4"),
+        (dict(audio=[torch.zeros(5, 2, 3)] * 5), "one to 4"),
+        (dict(audio=[torch.zeros(0, 2, 3)]), "do not fit"),
+        (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(5, 2, 4)]), "alike for all"),
+        (dict(audio=[torch.full((5, 2, 3), torch.nan)]), "speech features embedding holds NaN"),
+        (dict(context=torch.full((4, 8), torch.inf)), "prompt embedding holds NaN"),
+        (dict(source=[]), "no frame"),
+    ],
+)
+def test_inputs_are_refused_before_anything_runs(changes, message) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(**changes), CONFIG)
