@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from .. import host
 from ..fp8_optimization import QUANTIZATIONS
 from ..wanvideo.compilation import CompileSettings
+from ..wanvideo.lora import LoraSpec
 from ..wanvideo.offload import BlockSwap
 from .models import SpeechModel, TextModel, VaeModel, VideoModel, VisionModel
 from .schema import (
@@ -25,7 +26,7 @@ from .schema import (
     node_schema,
     refuse_foreign,
 )
-from .types import Adapter, Lora
+from .types import Adapter
 
 # The public values first and in their order, then ours.
 ATTENTION_MODES = [
@@ -126,7 +127,7 @@ class WanVideoModelLoader(io.ComfyNode):
         attention_mode: str = "sdpa",
         compile_args: CompileSettings | None = None,
         block_swap_args: BlockSwap | None = None,
-        lora: tuple[Lora, ...] | None = None,
+        lora: tuple[LoraSpec, ...] | None = None,
         multitalk_model: Adapter | None = None,
         rms_norm_function: str = "default",
         **foreign_sockets: Any,

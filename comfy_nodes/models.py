@@ -16,19 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import host
-from ..fp8_optimization import Fp8Linear
+from ..fp8_optimization import Fp8Linear, quantize_linears
 from ..multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, load_speech, normalise_loudness
 from ..multitalk.speakers import add_noise_floor, arrange, mix, smooth_transients
-from ..wanvideo.checkpoints import CheckpointFile, load_dit
+from ..wanvideo.checkpoints import CheckpointFile, inspect_dit, load_dit
 from ..wanvideo.clip import ClipVision
 from ..wanvideo.compilation import CompileSettings, compile_model
 from ..wanvideo.errors import CheckpointError, InputError
-from ..wanvideo.modules.attention import canonical_mode
-from ..wanvideo.modules.model import WanModel
+from ..wanvideo.lora import LoraSpec, active_loras, apply_loras
+from ..wanvideo.modules.attention import attention, canonical_mode
+from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.offload import BlockSwap
 from ..wanvideo.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
 from ..wanvideo.vae import WanVAE
-from .types import Adapter, ClipEmbeds, Lora, SpeechEmbeds, TextEmbeds
+from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,9 @@ def _loading_bar() -> Callable[[int, int], None]:
     return lambda done, total: bar(done, max(total, 1))
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: str | Path) -> tuple[str, int, int]:
     """What tells one state of a file from another."""
-    status = path.stat()
+    status = Path(path).stat()
     return str(path), status.st_size, status.st_mtime_ns
 
 
@@ -55,6 +56,8 @@ class Weights:
 
     model: WanModel
     resident: host.Resident
+    # LoRAs that were to be merged and run beside the weights instead, because those are quantised.
+    kept_beside: tuple[LoraSpec, ...] = ()
 
 
 # Weights in use, by what they were loaded from and how: the same request gets the same copy.
@@ -72,7 +75,7 @@ class VideoModel:
     adapter_mode: str | None
     swap: BlockSwap | None = None
     compile_settings: CompileSettings | None = None
-    loras: tuple[Lora, ...] = ()  # those that run beside the weights
+    loras: tuple[LoraSpec, ...] = ()  # those that run beside the weights
     keep_on_device: bool = False
 
     @classmethod
@@ -84,19 +87,21 @@ class VideoModel:
         precision: str,
         quantization: str,
         attention_mode: str,
-        loras: tuple[Lora, ...] = (),
+        loras: tuple[LoraSpec, ...] = (),
         compile_settings: CompileSettings | None = None,
         swap: BlockSwap | None = None,
         keep_on_device: bool = False,
     ) -> VideoModel:
         """Read the files, or take the copy that is loaded already."""
+        dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
+        _try_attention(attention_mode, inspect_dit(path, None if adapter is None else adapter.path), dtype)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
         beside = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
         key = (
             _stamp(path),
             adapter and _stamp(adapter.path),
-            PRECISIONS[precision],
+            dtype,
             quantization,
             tuple((_stamp(lora.path), lora.strength) for lora in merged),
             compile_settings,
@@ -119,15 +124,15 @@ class VideoModel:
             loras=beside,
             keep_on_device=keep_on_device,
         )
-        model._check_loras()
+        model.apply_loras()  # now, so that a wrong file is reported on this node
         if keep_on_device:
             model.to_device()
         return model
 
-    def with_loras(self, loras: tuple[Lora, ...]) -> VideoModel:
+    def with_loras(self, loras: tuple[LoraSpec, ...]) -> VideoModel:
         """The same weights with `loras` beside them, instead of those before."""
         model = replace(self, loras=tuple(lora for lora in loras if lora.strength != 0))
-        model._check_loras()
+        model.apply_loras()
         return model
 
     def with_block_swap(self, swap: BlockSwap | None) -> VideoModel:
@@ -145,22 +150,26 @@ class VideoModel:
     def to_device(self, working_bytes: int = 0) -> None:
         """On the device, with this block swap and these LoRAs."""
         self.weights.resident.set_swap(self.swap)
-        self._apply_loras()
+        self.apply_loras()
         self.weights.resident.load(working_bytes)
 
     def unload(self) -> None:
         if not self.keep_on_device:
             self.weights.resident.unload()
 
-    def _check_loras(self) -> None:
-        """Read the headers of the LoRAs now, so that a wrong file is reported where it was chosen."""
-        for lora in self.loras:
-            with CheckpointFile(lora.path):
-                pass
+    def apply_loras(self) -> None:
+        """Put the LoRAs of this view beside the weights, where others are."""
+        wanted = (*self.weights.kept_beside, *(replace(lora, merge=False) for lora in self.loras))
+        if tuple(active_loras(self.model)) != wanted:
+            with host.ordinary_tensors(), self.weights.resident.offloader.changing():
+                apply_loras(self.model, wanted)
 
-    def _apply_loras(self) -> None:
-        if self.loras:
-            raise InputError("LoRAs are not part of this pack yet.")
+
+def _try_attention(mode: str, config: WanConfig, dtype: torch.dtype) -> None:
+    """One small call: a mode that cannot run here is refused with its reasons before any weight is read."""
+    with host.ordinary_tensors():
+        q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=host.device())
+        attention(q, q.clone(), q.clone(), mode)
 
 
 def _load_weights(
@@ -168,22 +177,24 @@ def _load_weights(
     adapter: Adapter | None,
     precision: str,
     quantization: str,
-    merged: tuple[Lora, ...],
+    merged: tuple[LoraSpec, ...],
     compile_settings: CompileSettings | None,
     swap: BlockSwap | None,
 ) -> Weights:
+    dtype = PRECISIONS[precision]
     model = load_dit(
         path,
         None if adapter is None else adapter.path,
-        base_dtype=PRECISIONS[precision],
-        quantization=quantization,
+        base_dtype=dtype,
+        quantization="disabled" if merged else quantization,
         progress=_loading_bar(),
     )
     if merged:
-        raise InputError("LoRAs are not part of this pack yet.")
+        apply_loras(model, merged, host.device())
+        quantize_linears(model, quantization, dtype)  # after merging, so that weights are rounded once
     if compile_settings is not None:
         compile_model(model, compile_settings)
-    return Weights(model, host.Resident(model, host.device(), swap))
+    return Weights(model, host.Resident(model, host.device(), swap), tuple(active_loras(model)))
 
 
 # --- the VAE -----------------------------------------------------------------------------------------------------

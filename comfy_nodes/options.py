@@ -9,9 +9,9 @@ from comfy_api.latest import io
 from .. import host
 from ..multitalk.single_window import cfg_schedule
 from ..wanvideo.compilation import CompileSettings
+from ..wanvideo.lora import LoraSpec
 from ..wanvideo.offload import BlockSwap
 from .schema import BlockSwapType, CompileType, LoraType, WanModelType, foreign, node_schema, refuse_foreign
-from .types import Lora
 
 MULTI_LORA_SLOTS = range(5)
 
@@ -57,13 +57,13 @@ class WanVideoLoraSelect(io.ComfyNode):
         cls,
         lora: str,
         strength: float,
-        prev_lora: tuple[Lora, ...] | None = None,
+        prev_lora: tuple[LoraSpec, ...] | None = None,
         low_mem_load: bool = False,
         merge_loras: bool = True,
         **foreign_sockets: Any,
     ) -> Any:
         refuse_foreign(cls, foreign_sockets)
-        chosen = Lora(host.model_path("loras", lora), float(strength), merge_loras)
+        chosen = LoraSpec(host.model_path("loras", lora), float(strength), merge_loras)
         return io.NodeOutput((*(prev_lora or ()), chosen))
 
 
@@ -113,7 +113,7 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
         strength_3: float,
         lora_4: str,
         strength_4: float,
-        prev_lora: tuple[Lora, ...] | None = None,
+        prev_lora: tuple[LoraSpec, ...] | None = None,
         low_mem_load: bool = False,
         merge_loras: bool = True,
         **foreign_sockets: Any,
@@ -122,7 +122,7 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
         names = (lora_0, lora_1, lora_2, lora_3, lora_4)
         strengths = (strength_0, strength_1, strength_2, strength_3, strength_4)
         chosen = [
-            Lora(host.model_path("loras", name), float(strength), merge_loras)
+            LoraSpec(host.model_path("loras", name), float(strength), merge_loras)
             for name, strength in zip(names, strengths, strict=True)
             if name != "none" and strength != 0
         ]
@@ -135,7 +135,8 @@ class WanVideoSetLoRAs(io.ComfyNode):
         return node_schema(
             "WanVideoSetLoRAs",
             "WanVideo Set LoRAs",
-            "Put LoRAs beside the weights of a loaded model, without loading or merging anything again.",
+            "Put LoRAs beside the weights of a loaded model, without loading or merging anything again. "
+            "They take the place of others beside the weights; merged ones stay.",
             group="options",
             aliases=["apply lora", "lora to model", "应用 LoRA"],
             inputs=[
@@ -150,7 +151,7 @@ class WanVideoSetLoRAs(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, lora: tuple[Lora, ...] | None = None) -> Any:
+    def execute(cls, model: Any, lora: tuple[LoraSpec, ...] | None = None) -> Any:
         return io.NodeOutput(model if lora is None else model.with_loras(lora))
 
 

@@ -286,19 +286,14 @@ def _write(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmb
 
     path = host.output_file(what.output_path, ".mp4")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sound = [] if speech.audio is None else [(_mono(speech.audio), int(speech.audio["sample_rate"]))]
-    first = next(windows)
-    height, width = first.frames.shape[1:3]
-    window = first
-    with VideoWriter(path, width, height, speech.fps, sound=sound) as writer:
-        writer.append(first.frames)
+    sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
+    last: FinishedWindow | None = None
+    with VideoWriter(path, speech.fps, sound, rate) as writer:
         for window in windows:
             writer.append(window.frames)
-    return {"samples": window.latents.cpu()[None], "video": window.frames, "output_path": str(path)}
-
-
-def _mono(audio: dict[str, Any]) -> Any:
-    return audio["waveform"][0].float().mean(0).numpy()
+            last = window
+    assert last is not None
+    return {"samples": last.latents.cpu()[None], "video": last.frames, "output_path": str(path)}
 
 
 # --- one window --------------------------------------------------------------------------------------------------

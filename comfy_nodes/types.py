@@ -10,15 +10,6 @@ import torch
 
 
 @dataclass(frozen=True)
-class Lora:
-    """One LoRA file with its strength; `merge` folds it into the weights, else it runs beside them."""
-
-    path: Path
-    strength: float
-    merge: bool = True
-
-
-@dataclass(frozen=True)
 class Adapter:
     """An InfiniteTalk or MultiTalk adapter file."""
 

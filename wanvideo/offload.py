@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,6 +288,19 @@ class Offloader:
             self._swapper.remove()
             _move(self._resident(), torch.device("cpu"))
             self.loaded = False
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside of it the weights are in host memory and tensors may be added, replaced or taken away."""
+        was_loaded = self.loaded
+        self.unload()
+        try:
+            yield
+        finally:
+            self._packed = {}
+            self._swapper = self._make_swapper()
+        if was_loaded:
+            self.load()
 
     def set_swap(self, swap: BlockSwap | None) -> None:
         """Another block swap from now on; where the model is loaded, it is moved as needed."""

@@ -128,6 +128,33 @@ def test_swap_can_change_while_loaded(model, inputs) -> None:
         assert torch.equal(model(*inputs), expected)
 
 
+def test_tensors_may_come_and_go(model, inputs) -> None:
+    offloader = Offloader(model, "cpu", BlockSwap(BLOCKS))
+    offloader.load()
+    with offloader.changing():
+        model.blocks[1].extra = nn.Linear(DIM, DIM, bias=False)
+        model.blocks[1].scale = torch.tensor(9.0)
+    assert offloader.loaded
+    assert model.blocks[1].extra.weight.untyped_storage().data_ptr() == (
+        model.blocks[1].scale.untyped_storage().data_ptr()
+    )
+    swapped = model(*inputs)
+    offloader.unload()
+    assert torch.equal(model(*inputs), swapped)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_weights_move_in_and_out_of_inference_mode(mode, inputs) -> None:
+    with mode():
+        model = Model().requires_grad_(False)
+        expected = model(*inputs)
+        offloader = Offloader(model, "cpu", BlockSwap(BLOCKS))
+        offloader.load()
+        assert torch.equal(model(*inputs), expected)
+        offloader.unload()
+        assert torch.equal(model(*inputs), expected)
+
+
 def test_the_host_buffer_is_the_only_copy(model) -> None:
     weight = model.blocks[0].linear.weight
     Offloader(model, "cpu", BlockSwap(BLOCKS))

@@ -1,0 +1,115 @@
+"""A ComfyUI folder with tiny models under the names that the example workflows ask for, and files to load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from wanvideo_infinitetalk.tiny import DIM, TinySet, make_tiny
+
+from support.make_workflows import REAL, TINY
+from support.workflows import ROOT
+
+FOLDERS = {
+    "dit": "diffusion_models",
+    "adapter": "diffusion_models",
+    "multi_adapter": "diffusion_models",
+    "lora": "loras",
+    "vae": "vae",
+    "text": "text_encoders",
+    "clip": "clip_vision",
+    "wav2vec": "wav2vec2",
+}
+
+
+def fill(base: Path) -> None:
+    """Write models and inputs below `base`."""
+    tiny = make_tiny(base / "tiny")
+    sources = _sources(tiny, base / "tiny" / "lora.safetensors")
+    for names in (REAL, TINY):
+        for kind, name in names.items():
+            folder = base / "models" / FOLDERS[kind]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sources[kind], folder / name)
+    (base / "input").mkdir(exist_ok=True)
+    for source, name in (
+        ("portrait.png", "portrait.png"),
+        ("speech.wav", "speech.wav"),
+        ("speech.wav", "speech_2.wav"),
+    ):
+        shutil.copy(ROOT / "assets" / source, base / "input" / name)
+    _two_people(base / "input/two_people.png")
+    _source_video(base / "input/source.mp4")
+
+
+def _sources(tiny: TinySet, lora: Path) -> dict[str, Path]:
+    generator = torch.Generator().manual_seed(0)
+    pairs = {}
+    for block in range(2):
+        stem = f"diffusion_model.blocks.{block}.self_attn.q"
+        pairs[f"{stem}.lora_A.weight"] = torch.randn(4, DIM, generator=generator) * 0.1
+        pairs[f"{stem}.lora_B.weight"] = torch.randn(DIM, 4, generator=generator) * 0.1
+    save_file(pairs, lora)
+    return {
+        "dit": tiny.model,
+        "adapter": tiny.adapter,
+        "multi_adapter": tiny.adapter,
+        "lora": lora,
+        "vae": tiny.vae,
+        "text": tiny.text_encoder,
+        "clip": tiny.clip_vision,
+        "wav2vec": tiny.wav2vec_file,
+    }
+
+
+def _two_people(path: Path) -> None:
+    from PIL import Image, ImageOps
+
+    person = Image.open(ROOT / "assets/portrait.png").convert("RGB").resize((416, 480))
+    picture = Image.new("RGB", (832, 480))
+    picture.paste(person, (0, 0))
+    picture.paste(ImageOps.mirror(person), (416, 0))
+    picture.save(path)
+
+
+def _source_video(path: Path, frames: int = 30) -> None:
+    """The portrait, moving sideways."""
+    import av
+    from PIL import Image
+
+    person = np.asarray(Image.open(ROOT / "assets/portrait.png").convert("RGB").resize((96, 64)))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(person, i, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def shrink(
+    prompt: dict[str, Any], *, size: int = 64, window: int = 17, frames: int = 25, steps: int = 2
+) -> dict[str, Any]:
+    """The same workflow, quick enough for a test."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for name, value in (("width", size), ("height", size), ("steps", steps)):
+            if name in inputs and node["class_type"] not in ("SolidMask",):
+                inputs[name] = value
+        if "frame_window_size" in inputs:
+            inputs["frame_window_size"] = window
+        if node["class_type"] == "MultiTalkWav2VecEmbeds":
+            inputs["num_frames"] = frames
+        if inputs.get("start_step"):
+            inputs["start_step"] = 1
+    return prompt
+
+
+def node_of(prompt: dict[str, Any], class_type: str) -> str:
+    """Id of the one node of a type."""
+    (found,) = [node_id for node_id, node in prompt.items() if node["class_type"] == class_type]
+    return found

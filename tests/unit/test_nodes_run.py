@@ -1,0 +1,369 @@
+"""The example workflows run against the node classes, without ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import make_workflows, tiny_comfy, workflows
+from support.comfy_host import Host, NodeError, hosted
+from support.comfy_stubs import InterruptProcessingException, Progress
+from support.tiny_comfy import node_of, shrink
+from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, CheckpointError, InputError
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory):
+    base = tmp_path_factory.mktemp("comfy")
+    tiny_comfy.fill(base)
+    with hosted(base) as host:
+        yield host
+
+
+@pytest.fixture
+def prompt() -> dict[str, Any]:
+    return shrink(workflows.load("infinitetalk_tiny"))
+
+
+def streams_of(path: Path) -> tuple[int, float, float]:
+    """(frames, seconds of the picture, seconds of the sound) of a video."""
+    import av
+
+    with av.open(str(path)) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert video.duration is not None
+        assert audio.duration is not None
+        seconds = float(video.duration * video.time_base), float(audio.duration * audio.time_base)
+        return sum(1 for _ in container.decode(video)), *seconds
+
+
+@pytest.mark.parametrize("name", sorted(make_workflows.WORKFLOWS))
+def test_example_workflow_ends_in_a_video_with_sound(host: Host, name: str) -> None:
+    prompt = shrink(workflows.load(name))
+    outputs = host.run(prompt)
+    path = outputs[node_of(prompt, "SaveVideo")][0]
+    frames, picture, sound = streams_of(path)
+    assert frames == 25
+    assert sound == pytest.approx(picture, abs=0.07)  # AAC packets of 1024 samples at 16 kHz
+    images = outputs[node_of(prompt, "WanVideoPassImagesFromSamples")][0]
+    assert images.shape == (25, 64, 64, 3)
+    assert torch.isfinite(images).all()
+    assert images.std() > 0.01
+
+
+def test_a_second_run_takes_the_models_that_are_there(host: Host, prompt) -> None:
+    first = host.run(prompt)
+    loader, sampler = node_of(prompt, "WanVideoModelLoader"), node_of(prompt, "WanVideoSampler")
+    prompt[sampler]["inputs"]["seed"] += 1
+    second = host.run(prompt)
+    assert loader not in host.executed
+    assert sampler in host.executed
+    assert not torch.equal(first[sampler][0]["samples"], second[sampler][0]["samples"])
+    # And also where the node runs again: the same files with the same settings are one copy of the weights.
+    host.cache.clear()
+    again = host.run(prompt)
+    assert again[loader][0].weights is first[loader][0].weights
+    assert torch.equal(again[sampler][0]["samples"], second[sampler][0]["samples"])
+
+
+def test_progress_and_previews_are_shown(host: Host, prompt) -> None:
+    host.cache.clear()
+    Progress.seen.clear()
+    host.run(prompt)
+    steps = [(done, total) for done, total, preview in Progress.seen if preview]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two windows of two steps
+    assert any(total > 1e5 and done == total for done, total, _ in Progress.seen)  # bytes of the model
+
+
+def test_models_are_known_to_the_memory_management(host: Host, prompt) -> None:
+    outputs = host.run(prompt)
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt[sampler]["inputs"].update(seed=77, force_offload=False)
+    host.run(prompt)
+    weights = outputs[node_of(prompt, "WanVideoModelLoader")][0].weights
+    assert weights.resident.offloader.loaded
+    managed = [patcher.model for patcher in host.management.current_loaded_models]
+    assert weights.model in managed
+    host.management.unload_all_models()
+    assert not weights.resident.offloader.loaded
+
+
+@pytest.mark.parametrize("checks", [1, 6, 16])
+def test_interruption_ends_the_run_and_the_next_one_works(host: Host, prompt, checks: int) -> None:
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt[sampler]["inputs"]["seed"] = 1000 + checks
+    host.management.interrupt_after = checks
+    with pytest.raises(NodeError) as caught:
+        host.run(prompt)
+    assert isinstance(caught.value.error, InterruptProcessingException)
+    assert caught.value.node_id == sampler
+    assert sampler in host.run(prompt)
+
+
+@pytest.mark.parametrize("action", ["encode", "decode"])
+def test_interruption_reaches_into_the_vae(host: Host, prompt, action: str) -> None:
+    vae = host.run(prompt)[node_of(prompt, "WanVideoVAELoader")][0]
+    what = torch.zeros(1, 3, 9, 32, 32) if action == "encode" else torch.zeros(1, 16, 3, 4, 4)
+    host.management.interrupt_after = 1  # behind the first of three latent frames
+    with pytest.raises(InterruptProcessingException):
+        getattr(vae, action)(what)
+
+
+@pytest.mark.parametrize("blocks", [1, 48])
+def test_block_swap_gives_identical_latents(host: Host, prompt, blocks: int) -> None:
+    sampler, loader = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoModelLoader")
+    expected = host.run(prompt)[sampler][0]["samples"]
+    prompt["100"] = {
+        "class_type": "WanVideoBlockSwap",
+        "inputs": {"blocks_to_swap": blocks, "offload_img_emb": True, "offload_txt_emb": True},
+    }
+    prompt["101"] = {
+        "class_type": "WanVideoSetBlockSwap",
+        "inputs": {"model": [loader, 0], "block_swap_args": ["100", 0]},
+    }
+    prompt[sampler]["inputs"]["model"] = ["101", 0]
+    assert torch.equal(host.run(prompt)[sampler][0]["samples"], expected)
+
+
+def test_loras_merged_and_beside_are_alike_and_change_the_video(host: Host, prompt) -> None:
+    sampler, loader = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoModelLoader")
+    prompt[loader]["inputs"].update(base_precision="fp32", attention_mode="eager")
+    plain = host.run(prompt)[sampler][0]["samples"]
+    lora = {"lora": make_workflows.REAL["lora"], "strength": 1.0}
+    prompt["100"] = {"class_type": "WanVideoLoraSelect", "inputs": {**lora, "merge_loras": True}}
+    prompt[loader]["inputs"]["lora"] = ["100", 0]
+    merged = host.run(prompt)[sampler][0]["samples"]
+    prompt["100"]["inputs"]["merge_loras"] = False
+    beside = host.run(prompt)[sampler][0]["samples"]
+    assert (merged - plain).abs().max() > 1e-3
+    torch.testing.assert_close(beside, merged, atol=2e-3, rtol=2e-3)
+    # Set LoRAs: on a model without any, and gone again with the node.
+    del prompt[loader]["inputs"]["lora"]
+    prompt["101"] = {"class_type": "WanVideoSetLoRAs", "inputs": {"model": [loader, 0], "lora": ["100", 0]}}
+    prompt[sampler]["inputs"]["model"] = ["101", 0]
+    assert torch.equal(host.run(prompt)[sampler][0]["samples"], beside)
+    prompt[sampler]["inputs"]["model"] = [loader, 0]
+    assert torch.equal(host.run(prompt)[sampler][0]["samples"], plain)
+
+
+@pytest.mark.parametrize("quantization", ["fp8_e4m3fn", "fp8_e4m3fn_scaled_fast", "fp4_scaled"])
+def test_quantized_models_run_with_loras(host: Host, prompt, quantization: str) -> None:
+    loader, sampler = node_of(prompt, "WanVideoModelLoader"), node_of(prompt, "WanVideoSampler")
+    prompt["100"] = {
+        "class_type": "WanVideoLoraSelectMulti",
+        "inputs": {f"lora_{i}": "none" for i in range(5)} | {f"strength_{i}": 0.5 for i in range(5)},
+    }
+    prompt["100"]["inputs"]["lora_3"] = make_workflows.REAL["lora"]
+    prompt[loader]["inputs"].update(quantization=quantization, lora=["100", 0])
+    assert torch.isfinite(host.run(prompt)[sampler][0]["samples"]).all()
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "a mode of others": (
+        "WanVideoModelLoader",
+        {"attention_mode": "radial_sage_attention"},
+        BackendUnavailableError,
+        "choose sageattn_3_fp8",
+    ),
+    "a mode whose package is missing": (
+        "WanVideoModelLoader",
+        {"attention_mode": "flash_attn_3"},
+        BackendUnavailableError,
+        "flash_attn_3",
+    ),
+    "an adapter as model": (
+        "WanVideoModelLoader",
+        {"model": make_workflows.TINY["adapter"]},
+        CheckpointError,
+        "is an InfiniteTalk adapter",
+    ),
+    "a scheduler of others": ("WanVideoSampler", {"scheduler": "rcm"}, InputError, "choose lcm"),
+    "riflex": ("WanVideoSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
+    "no step left": ("WanVideoSampler", {"start_step": 5}, InputError, "start step"),
+    "an end step": ("WanVideoSampler", {"end_step": 1}, InputError, "end_step"),
+    "another colour match": ("WanVideoSampler", {}, InputError, "choose reinhard"),
+    "a window of 16": ("WanVideoSampler", {}, InputError, "4n \\+ 1"),
+}
+BEFORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "another colour match": ("WanVideoImageToVideoMultiTalk", {"colormatch": "mkl"}),
+    "a window of 16": ("WanVideoImageToVideoMultiTalk", {"frame_window_size": 16}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_answered_on_the_node_that_has_it(host: Host, prompt, case: str) -> None:
+    class_type, change, error, words = WRONG[case]
+    prompt[node_of(prompt, class_type)]["inputs"].update(change)
+    if case in BEFORE:
+        other, setting = BEFORE[case]
+        prompt[node_of(prompt, other)]["inputs"].update(setting)
+    with pytest.raises(NodeError, match=words) as caught:
+        host.run(prompt)
+    assert isinstance(caught.value.error, error)
+    assert caught.value.class_type == class_type
+    assert "\n" not in str(caught.value.error)
+
+
+@pytest.mark.parametrize("missing", ["text_embeds", "multitalk_embeds"])
+def test_what_is_not_connected_is_named(host: Host, prompt, missing: str) -> None:
+    del prompt[node_of(prompt, "WanVideoSampler")]["inputs"][missing]
+    with pytest.raises(NodeError, match=f"connect {missing}"):
+        host.run(prompt)
+
+
+def test_a_silent_person(host: Host, prompt) -> None:
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt["100"] = {"class_type": "MultiTalkSilentEmbeds", "inputs": {"num_frames": 9}}
+    prompt[sampler]["inputs"]["multitalk_embeds"] = ["100", 0]
+    assert host.run(prompt)[sampler][0]["video"].shape[0] == 9
+
+
+def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
+    long, images = node_of(prompt, "WanVideoImageToVideoMultiTalk"), node_of(prompt, "WanVideoPassImagesFromSamples")
+    expected = host.run(prompt)[images][0]
+    prompt[long]["inputs"]["output_path"] = "long/talk"
+    frames, path = host.run(prompt)[images]
+    assert path == str((host.base / "output/long/talk.mp4").resolve())
+    assert streams_of(Path(path))[0] == 25
+    assert torch.equal(frames, expected[17:])  # the last window
+    prompt[long]["inputs"]["output_path"] = "../../elsewhere.mp4"
+    with pytest.raises(NodeError, match="leads outside ComfyUI's output folder"):
+        host.run(prompt)
+
+
+def one_window(prompt: dict[str, Any], image_embeds: dict[str, Any]) -> str:
+    """Turn the long video into a single window; the id of the node that decodes it."""
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt["200"] = image_embeds
+    prompt[sampler]["inputs"]["image_embeds"] = ["200", 0]
+    prompt[node_of(prompt, "WanVideoPassImagesFromSamples")] = {
+        "class_type": "WanVideoDecode",
+        "inputs": {
+            "vae": [node_of(prompt, "WanVideoVAELoader"), 0],
+            "samples": [sampler, 0],
+            "enable_vae_tiling": False,
+            "tile_x": 272,
+            "tile_y": 272,
+            "tile_stride_x": 144,
+            "tile_stride_y": 128,
+        },
+    }
+    return node_of(prompt, "WanVideoDecode")
+
+
+def keyframes(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    picture = [node_of(prompt, "LoadImage"), 0]
+    return {
+        "class_type": "WanVideoImageToVideoEncode",
+        "inputs": {
+            "width": 64,
+            "height": 64,
+            "num_frames": 9,
+            "noise_aug_strength": 0.0,
+            "start_latent_strength": 1.0,
+            "end_latent_strength": 1.0,
+            "force_offload": True,
+            "vae": [node_of(prompt, "WanVideoVAELoader"), 0],
+            "clip_embeds": [node_of(prompt, "WanVideoClipVisionEncode"), 0],
+            "start_image": picture,
+            "end_image": picture,
+            **inputs,
+        },
+    }
+
+
+def test_one_window_with_and_without_speech(host: Host, prompt) -> None:
+    decode = one_window(prompt, keyframes(prompt))
+    sampler = node_of(prompt, "WanVideoSampler")
+    speaking = host.run(prompt)[decode][0]
+    assert speaking.shape == (9, 64, 64, 3)
+    del prompt[sampler]["inputs"]["multitalk_embeds"]
+    silent = host.run(prompt)[decode][0]
+    assert silent.shape == (9, 64, 64, 3)
+    assert not torch.equal(speaking, silent)
+
+
+def test_two_samplers_share_the_steps_of_one_window(host: Host, prompt) -> None:
+    one_window(prompt, keyframes(prompt))
+    first = node_of(prompt, "WanVideoSampler")
+    prompt[first]["inputs"].update(scheduler="euler", steps=3)
+    whole = host.run(prompt)[first][0]["samples"]
+    prompt["300"] = {"class_type": "WanVideoSampler", "inputs": {**prompt[first]["inputs"]}}
+    prompt[first]["inputs"]["end_step"] = 1
+    prompt["300"]["inputs"].update(start_step=1, samples=[first, 0])
+    halves = host.run(prompt)["300"][0]["samples"]
+    torch.testing.assert_close(halves, whole)
+
+
+def test_guidance_may_change_from_step_to_step(host: Host, prompt) -> None:
+    sampler = node_of(prompt, "WanVideoSampler")
+    values = {"cfg_scale_start": 3.0, "cfg_scale_end": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    prompt["100"] = {
+        "class_type": "CreateCFGScheduleFloatList",
+        "inputs": {"steps": 2, "interpolation": "linear", **values},
+    }
+    prompt[sampler]["inputs"]["cfg"] = ["100", 0]
+    outputs = host.run(prompt)
+    assert outputs["100"] == ([3.0, 1.0],)
+    assert torch.isfinite(outputs[sampler][0]["samples"]).all()
+
+
+def test_encode_and_decode(host: Host, prompt) -> None:
+    vae = [node_of(prompt, "WanVideoVAELoader"), 0]
+    decode = one_window(prompt, keyframes(prompt))
+    prompt["400"] = {
+        "class_type": "WanVideoEncode",
+        "inputs": {"image": [node_of(prompt, "LoadImage"), 0], "vae": vae, "enable_vae_tiling": True}
+        | {"tile_x": 256, "tile_y": 256, "tile_stride_x": 128, "tile_stride_y": 128},
+    }
+    prompt[decode]["inputs"].update(samples=["400", 0], enable_vae_tiling=True)
+    for name in ("WanVideoSampler", "CreateVideo", "SaveVideo"):
+        del prompt[node_of(prompt, name)]
+    outputs = host.run(prompt)
+    height, width = (side // 16 * 16 for side in outputs[node_of(prompt, "LoadImage")][0].shape[1:3])
+    assert outputs["400"][0]["samples"].shape == (1, 16, 1, height // 8, width // 8)
+    assert outputs[decode][0].shape == (1, height, width, 3)
+
+
+def test_prompts_are_kept_on_disk(host: Host, prompt) -> None:
+    text = node_of(prompt, "WanVideoTextEncode")
+    plain = host.run(prompt)[text][0]
+    prompt[text]["inputs"]["use_disk_cache"] = True
+    cached = host.run(prompt)[text][0]
+    assert torch.equal(cached.positive, plain.positive)
+    del prompt[text]["inputs"]["t5"]
+    assert torch.equal(host.run(prompt)[text][0].negative, plain.negative)
+    prompt[text]["inputs"]["positive_prompt"] = "never seen before"
+    with pytest.raises(NodeError, match="connect t5"):
+        host.run(prompt)
+
+
+def test_the_cached_text_encoder_gives_the_same_embeds(host: Host, prompt) -> None:
+    text = node_of(prompt, "WanVideoTextEncode")
+    inputs = prompt[text]["inputs"]
+    shared = {name: inputs[name] for name in ("positive_prompt", "negative_prompt")}
+    prompt["100"] = {
+        "class_type": "WanVideoTextEncodeCached",
+        "inputs": {
+            "model_name": make_workflows.TINY["text"],
+            "precision": "bf16",
+            "quantization": "disabled",
+            "use_disk_cache": True,
+            "device": "cpu",
+            **shared,
+        },
+    }
+    outputs = host.run(prompt)
+    embeds, negative, words = outputs["100"]
+    torch.testing.assert_close(embeds.positive, outputs[text][0].positive)
+    torch.testing.assert_close(negative.positive, outputs[text][0].negative)
+    assert words == shared["positive_prompt"]
+
+
+def test_a_missing_file_is_named(host: Host) -> None:
+    from wanvideo_infinitetalk import host as host_module
+
+    with pytest.raises(CheckpointError, match=r"no file 'gone\.gguf' in ComfyUI's models/diffusion_models"):
+        host_module.model_path("dit", "gone.gguf")
