@@ -101,8 +101,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--start-step", type=int, default=0, metavar="N", help="with --video: how many steps to leave out"
     )
     group.add_argument(
-        "--color-correction", type=float, default=1.0, metavar="X", help="0 to 1, towards the picture's (%(default)s)"
+        "--color-correction", type=_share, default=1.0, metavar="X", help="0 to 1, towards the picture's (%(default)s)"
     )
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -190,17 +198,13 @@ def _run_job(job: Job) -> None:
     from .generate import make_video
     from .terminal import ProgressBar
 
-    finished = 0
-
-    def count(window: int) -> None:
-        nonlocal finished
-        finished = window
-
-    with ProgressBar(on_window=count) as bar:
+    with ProgressBar() as bar:
         try:
             result = make_video(job, bar.events)
         except KeyboardInterrupt:
-            kept = f"{finished} finished windows are in {job.out}" if finished else "no window was finished"
+            kept = (
+                f"{bar.windows_done} finished windows are in {job.out}" if bar.windows_done else "nothing is finished"
+            )
             raise Stopped(f"Interrupted: {kept}.") from None
     log.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
     print(f"video: {result.path}")
@@ -302,16 +306,11 @@ def _end(sentence: str, code: int, with_traceback: bool) -> int:
 
 
 def _log_to_stderr(verbose: bool) -> None:
-    from rich.logging import RichHandler
+    from .terminal import log_handler
 
-    from .terminal import console
-
-    handler = RichHandler(console=console(), show_time=verbose, show_path=False, show_level=verbose, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger(__package__)
-    package.handlers = [handler]
+    package.handlers = [log_handler(verbose)]
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
-    package.propagate = False
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .tiny import make_tiny
 
 __all__ = ["demo_job"]
 
-SIZE = 128
+SIZE = 96
 STEPS = 3
 FRAMES, MOTION = 33, 5
 """Short windows, so that the five seconds take several of them."""

@@ -27,7 +27,7 @@ from .multitalk.pipeline import Callbacks, Conditioning, FrameSource, GenerateCo
 from .multitalk.speakers import arrange, mix
 from .multitalk.video import VideoFrames, VideoWriter
 from .multitalk.windows import plan_windows
-from .wanvideo.checkpoints import Progress, inspect_dit, load_dit
+from .wanvideo.checkpoints import CheckpointFile, Progress, inspect_dit, load_dit
 from .wanvideo.clip import ClipVision
 from .wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
 from .wanvideo.modules.attention import attention, canonical_mode
@@ -37,6 +37,7 @@ from .wanvideo.policy import bind
 from .wanvideo.schedulers import make_scheduler
 from .wanvideo.text import TextEncoder
 from .wanvideo.vae import WanVAE
+from .wanvideo.weights import kind_of
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
 
@@ -49,6 +50,8 @@ DEFAULT_NEGATIVE = (
 
 FPS = 25
 """Video frames per second that InfiniteTalk was trained with."""
+
+UNKNOWN_KIND = kind_of(())
 
 SOUND_RATE = 48000
 """Hz. Of the sound of several recordings together."""
@@ -124,14 +127,14 @@ class Events:
         stage: what begins now, for people ("Loading the VAE").
         reading: (bytes read, bytes in all) while the DiT is loaded.
         step: (window, windows, step, steps) after each step, as in `Callbacks.progress`.
-        window_done: number of windows that are in the file, whenever one more is.
+        window_done: (windows in the file, windows in all) whenever there is one more.
         check_interrupt: called before each evaluation of the model; what it raises ends the job.
     """
 
     stage: Callable[[str], None] = lambda text: None
     reading: Progress = lambda done, total: None
     step: Callable[[int, int, int, int], None] = lambda window, windows, step, steps: None
-    window_done: Callable[[int], None] = lambda count: None
+    window_done: Callable[[int, int], None] = lambda done, windows: None
     check_interrupt: Callable[[], None] = lambda: None
 
 
@@ -183,7 +186,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         with VideoWriter(job.out, FPS, sound, rate) as writer:
             for window in windows:
                 writer.append(window.frames)
-                events.window_done(window.index + 1)
+                events.window_done(window.index + 1, window.count)
     return Result(Path(job.out), total, width, height, time.monotonic() - begin)
 
 
@@ -219,9 +222,9 @@ def _check_settings(job: Job, device: torch.device, dtype: torch.dtype) -> WanCo
         raise InputError(f"{len(job.masks)} masks for {len(job.audio)} speakers: give one mask to each, in order.")
     Quantization.parse(job.quantization)
     _check_out(Path(job.out))
-    for path in _plain_files(job.files):
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist; check the path of the model file.")
+    if job.blocks_to_swap < 0:
+        raise InputError(f"{job.blocks_to_swap} blocks cannot be swapped: give 0 or more.")
+    _refuse_mixed_up_files(job.files)
     config = inspect_dit(job.files.model, job.files.adapter)
     _refuse_silent_models(config, job.files)
     _try_attention(job.attention_mode, config, device, dtype)
@@ -243,9 +246,22 @@ def _check_length(job: Job, speech: Sequence[np.ndarray]) -> int:
     return total
 
 
-def _plain_files(files: ModelFiles) -> list[Path]:
-    named = (files.vae, files.text_encoder, files.clip_vision, files.wav2vec)
-    return [Path(path).expanduser() for path in named]
+def _refuse_mixed_up_files(files: ModelFiles) -> None:
+    """Look at the names in each file: the mistakes that are easily made with six of them."""
+    for option, path, kind in (
+        ("VAE", files.vae, "a Wan2.1 VAE"),
+        ("text encoder", files.text_encoder, "a T5 text encoder"),
+        ("CLIP vision model", files.clip_vision, "a CLIP vision model"),
+        ("wav2vec2 model", files.wav2vec, "a wav2vec2 model"),
+    ):
+        path = Path(path).expanduser()
+        if path.is_dir() and option == "wav2vec2 model":
+            continue
+        with CheckpointFile(path) as file:
+            found = kind_of(file.names)
+        # What is of no known kind is left to the loader, which says what it lacks.
+        if found not in (kind, UNKNOWN_KIND):
+            raise CheckpointError(f"{path}, given as the {option}, is {found}, not {kind}.")
 
 
 def _check_out(out: Path) -> None:

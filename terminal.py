@@ -1,44 +1,57 @@
-"""What the command shows on the terminal: log lines and a bar with window, step and remaining time, both on stderr."""
+"""What the command shows on stderr: log lines, and a bar with window, step and remaining time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
 from functools import cache
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .generate import Events
 
-__all__ = ["ProgressBar", "console"]
+__all__ = ["ProgressBar", "log_handler"]
+
+log = logging.getLogger(__name__)
 
 
 @cache
 def console() -> Console:
-    """The terminal's stderr: log lines and the bar must share one console to stay out of each other's way."""
+    """Log lines and the bar share one console, to stay out of each other's way."""
     return Console(stderr=True)
 
 
-class ProgressBar:
-    """A context manager whose `events` go to `make_video`.
+def log_handler(verbose: bool) -> logging.Handler:
+    """For a terminal in colours; for a file or a pipe in plain lines that nothing wraps."""
+    if console().is_terminal:
+        return RichHandler(console=console(), show_time=verbose, show_path=False, show_level=verbose, markup=False)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose else "%(message)s"))
+    return handler
 
-    Args:
-        on_window: called with the number of finished windows whenever it grows.
+
+class ProgressBar:
+    """A context manager whose `events` go to `make_video`. Where stderr is no terminal, it logs a line per window.
+
+    Attributes:
+        windows_done: finished windows, which are in the file.
     """
 
-    def __init__(self, on_window: Callable[[int], None] = lambda count: None) -> None:
-        self.on_window = on_window
+    def __init__(self) -> None:
+        self.windows_done = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=console(),
+            disable=not console().is_terminal,
+            transient=True,
         )
         self._task = self._bar.add_task("Starting", total=None, count="")
-        self.events = Events(stage=self._stage, reading=self._reading, step=self._step, window_done=self.on_window)
+        self.events = Events(stage=self._stage, reading=self._reading, step=self._step, window_done=self._window_done)
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -48,18 +61,18 @@ class ProgressBar:
         self._bar.stop()
 
     def _stage(self, text: str) -> None:
+        log.debug("%s", text)
         self._bar.reset(self._task, description=text, total=None, count="")
 
     def _reading(self, done: int, total: int) -> None:
-        self._bar.update(
-            self._task, completed=done, total=total, count=f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB"
-        )
+        count = f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB"
+        self._bar.update(self._task, completed=done, total=total, count=count)
 
     def _step(self, window: int, windows: int, step: int, steps: int) -> None:
-        self._bar.update(
-            self._task,
-            description="Generating",
-            completed=window * steps + step,
-            total=windows * steps,
-            count=f"window {window + 1}/{windows}, step {step}/{steps}",
-        )
+        count = f"window {window + 1}/{windows}, step {step}/{steps}"
+        self._bar.update(self._task, completed=window * steps + step, total=windows * steps, count=count)
+
+    def _window_done(self, done: int, windows: int) -> None:
+        self.windows_done = done
+        if self._bar.disable:
+            log.info("Window %d of %d is in the file.", done, windows)

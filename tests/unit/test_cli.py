@@ -1,0 +1,460 @@
+"""The command, run in this process on the tiny models: what works, and the sentence that everything else ends with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from wanvideo_infinitetalk import cli, terminal
+from wanvideo_infinitetalk.multitalk.video import VideoWriter
+from wanvideo_infinitetalk.tiny import TinySet, dit_weights
+
+SECONDS = 0.52
+FRAMES = 13
+"""Of the recording in most tests: three windows of 5 frames, 1 carried over, and a rest."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """What PyAV finds in a video file."""
+
+    frames: int
+    width: int
+    height: int
+    picture_seconds: float
+    sound_seconds: float
+    spread: float  # standard deviation of all pixels
+
+
+def probe(path: Path) -> Media:
+    with av.open(str(path)) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        video = container.streams.video[0]
+        rate = video.average_rate
+        assert rate is not None
+    with av.open(str(path)) as container:
+        samples = sum(Fraction(frame.samples, frame.sample_rate) for frame in container.decode(audio=0))
+    height, width = pictures[0].shape[:2]
+    return Media(
+        len(pictures), width, height, float(len(pictures) / rate), float(samples), float(np.std(np.stack(pictures)))
+    )
+
+
+def tone(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
+    """A hum that swells and fades, [n] or [n, channels]."""
+    t = np.arange(round(seconds * rate)) / rate
+    wave = 0.3 * np.sin(2 * np.pi * 180 * t) * (1 + np.sin(2 * np.pi * 4 * t)) / 2
+    return wave if channels == 1 else np.stack([wave, 0.5 * wave], axis=1)
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    soundfile.write(tmp_path / "speech.wav", tone(SECONDS, 16000), 16000)
+    return tmp_path / "speech.wav"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def run(
+    tiny_set: TinySet, speech: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """`run(steps=2, model=path, ...)`: `infinitetalk generate` with small defaults; None leaves an option out."""
+    defaults = {
+        "image": picture,
+        "audio": speech,
+        "model": tiny_set.model,
+        "adapter": tiny_set.adapter,
+        "vae": tiny_set.vae,
+        "text-encoder": tiny_set.text_encoder,
+        "clip-vision": tiny_set.clip_vision,
+        "wav2vec": tiny_set.wav2vec,
+        "width": 32,
+        "height": 32,
+        "frames": 5,
+        "motion-frames": 1,
+        "steps": 1,
+        "cfg": 1,
+        "audio-cfg": 1,
+        "out": tmp_path / "video.mp4",
+    }
+
+    def go(*flags: str, **options: object) -> Ran:
+        given = defaults | {name.replace("_", "-"): value for name, value in options.items()}
+        argv = ["generate", *flags]
+        for name, value in given.items():
+            values = value if isinstance(value, list) else [value]
+            argv += [] if value is None else [f"--{name}", *map(str, values)]
+        code = cli.main(argv)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return go
+
+
+def assert_refused(ran: Ran, *words: str) -> None:
+    """Exit code 2 and one sentence on stderr, as its last line, with no traceback."""
+    assert ran.code == 2, ran.err
+    last = ran.err.rstrip().splitlines()[-1]
+    assert last.startswith("infinitetalk: ")
+    assert last.endswith(".")
+    assert "Traceback" not in ran.err
+    for word in words:
+        assert word in last
+
+
+# ----------------------------------------------------------------------------------------------------------- it works
+
+
+def test_a_picture_and_a_recording_become_a_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "talk.mp4"
+    ran = run(out=out)
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines()[-1] == f"video: {out}"
+    media = probe(out)
+    assert (media.frames, media.width, media.height) == (FRAMES, 32, 32)
+    assert abs(media.picture_seconds - SECONDS) < 0.04
+    assert abs(media.sound_seconds - SECONDS) < 0.04
+    assert media.spread > 5
+
+
+def test_the_seed_decides_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+    def frames(name: str, seed: int) -> bytes:
+        assert run(out=tmp_path / name, seed=seed, steps=2, max_frames=5).code == 0
+        with av.open(str(tmp_path / name)) as container:
+            return b"".join(frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0))
+
+    first = frames("a.mp4", 1)
+    assert first == frames("b.mp4", 1)
+    assert first != frames("c.mp4", 2)
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "ending"),
+    [(8000, 1, "wav"), (22050, 2, "flac"), (44100, 2, "wav"), (48000, 1, "ogg"), (96000, 2, "wav")],
+)
+def test_recordings_of_any_rate_and_form(
+    run: Callable[..., Ran], tmp_path: Path, rate: int, channels: int, ending: str
+) -> None:
+    path = tmp_path / f"other.{ending}"
+    soundfile.write(path, tone(SECONDS, rate, channels), rate)
+    ran = run(audio=path)
+    assert ran.code == 0, ran.err
+    media = probe(tmp_path / "video.mp4")
+    assert media.frames == FRAMES
+    assert abs(media.sound_seconds - SECONDS) < 0.04
+
+
+def test_silence_makes_a_video_and_a_warning(run: Callable[..., Ran], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 16000)
+    ran = run(audio=tmp_path / "silence.wav")
+    assert ran.code == 0, ran.err
+    assert "silent" in ran.err
+    assert probe(tmp_path / "video.mp4").frames == 12
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["RGBA", "L", "LA", "P", "I;16", "CMYK", "one pixel", "one column"],
+)
+def test_pictures_of_any_form(run: Callable[..., Ran], tmp_path: Path, mode: str) -> None:
+    size = {"one pixel": (1, 1), "one column": (1, 300)}.get(mode, (30, 50))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif not mode.startswith("one"):
+        image = image.convert(mode)
+    path = tmp_path / ("other.tiff" if mode == "CMYK" else "other.png")
+    image.save(path)
+    ran = run(image=path, max_frames=5)
+    assert ran.code == 0, ran.err
+    assert probe(tmp_path / "video.mp4").frames == 5
+
+
+@pytest.mark.parametrize(("asked", "given"), [((30, 50), (32, 48)), ((16, 16), (16, 16)), ((1, 33), (16, 32))])
+def test_sizes_that_are_no_multiple_of_16_are_rounded_and_said(
+    run: Callable[..., Ran], tmp_path: Path, asked: tuple[int, int], given: tuple[int, int]
+) -> None:
+    ran = run(width=asked[0], height=asked[1], max_frames=5)
+    assert ran.code == 0, ran.err
+    media = probe(tmp_path / "video.mp4")
+    assert (media.width, media.height) == given
+    assert (f"becomes {given[0]} x {given[1]}" in ran.err) == (asked != given)
+
+
+def test_two_speakers_with_masks_last_as_long_as_the_longer_one(
+    run: Callable[..., Ran], speech: Path, tmp_path: Path
+) -> None:
+    soundfile.write(tmp_path / "second.wav", tone(0.8, 44100, 2), 44100)
+    masks = []
+    for side in range(2):
+        plane = np.zeros((40, 40), dtype=np.uint8)
+        plane[:, 20 * side : 20 * side + 20] = 255
+        Image.fromarray(plane).save(tmp_path / f"mask{side}.png")
+        masks.append(tmp_path / f"mask{side}.png")
+    ran = run(audio_2=tmp_path / "second.wav", masks=masks)
+    assert ran.code == 0, ran.err
+    media = probe(tmp_path / "video.mp4")
+    assert media.frames == 20
+    assert abs(media.sound_seconds - 0.8) < 0.04
+
+
+def test_a_source_video_instead_of_a_picture(run: Callable[..., Ran], tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "source.mp4", 25, tone(0.4, 16000), 16000) as writer:
+        writer.append(torch.rand(10, 48, 48, 3))
+    ran = run(image=None, video=tmp_path / "source.mp4", steps=2, start_step=1)
+    assert ran.code == 0, ran.err
+    assert probe(tmp_path / "video.mp4").frames == FRAMES
+
+
+def test_guidance_schedulers_modes_tiles_and_swapped_blocks(run: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = run(
+        "--tiled-vae",
+        cfg=3,
+        audio_cfg=2,
+        steps=2,
+        scheduler="unipc",
+        mode="multitalk",
+        blocks_to_swap=1,
+        quantization="fp8_e4m3fn_scaled",
+        base_precision="bf16",
+        attention_mode="sage3_fp4",
+        attention_policy="ends_16bit",
+        max_frames=9,
+    )
+    assert ran.code == 0, ran.err
+    assert probe(tmp_path / "video.mp4").frames == 9
+
+
+def test_a_merged_model_needs_no_adapter(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path) -> None:
+
+    state = {
+        f"model.diffusion_model.{n}": t for n, t in {**load_file(tiny_set.model), **load_file(tiny_set.adapter)}.items()
+    }
+    save_file(state, tmp_path / "merged.safetensors", metadata={"config": '{"num_heads": 2, "audio_blocks": 2}'})
+    assert run(model=tmp_path / "merged.safetensors", adapter=None, max_frames=5).code == 0
+
+
+# --------------------------------------------------------------------------------------------------------- it refuses
+
+
+def test_recordings_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
+    nan = tone(SECONDS, 16000)
+    nan[4000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", nan, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
+    soundfile.write(tmp_path / "short.wav", tone(0.01, 16000), 16000)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("no sound at all")
+    for name, words in {
+        "nan.wav": "NaN or infinite",
+        "none.wav": "no samples",
+        "short.wav": "too short",
+        "empty.wav": "empty file",
+        "text.wav": "cannot be read as a recording",
+        "missing.wav": "does not exist",
+        ".": "folder",
+    }.items():
+        assert_refused(run(audio=tmp_path / name), words)
+    assert not (tmp_path / "video.mp4").exists()
+
+
+def test_pictures_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("text.png", "empty.png", "missing.png", "."):
+        assert_refused(run(image=tmp_path / name), str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("option", "role", "words"),
+    [
+        ("model", "vae", "a Wan2.1 VAE, not a Wan2.1 diffusion transformer"),
+        ("model", "adapter", "give it as the adapter"),
+        ("adapter", "model", "not an InfiniteTalk or MultiTalk adapter"),
+        ("adapter", None, "no audio layers"),
+        ("vae", "text_encoder", "a T5 text encoder, not a Wan2.1 VAE"),
+        ("text-encoder", "vae", "a Wan2.1 VAE"),
+        ("clip-vision", "wav2vec_file", "a wav2vec2 model"),
+        ("wav2vec", "clip_vision", "a CLIP vision model"),
+    ],
+)
+def test_files_of_another_kind(
+    run: Callable[..., Ran], tiny_set: TinySet, option: str, role: str | None, words: str
+) -> None:
+    assert_refused(run(**{option: role and getattr(tiny_set, role)}), words)
+
+
+@pytest.mark.parametrize("option", ["model", "adapter", "vae", "text-encoder", "clip-vision", "wav2vec"])
+def test_missing_and_truncated_files(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path, option: str) -> None:
+    assert_refused(run(**{option: tmp_path / "nowhere.safetensors"}), "nowhere.safetensors", "does not exist")
+    role = {"wav2vec": "wav2vec_file"}.get(option, option.replace("-", "_"))
+    whole = getattr(tiny_set, role)
+    cut = tmp_path / "cut.safetensors"
+    with whole.open("rb") as source, cut.open("wb") as target:
+        shutil.copyfileobj(source, target)
+        target.truncate(whole.stat().st_size - 1000)
+    assert_refused(run(**{option: cut}), "cut.safetensors", "not downloaded completely")
+
+
+def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "t2v.safetensors"
+    save_file(dit_weights("t2v"), path, metadata={"config": '{"num_heads": 2}'})
+    assert_refused(run(model=path), "a text-to-video model (16 input channels)", "image-to-video")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"frames": 6}, "4n + 1"),
+        ({"motion_frames": 9}, "motion"),
+        ({"steps": 0}, "step"),
+        ({"start_step": 1}, "start step 1 leaves none of 1"),
+        ({"width": 0}, "0 pixels"),
+        ({"max_frames": 0}, "0 frames"),
+        ({"attention_mode": "sageattn9"}, "no attention mode 'sageattn9'"),
+        ({"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
+        ({"attention_mode": "flash_attn_3"}, "cannot serve this call"),
+        ({"device": "toaster"}, "no device 'toaster'"),
+        ({"device": "meta"}, "not supported"),
+        ({"blocks_to_swap": -1}, "-1 blocks"),
+    ],
+)
+def test_settings_that_do_not_fit(run: Callable[..., Ran], options: dict[str, object], words: str) -> None:
+    assert_refused(run(**options), words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(run: Callable[..., Ran]) -> None:
+    assert_refused(run(device="cuda"), "needs an NVIDIA GPU")
+
+
+def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, picture: Path, tmp_path: Path) -> None:
+    Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
+    assert_refused(run(audio_2=speech, masks=[picture]), "1 masks for 2 speakers")
+    assert_refused(run(audio_2=speech, masks=[picture, tmp_path / "black.png"]), "speaker 2 covers no part")
+
+
+def test_places_that_cannot_be_written_to(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(run(out=tmp_path / "file" / "video.mp4"), "cannot be written")
+    assert_refused(run(out=tmp_path), "folder")
+    assert_refused(run(out=tmp_path / "video.gif"), ".mp4")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_full_disk(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "full.mp4").symlink_to("/dev/full")
+    assert_refused(run(out=tmp_path / "full.mp4"), "could not be written")
+
+
+def test_arguments_that_argparse_refuses(run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (
+        {"model": None},
+        {"image": None},
+        {"steps": "many"},
+        {"scheduler": "fastest"},
+        {"color_correction": 2},
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run(**options)
+        assert caught.value.code == 2
+        assert "infinitetalk generate: error:" in capsys.readouterr().err
+
+
+def test_verbose_shows_where_an_error_arose(run: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = run("--verbose", image=tmp_path / "missing.png")
+    assert ran.code == 2
+    assert "Traceback" in ran.err
+    assert ran.err.rstrip().splitlines()[-1].startswith("infinitetalk: There is no picture")
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    step = terminal.ProgressBar._step
+
+    def stop(self: terminal.ProgressBar, at: int, windows: int, number: int, steps: int) -> None:
+        step(self, at, windows, number, steps)
+        if at == window:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal.ProgressBar, "_step", stop)
+
+
+def test_an_interrupted_video_keeps_its_finished_windows(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, window=2)
+    ran = run()
+    assert ran.code == 130
+    assert ran.err.rstrip().splitlines()[-1] == (
+        f"infinitetalk: Interrupted: 2 finished windows are in {tmp_path / 'video.mp4'}."
+    )
+    media = probe(tmp_path / "video.mp4")
+    assert media.frames == 9
+    assert abs(media.sound_seconds - 9 / 25) < 0.06
+
+
+def test_an_interruption_before_the_first_window(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, window=0)
+    ran = run()
+    assert ran.code == 130
+    assert "nothing is finished" in ran.err
+    assert not (tmp_path / "video.mp4").exists()
+
+
+def test_an_older_video_is_left_alone_until_there_is_a_new_one(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").write_bytes(b"older work")
+    assert_refused(run(steps=0))
+    assert (tmp_path / "video.mp4").read_bytes() == b"older work"
+
+
+# ---------------------------------------------------------------------------------------------------------- make-tiny
+
+
+def test_make_tiny_writes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["make-tiny", str(tmp_path / "set")]) == 0
+    assert f"model: {TinySet.in_folder(tmp_path / 'set').model}" in capsys.readouterr().out
+    assert TinySet.in_folder(tmp_path / "set").is_complete()
+
+
+def test_make_tiny_where_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["make-tiny", str(tmp_path / "file" / "set")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["generate", "--help"], ["demo", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 0
+        assert "infinitetalk" in capsys.readouterr().out
+    assert os.environ.get("HF_HUB_OFFLINE") == "1"
