@@ -1,0 +1,82 @@
+"""`infinitetalk demo` as a user runs it: in its own process, on what the package brings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from wanvideo_infinitetalk import demo
+from wanvideo_infinitetalk.multitalk.windows import plan_windows
+
+ASSETS = Path(demo.__file__).parent / "assets"
+
+
+def test_the_demo_ends_in_a_video_with_sound_as_long_as_the_recording(tmp_path: Path) -> None:
+    out = tmp_path / "demo.mp4"
+    command = [sys.executable, "-m", "wanvideo_infinitetalk.cli", "demo", "--out", str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == f"video: {out}"
+
+    recording, rate = soundfile.read(ASSETS / "speech.wav")
+    seconds = len(recording) / rate
+    with av.open(str(out)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(str(out)) as container:
+        sound = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+        sound_rate = container.streams.audio[0].rate
+    assert abs(len(frames) / 25 - seconds) < 1 / 25
+    assert abs(len(sound) / sound_rate - seconds) < 1 / 25
+    assert np.stack(frames).std() > 5
+    assert frames[0].shape == (demo.SIZE, demo.SIZE, 3)
+    # It is the recording that is heard: both swell and fade together.
+    at = np.arange(0, min(len(sound) / sound_rate, seconds) - 0.05, 0.05)
+    loud = [
+        [np.std(w[int(t * r) : int((t + 0.05) * r)]) for t in at] for w, r in ((sound, sound_rate), (recording, rate))
+    ]
+    assert np.corrcoef(loud)[0, 1] > 0.95
+
+
+def test_the_demo_takes_several_windows() -> None:
+    recording, rate = soundfile.read(ASSETS / "speech.wav")
+    assert len(plan_windows(int(len(recording) / rate * 25), demo.FRAMES, demo.MOTION)) >= 3
+
+
+def test_the_demo_leaves_nothing_behind_but_can_keep_its_models(tmp_path: Path) -> None:
+    with demo.demo_job(tmp_path / "x.mp4") as job:
+        model = Path(job.files.model)
+        assert model.exists()
+    assert not model.exists()
+    with demo.demo_job(tmp_path / "x.mp4", models=tmp_path / "kept"):
+        pass
+    assert (tmp_path / "kept" / model.name).exists()
+
+
+def test_the_drawn_picture_is_what_the_code_draws() -> None:
+    from wanvideo_infinitetalk.assets.draw_portrait import draw_portrait
+
+    drawn = np.asarray(draw_portrait()).astype(int)
+    kept = np.asarray(Image.open(ASSETS / "portrait.png")).astype(int)
+    # Pillow's versions round their blurs and resizes differently by a step or two.
+    assert np.abs(drawn - kept).mean() < 1
+
+
+def test_what_the_package_brings_is_small() -> None:
+    assert (ASSETS / "speech.wav").stat().st_size <= 200_000
+    assert (ASSETS / "portrait.png").stat().st_size <= 100_000
+    info = soundfile.info(ASSETS / "speech.wav")
+    assert (info.channels, info.subtype) == (1, "PCM_16")
+
+
+@pytest.mark.parametrize("option", ["--attention-mode=flash_attn_9", "--device=toaster"])
+def test_a_wrong_option_is_a_sentence(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from wanvideo_infinitetalk.cli import main
+
+    assert main(["demo", "--out", str(tmp_path / "x.mp4"), option]) == 2
+    assert capsys.readouterr().err.rstrip().splitlines()[-1].startswith("infinitetalk: There is no ")
