@@ -214,7 +214,7 @@ def _run_job(job: Job) -> None:
 
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (42 MB)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (39 MB)")
 
 
 def _run_make_tiny(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..fp8_optimization import FP8_DTYPES, Quantization, quantize_linear, refuse_second_quantization, summary
 from .errors import CheckpointError
 from .files import CheckpointFile, Progress, Stored, own_memory, read_metadata, read_state_dict
 from .gguf import GGUFLinear, GGUFTensor
@@ -57,8 +58,6 @@ OTHER_MODELS = (
     ("ref_conv.", "a Fun-Control model"),
     ("img_emb.emb_pos", "a first-and-last-frame model (FLF2V)"),
 )
-
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 # What savers write beside a quantised weight, and what it is called here.
 SCALE_NAMES = {
@@ -261,7 +260,7 @@ class DitFiles:
         return file.read(stored, device, dtype)
 
     def mapped(self, name: str) -> Stored:
-        """The tensor as it lies in the file, perhaps unaligned: only for making another one from it at once."""
+        """The tensor as it lies in the file, perhaps unaligned: for the packed ones of a GGUF file."""
         file, stored = self._where[name]
         return file.mapped(stored)
 
@@ -346,25 +345,22 @@ def load_dit(
         CheckpointError: missing, damaged or foreign files, and files that do not fit together.
         InputError: an unknown quantization, or one that the file's own contradicts.
     """
-    from ..fp8_optimization import Quantization, quantize_linears
-
     begin = time.monotonic()
-    will_quantize = Quantization.parse(quantization).format != "disabled"
+    wanted = Quantization.parse(quantization)
     with DitFiles(path, adapter) as files:
         with torch.device("meta"):
             model = WanModel(files.config, attention_mode=attention_mode)
-        model.requires_grad_(False)
-        _Filler(model, files, base_dtype, torch.device(device), will_quantize, progress).fill()
-        quantize_linears(model, quantization, base_dtype)
-        model.to(device).eval()
+        model.requires_grad_(False).eval()
+        _Filler(model, files, base_dtype, torch.device(device), wanted, progress).fill()
     log.info(
-        "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s",
+        "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s; linear layers: %s",
         Path(path).name,
         f" with {Path(adapter).name}" if adapter is not None else "",
         files.config.num_layers,
         files.config.dim,
         sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**30,
         time.monotonic() - begin,
+        summary(model),
     )
     return model
 
@@ -378,11 +374,11 @@ class _Filler:
         files: DitFiles,
         base_dtype: torch.dtype,
         device: torch.device,
-        will_quantize: bool,
+        wanted: Quantization,
         progress: Progress | None,
     ) -> None:
         self.model, self.files, self.base_dtype, self.device = model, files, base_dtype, device
-        self.will_quantize = will_quantize
+        self.wanted = wanted
         self.progress = progress
         self.shapes = files.shapes
         self.linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -400,6 +396,9 @@ class _Filler:
     def fill(self) -> None:
         expected = self.model.state_dict()
         self._check_names(expected)
+        refuse_second_quantization(
+            [self._stored_format(name) for name in self.linears if _in_blocks(name)], self.wanted
+        )
         total = sum(_num_bytes(self.shapes[name]) for name in expected)
         done = 0
         for name, blank in expected.items():
@@ -407,6 +406,9 @@ class _Filler:
             linear = self.linears.get(layer) if last == "weight" else None
             if linear is None or not self._fill_quantized(layer, linear, blank):
                 self._fill_plain(name, blank)
+            if linear is not None and _in_blocks(layer):
+                # At once, so that no more than one layer is ever held in 16 bits.
+                quantize_linear(linear, self.wanted, self.base_dtype)
             done += _num_bytes(self.shapes[name])
             if self.progress is not None:
                 self.progress(done, total)
@@ -449,21 +451,24 @@ class _Filler:
             raise CheckpointError(
                 f"{self.files.what} stores {name} as {self.shapes[name].dtype} without saying how to unpack it."
             )
-        if scale is not None and self.shapes[name].dtype in FP8_DTYPES:
+        if scale is not None and self.shapes[name].dtype in FP8_DTYPES.values():
             value = self.files.read(name, self.device, torch.float32) * self.files.read(scale, self.device).float()
             tensor = value.to(self.base_dtype)
-        elif self._is_quantized_next(name):
-            mapped = self.files.mapped(name)
-            assert isinstance(mapped, Tensor)  # packed ones in the blocks stay packed
-            tensor = mapped
         else:
-            tensor = self.files.read(name, self.device, self.base_dtype)
+            # What is quantised next is rounded once, from what the file holds.
+            quantized_next = self.wanted.format != "disabled" and _in_blocks(name) and layer in self.linears
+            keep_dtype = quantized_next and name.endswith(".weight")
+            tensor = self.files.read(name, self.device, None if keep_dtype else self.base_dtype)
         self._assign(name, tensor)
 
-    def _is_quantized_next(self, name: str) -> bool:
-        """Whether the quantiser makes another tensor of this one: then a second copy in memory would be in vain."""
-        layer = name.rpartition(".")[0]
-        return self.will_quantize and name == f"{layer}.weight" and layer in self.linears and _in_blocks(name)
+    def _stored_format(self, layer: str) -> str | None:
+        """As `fp8_optimization.stored_format`, from the file: what the weight of a linear is stored as."""
+        stored = self.shapes[f"{layer}.weight"]
+        if isinstance(stored, GGUFTensor):
+            return "gguf"
+        if stored.dtype == torch.uint8:
+            return "fp4"
+        return {dtype: name for name, dtype in FP8_DTYPES.items()}.get(stored.dtype)
 
     def _fill_quantized(self, layer: str, linear: nn.Linear, blank: Tensor) -> bool:
         """Take a linear's weight as the file stores it, where the file stores it quantised; False where it does not."""
@@ -478,7 +483,7 @@ class _Filler:
         form = self._told_format(extras.get("comfy_quant"), name)
         if form == "nvfp4":
             return self._fill_nvfp4(layer, linear, extras)
-        if self.shapes[name].dtype not in FP8_DTYPES or not _in_blocks(name):
+        if self.shapes[name].dtype not in FP8_DTYPES.values() or not _in_blocks(name):
             return False
         self._check_shape(name, blank)
         self._assign(name, self.files.read(name, self.device))
