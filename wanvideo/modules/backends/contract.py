@@ -68,6 +68,7 @@ class Contract:
         package, versions, module, entry_points: the distribution it comes from, the PEP 440 range that this adapter
             knows, what to import and what must be found there; package None for our own kernels and torch's.
         workspace: bytes that the kernel allocates beside its output, by shape; None when it is negligible.
+        expanded: whether tensors with a stride of 0 (K and V shared by a batch) are read rightly.
         writes_to_k: the kernel changes K in place; the door then gives it a K that nobody else holds.
         float32_as: what float32 tensors are cast to when `dtypes` lacks float32; None refuses them. Never float16,
             whose range Wan's activations leave.
@@ -94,6 +95,7 @@ class Contract:
     module: str = ""
     entry_points: tuple[str, ...] = ()
     workspace: Callable[[Shape], int] | None = None
+    expanded: bool = True
     writes_to_k: bool = False
     float32_as: torch.dtype | None = torch.bfloat16
 
@@ -232,6 +234,8 @@ def layout_reasons(
         found = layout_violations(x, contract.alignment, contract.max_extent)
         if contract.layout == "aligned_contiguous" and name != "attn_mask" and not x.is_contiguous():
             found.append("it is not contiguous")
+        if not contract.expanded and is_expanded(x):
+            found.append("it is expanded with a stride of 0")
         reasons += [f"{name}: {violation}" for violation in found]
     return reasons
 
@@ -262,10 +266,16 @@ def repaired(contract: Contract, x: torch.Tensor) -> torch.Tensor:
     x = x.to(contract.kernel_dtype(x.dtype))
     if contract.layout == "aligned_strided":
         # Before the turn, so that a copy lies in the order [B, L, H, D], which the output then takes over.
-        x = aligned_strided(x, contract.alignment)
+        readable = contract.expanded or not is_expanded(x)
+        x = aligned_strided(x, contract.alignment) if readable else aligned_contiguous(x, contract.alignment)
     if contract.order == "BHLD":
         x = x.transpose(1, 2)
     return aligned_contiguous(x, contract.alignment) if contract.layout == "aligned_contiguous" else x
+
+
+def is_expanded(x: torch.Tensor) -> bool:
+    """Whether several elements of `x` share one place in memory by a stride of 0."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def repaired_mask(contract: Contract, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

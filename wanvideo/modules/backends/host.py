@@ -26,6 +26,7 @@ def host_attention() -> Callable[..., torch.Tensor] | None:
 CONTRACT = Contract(
     dtypes=(*HALF, torch.float32),
     layout="aligned_strided",
+    expanded=False,  # whichever kernel it chooses
     order="BHLD",
     masks=True,
     # Which of its kernels take a scale differs by version and by choice.

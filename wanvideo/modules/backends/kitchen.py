@@ -23,6 +23,7 @@ CONTRACT = Contract(
     order="BHLD",
     max_head_dim=256,
     head_dim_multiple=8,
+    expanded=False,
     masks=True,
     min_capability=(7, 5),
     workspace=_workspace,
