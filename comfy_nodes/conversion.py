@@ -52,7 +52,7 @@ def covered(images: Tensor | None, height: int, width: int) -> Tensor | None:
 
 
 def encode_frames(
-    vae: VaeModel, images: Tensor, tiles: Tiles | None, *, noise: float, strength: float, mask: Tensor | None
+    vae: VaeModel, images: Tensor, tiles: Tiles | None, *, noise: float, strength: float
 ) -> dict[str, Any]:
     """LATENT of IMAGE frames; the frames travel with it, for long videos that start from them."""
     height, width = (int(side) // 16 * 16 for side in images.shape[1:3])
@@ -64,10 +64,7 @@ def encode_frames(
         video = video + noise * torch.randn(video.shape, generator=torch.Generator("cpu").manual_seed(0))
     latents = vae.encode(video, **tile_options(tiles)).cpu() * strength
     vae.unload()
-    latent: dict[str, Any] = {"samples": latents, "source_frames": frames}
-    if mask is not None:
-        latent["noise_mask"] = mask
-    return latent
+    return {"samples": latents, "source_frames": frames}
 
 
 def decode_latent(vae: VaeModel, samples: dict[str, Any], tiles: Tiles | None, normalization: str) -> Tensor:

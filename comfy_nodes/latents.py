@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..wanvideo.errors import InputError
 from .conversion import decode_latent, encode_frames, frames_of
 from .models import VaeModel
 from .schema import WanVaeType, advanced, node_schema
@@ -53,7 +54,7 @@ class WanVideoEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Factor on the latents.",
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="Where the sampler may change the video; white is free."),
+                io.Mask.Input("mask", optional=True, tooltip="For masked sampling, which this pack does not run."),
             ],
             outputs=[io.Latent.Output(display_name="samples", tooltip="Latents of the video.")],
         )
@@ -72,10 +73,11 @@ class WanVideoEncode(io.ComfyNode):
         latent_strength: float = 1.0,
         mask: torch.Tensor | None = None,
     ) -> Any:
+        if mask is not None:
+            raise InputError("Masked sampling is not part of this pack: disconnect mask.")
         tiles = (tile_x, tile_y, tile_stride_x, tile_stride_y) if enable_vae_tiling else None
-        return io.NodeOutput(
-            encode_frames(vae, image, tiles, noise=noise_aug_strength, strength=latent_strength, mask=mask)
-        )
+        latent = encode_frames(vae, image, tiles, noise=noise_aug_strength, strength=latent_strength)
+        return io.NodeOutput(latent)
 
 
 class WanVideoDecode(io.ComfyNode):

@@ -21,7 +21,7 @@ from ..multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, load_speech, normal
 from ..multitalk.speakers import add_noise_floor, arrange, mix, smooth_transients
 from ..wanvideo.checkpoints import CheckpointFile, inspect_dit, load_dit
 from ..wanvideo.clip import ClipVision
-from ..wanvideo.compilation import CompileSettings, compile_model
+from ..wanvideo.compilation import CompileSettings, check_with_block_swap, compile_model
 from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.lora import LoraSpec, active_loras, apply_loras
 from ..wanvideo.modules.attention import attention, canonical_mode
@@ -95,6 +95,7 @@ class VideoModel:
         """Read the files, or take the copy that is loaded already."""
         dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
+        check_with_block_swap(compile_settings, swap)
         _try_attention(attention_mode, inspect_dit(path, None if adapter is None else adapter.path), dtype)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
         beside = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
@@ -136,6 +137,7 @@ class VideoModel:
         return model
 
     def with_block_swap(self, swap: BlockSwap | None) -> VideoModel:
+        check_with_block_swap(self.compile_settings, swap)
         return replace(self, swap=swap)
 
     @property

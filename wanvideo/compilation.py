@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
+from .offload import BlockSwap
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ def compile_model(model: nn.Module, settings: CompileSettings) -> None:
         )
         # On the instance, so that `model(...)` still runs hooks (block swap) before it enters the compiled code.
         module.__dict__["forward"] = compiled
+
+
+def check_with_block_swap(settings: CompileSettings | None, swap: BlockSwap | None) -> None:
+    """Raise InputError where compiled code would not see that swapped weights change their place."""
+    if settings is None or swap is None or swap == BlockSwap():
+        return
+    if not settings.blocks_only:
+        raise InputError("Block swap goes with compiled blocks only: turn compile_transformer_blocks_only on.")
+    if settings.backend == "cudagraphs" or settings.mode in ("reduce-overhead", "max-autotune"):
+        raise InputError(
+            "CUDA graphs remember where weights lie, and block swap moves them: choose backend inductor with mode "
+            "default or max-autotune-no-cudagraphs, or no block swap."
+        )
 
 
 def undo_compile(model: nn.Module) -> None:

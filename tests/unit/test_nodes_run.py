@@ -11,6 +11,7 @@ from support import make_workflows, tiny_comfy, workflows
 from support.comfy_host import Host, NodeError, hosted
 from support.comfy_stubs import InterruptProcessingException, Progress
 from support.tiny_comfy import node_of, shrink
+from support.video import streams_of
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, CheckpointError, InputError
 
 
@@ -25,18 +26,6 @@ def host(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def prompt() -> dict[str, Any]:
     return shrink(workflows.load("infinitetalk_tiny"))
-
-
-def streams_of(path: Path) -> tuple[int, float, float]:
-    """(frames, seconds of the picture, seconds of the sound) of a video."""
-    import av
-
-    with av.open(str(path)) as container:
-        video, audio = container.streams.video[0], container.streams.audio[0]
-        assert video.duration is not None
-        assert audio.duration is not None
-        seconds = float(video.duration * video.time_base), float(audio.duration * audio.time_base)
-        return sum(1 for _ in container.decode(video)), *seconds
 
 
 @pytest.mark.parametrize("name", sorted(make_workflows.WORKFLOWS))

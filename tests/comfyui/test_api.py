@@ -1,0 +1,169 @@
+"""The pack in a real ComfyUI, over its API."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import make_workflows, workflows
+from support.comfy_server import PACK, Server, messages, saved_files
+from support.tiny_comfy import node_of, shrink
+from support.video import streams_of
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = workflows.ROOT
+PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
+OWN = {"InfiniteTalkClipVisionLoader"}
+
+
+@pytest.fixture
+def prompt() -> dict[str, Any]:
+    return shrink(workflows.load("infinitetalk_tiny"))
+
+
+def combo_values(entry: list[Any]) -> list[Any] | None:
+    """Values of a combo in either of the two forms that /object_info has."""
+    if isinstance(entry[0], list):
+        return entry[0]
+    return entry[1].get("options") if entry[0] == "COMBO" else None
+
+
+def test_the_pack_is_imported_without_a_warning(server: Server) -> None:
+    assert re.search(rf"seconds: .*{PACK}", server.log)
+    startup = server.log.split("To see the GUI go to")[0]
+    suspicious = [
+        line for line in startup.splitlines() if re.search(r"import failed|traceback|warning|error", line, re.I)
+    ]
+    assert not [line for line in suspicious if PACK in line], suspicious
+
+
+def test_all_nodes_are_registered_as_saved_workflows_know_them(server: Server) -> None:
+    info = server.get("/object_info")
+    ours = {name for name, node in info.items() if PACK in str(node.get("python_module"))}
+    assert ours == set(PUBLIC) | OWN
+    for name, public in PUBLIC.items():
+        node = info[name]
+        for section in ("required", "optional"):
+            given = node["input"].get(section, {})
+            assert list(given) == public["input_order"].get(section, []), name
+            for key, entry in given.items():
+                expected = public["inputs"][key]
+                values = combo_values(entry)
+                assert ("COMBO" if values is not None else entry[0]) == expected["type"], f"{name}.{key}"
+                assert entry[1].get("default") == expected.get("default"), f"{name}.{key}"
+                if values is not None and isinstance(expected["options"], list):
+                    assert values[: len(expected["options"])] == expected["options"], f"{name}.{key}"
+        assert node["output_name"] == [output["name"] for output in public["outputs"]], name
+        assert node["display_name"] == public["display_name"]
+
+
+def test_models_are_found_in_comfyui_folders(server: Server) -> None:
+    info = server.get("/object_info")
+    found = {
+        "dit": ("WanVideoModelLoader", "model"),
+        "lora": ("WanVideoLoraSelect", "lora"),
+        "wav2vec": ("Wav2VecModelLoader", "model"),
+        "clip": ("InfiniteTalkClipVisionLoader", "clip_name"),
+    }
+    for kind, (node, widget) in found.items():
+        assert make_workflows.REAL[kind] in (combo_values(info[node]["input"]["required"][widget]) or [])
+
+
+@pytest.mark.parametrize("name", sorted(make_workflows.WORKFLOWS))
+def test_example_workflow_ends_in_a_video_with_sound(server: Server, tmp_path: Path, name: str) -> None:
+    prompt = shrink(workflows.load(name))
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", messages(entry, "execution_error")
+    (file,) = saved_files(entry, node_of(prompt, "SaveVideo"))
+    frames, picture, sound = streams_of(server.download(file, tmp_path))
+    assert frames == 25
+    assert sound == pytest.approx(picture, abs=0.07)
+
+
+def test_one_line_says_what_ran(server: Server, prompt) -> None:
+    server.run(prompt)
+    assert re.search(
+        r"wan2\.1-i2v-tiny\.safetensors: attention auto.*, linears .* x bfloat16, .* guard copies \d+ of \d+ calls",
+        server.log,
+    )
+
+
+def test_a_second_run_takes_the_models_that_are_there(server: Server, prompt) -> None:
+    server.run(prompt)
+    loaded = server.log.count("Loaded wan2.1-i2v-tiny")
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt[sampler]["inputs"]["seed"] = 4242
+    entry = server.run(prompt)
+    cached = {node for message in messages(entry, "execution_cached") for node in message["nodes"]}
+    assert node_of(prompt, "WanVideoModelLoader") in cached
+    assert sampler not in cached
+    assert server.log.count("Loaded wan2.1-i2v-tiny") == loaded
+
+
+def test_a_value_that_is_no_choice_is_refused_on_its_node(server: Server, prompt) -> None:
+    loader = node_of(prompt, "WanVideoModelLoader")
+    prompt[loader]["inputs"]["model"] = "gone.safetensors"
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    if status == 400:  # ComfyUI knows the choices of V3 combos
+        assert loader in answer["node_errors"]
+        return
+    (error,) = messages(server.wait(answer["prompt_id"]), "execution_error")
+    assert error["node_id"] == loader
+    assert "no file 'gone.safetensors'" in error["exception_message"]
+
+
+@pytest.mark.parametrize(
+    ("class_type", "change", "words"),
+    [
+        ("WanVideoModelLoader", {"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
+        ("WanVideoModelLoader", {"model": make_workflows.TINY["adapter"]}, "is an InfiniteTalk adapter"),
+        ("WanVideoSampler", {"scheduler": "deis"}, "choose dpm"),
+    ],
+)
+def test_wrong_input_is_answered_on_the_node_that_has_it(
+    server: Server, prompt, class_type: str, change: dict[str, Any], words: str
+) -> None:
+    node = node_of(prompt, class_type)
+    prompt[node]["inputs"].update(change)
+    entry = server.run(prompt)
+    (error,) = messages(entry, "execution_error")
+    assert error["node_id"] == node
+    assert words in error["exception_message"]
+
+
+def test_interruption_ends_within_a_step_and_the_next_run_works(server: Server, prompt) -> None:
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt[sampler]["inputs"].update(steps=200, seed=7)
+    prompt_id = server.queue(prompt)
+    time.sleep(6)
+    begin = time.monotonic()
+    server.fetch("/interrupt", {})
+    entry = server.wait(prompt_id, 60)
+    assert time.monotonic() - begin < 20
+    (stopped,) = messages(entry, "execution_interrupted")
+    assert stopped["node_id"] in prompt
+    prompt[sampler]["inputs"].update(steps=1)
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_documents_and_translations_are_served(server: Server) -> None:
+    for node in (*PUBLIC, *OWN):
+        for page in (f"{node}.md", f"{node}/zh.md"):
+            status, body = server.fetch(f"/extensions/{PACK}/docs/{page}")
+            assert status == 200, page
+            assert len(body) > 100
+    translations = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert set(PUBLIC) | OWN <= set(translations[language]["nodeDefs"])
+
+
+def test_workflows_are_offered_as_templates(server: Server) -> None:
+    templates = server.get("/workflow_templates")
+    assert set(make_workflows.WORKFLOWS) <= set(templates[PACK])
+    for name in make_workflows.WORKFLOWS:
+        assert server.fetch(f"/api/workflow_templates/{PACK}/{name}.jpg")[0] == 200
