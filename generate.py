@@ -381,7 +381,12 @@ def _sentences_for_torch(device: torch.device) -> Iterator[None]:
     """Out of memory, in words that say what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch says it of the host's memory in words only.
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "can't allocate memory" not in str(error):
+                raise
+            device = torch.device("cpu")
         raise InfiniteTalkError(
             f"The memory of {device} does not suffice; try a smaller size, fewer frames per window, a quantization "
             "such as fp8_e4m3fn_scaled, blocks that are swapped out, or a tiled VAE."

@@ -371,6 +371,30 @@ def test_a_full_disk(run: Callable[..., Ran], tmp_path: Path) -> None:
     assert_refused(run(out=tmp_path / "full.mp4"), "could not be written")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_too_little_memory(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("wanvideo_infinitetalk.generate.load_dit", fail)
+    assert_refused(run(), "memory of cpu does not suffice", "fp8_e4m3fn_scaled")
+
+
+def test_other_runtime_errors_are_not_hidden(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("wanvideo_infinitetalk.generate.load_dit", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run()
+
+
 def test_arguments_that_argparse_refuses(run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
     for options in (
         {"model": None},
