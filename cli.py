@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .wanvideo.errors import InfiniteTalkError
+from .wanvideo.errors import BackendUnavailableError, InfiniteTalkError
 
 if TYPE_CHECKING:
     from .generate import Job
@@ -251,11 +252,42 @@ def _run_demo(args: argparse.Namespace) -> None:
         _run_job(job)
 
 
+# -------------------------------------------------------------------------------------------------------------- doctor
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--report", type=Path, metavar="F", help="write everything as JSON, for a bug report")
+    parser.add_argument("--fresh", action="store_true", help="try packages again whose verdict is known")
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .doctor import examine
+    from .generate import choose_device
+    from .terminal import doctor_tables
+    from .wanvideo.trial import cache_file
+
+    if args.fresh:
+        cache_file().unlink(missing_ok=True)
+    report = examine(choose_device(args.device))
+    out = Console()
+    out.print(*doctor_tables(report), sep="\n")
+    if args.report is not None:
+        args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        print(f"report: {args.report}")
+    if not report.healthy:
+        lacking = ", ".join(name for name, serves in report.precisions.items() if not serves)
+        raise BackendUnavailableError(f"No attention mode of {lacking} serves here; the table says why.")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 COMMANDS = (
     Command("generate", "make a talking video from a picture and a recording", _add_generate, _run_generate),
     Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
+    Command("doctor", "try every attention mode and quantisation on this machine", _add_doctor, _run_doctor),
     Command("make-tiny", "write a set of tiny random models in the public formats", _add_make_tiny, _run_make_tiny),
 )
 

@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import fp8_optimization
 from .fp8_optimization import QUANTIZATIONS, fp8_matmul_violations, quantize_linears
 from .wanvideo import trial
 from .wanvideo.errors import InfiniteTalkError
@@ -177,6 +180,17 @@ def _how(quantization: str, features: int, device: torch.device) -> str:
     return "8-bit matmul" if device.type == "cuda" else "8-bit matmul, its numbers computed in float32"
 
 
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Leave out what is worth a line when a model is loaded, not when a table is made."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _examine_linears(device: torch.device, rows: int, features: int) -> list[LinearRow]:
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -192,7 +206,8 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
         model = nn.ModuleDict({"blocks": nn.ModuleList([linear])})
         how = _how(quantization, features, device)
         try:
-            quantize_linears(model, quantization, torch.bfloat16)
+            with _quiet(fp8_optimization.log):
+                quantize_linears(model, quantization, torch.bfloat16)
             layer = model["blocks"][0]  # type: ignore[index]
             error = _errors(layer(x), expected)[1]
             spent = _median_ms(functools.partial(layer, x), device)

@@ -9,10 +9,12 @@ from functools import cache
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from .doctor import Report
 from .generate import Events
 
-__all__ = ["ProgressBar", "log_handler"]
+__all__ = ["ProgressBar", "doctor_tables", "log_handler"]
 
 log = logging.getLogger(__name__)
 
@@ -76,3 +78,31 @@ class ProgressBar:
         self.windows_done = done
         if self._bar.disable:
             log.info("Window %d of %d is in the file.", done, windows)
+
+
+def doctor_tables(report: Report) -> tuple[Table, Table, str]:
+    """What the doctor found, as two tables and a closing line."""
+    kernels = Table(title=f"Attention, [B, L, H, D] = {list(report.shape)}, bf16", title_justify="left")
+    for heading in ("mode", "kernel", "version", "verdict", "cosine", "rel. L2", "ms", "× SDPA", "for a better one"):
+        kernels.add_column(heading, justify="right" if heading in ("cosine", "rel. L2", "ms", "× SDPA") else "left")
+    shown = ""
+    for row in report.kernels:
+        style = "bold" if row.first else ("" if row.serves else "dim")
+        numbers = (_number(row.cosine, 4), _number(row.relative_l2, 3), _number(row.milliseconds, 2))
+        mode = "" if row.mode == shown else row.mode
+        kernels.add_row(
+            mode, row.kernel, row.version, row.verdict, *numbers, _number(row.speedup, 2), row.advice, style=style
+        )
+        shown = row.mode
+    linears = Table(title="Linear layers, bf16 in and out", title_justify="left")
+    for heading in ("quantisation", "runs as", "rel. L2", "× 16 bit"):
+        linears.add_column(heading, justify="right" if heading in ("rel. L2", "× 16 bit") else "left")
+    for line in report.linears:
+        linears.add_row(line.quantization, line.how, _number(line.relative_l2, 3), _number(line.speedup, 2))
+    serving = ", ".join(f"{name}: {'yes' if serves else 'NO'}" for name, serves in report.precisions.items())
+    where = report.environment.get("gpu", "the CPU")
+    return kernels, linears, f"On {where}, torch {report.environment['torch']}. A mode of each precision: {serving}."
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

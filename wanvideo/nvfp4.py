@@ -40,7 +40,7 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = aligned_contiguous(x)
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dtype=torch.float32)
     scale = (largest / (E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
-    with _backend_for(x.dtype):
+    with _backend_for(x.dtype, x.device):
         packed, block_scales = comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True)
     return packed, block_scales, scale
 
@@ -53,15 +53,17 @@ def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype:
     # 2^-9; its CUDA kernel multiplies in float32.
     unpacked = dtype if packed.is_cuda else torch.float32
     packed, block_scales = aligned_contiguous(packed), aligned_contiguous(block_scales)
-    with _backend_for(unpacked):
+    with _backend_for(unpacked, packed.device):
         return comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, unpacked).to(dtype)
 
 
-def _backend_for(dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """comfy-kitchen's own choice for 16 bits; its plain-torch path for float32, which its CUDA kernels refuse."""
+def _backend_for(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """comfy-kitchen's own choice, but its plain-torch path for float32 on a GPU, which its CUDA kernels refuse."""
     import comfy_kitchen
 
-    return comfy_kitchen.use_backend("eager") if dtype == torch.float32 else contextlib.nullcontext()
+    if device.type == "cuda" and dtype == torch.float32:
+        return comfy_kitchen.use_backend("eager")
+    return contextlib.nullcontext()
 
 
 def nvfp4_storage_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:

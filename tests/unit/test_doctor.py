@@ -1,10 +1,12 @@
 """The doctor: what serves, why not, how accurate, and what its exit code says."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from wanvideo_infinitetalk import doctor
+from wanvideo_infinitetalk.cli import main
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.backends import refuse
@@ -69,3 +71,20 @@ def test_the_report_is_json(report):
     again = json.loads(json.dumps(report.as_json()))
     assert again["healthy"] is True
     assert again["environment"]["torch"] == torch.__version__
+
+
+def test_the_command_prints_the_tables_and_writes_the_report(capsys, tmp_path):
+    file = tmp_path / "report.json"
+    assert main(["doctor", "--device", "cpu", "--report", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert all(mode in out for mode in door.MODE_BACKENDS)
+    assert all(quantization in out for quantization in QUANTIZATIONS)
+    assert f"report: {file}" in out
+    assert json.loads(file.read_text())["healthy"] is True
+
+
+def test_the_command_ends_with_2_when_a_precision_has_no_kernel(capsys, monkeypatch, report):
+    sick = dataclasses.replace(report, precisions={"16-bit": True, "8-bit": False, "4-bit": True})
+    monkeypatch.setattr(doctor, "examine", lambda device: sick)
+    assert main(["doctor", "--device", "cpu"]) == 2
+    assert "No attention mode of 8-bit serves here" in capsys.readouterr().err
