@@ -272,7 +272,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
     if args.fresh:
         cache_file().unlink(missing_ok=True)
     report = examine(choose_device(args.device))
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else 160)
     out.print(*doctor_tables(report), sep="\n")
     if args.report is not None:
         args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
