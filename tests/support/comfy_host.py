@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -204,11 +203,19 @@ def hosted(base: Path) -> Iterator[Host]:
     try:
         from wanvideo_infinitetalk.nodes import comfy_entrypoint
 
-        extension = asyncio.run(comfy_entrypoint())
-        yield Host(base, asyncio.run(extension.get_node_list()))
+        yield Host(base, _result(_result(comfy_entrypoint()).get_node_list()))
     finally:
         _forget_pack()
         remove()
+
+
+def _result(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine that awaits nothing returns, also inside of a running event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it awaited something")
 
 
 def _forget_pack() -> None:
