@@ -1,0 +1,43 @@
+"""The GPU that the suite runs on: its facts in the report, tiny models for it, and no error left behind by a test."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+import pytest
+import torch
+from wanvideo_infinitetalk.tiny import TinySet, make_tiny
+from wanvideo_infinitetalk.wanvideo import trial
+
+PACKAGES = ("triton", "transformers", "diffusers", "comfy-kitchen", "sageattention", "sageattn3", "flash-attn")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _facts_of_the_run(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """GPU, driver, versions and date, as properties of the JUnit file that tools/cuda_results.py reads."""
+    if not torch.cuda.is_available():
+        return
+    facts = {"date": dt.date.today().isoformat(), **trial.environment(None, torch.device("cuda", 0))}
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    for name, value in facts.items():
+        record_testsuite_property(name, value)
+
+
+@pytest.fixture(autouse=True)
+def _no_cuda_error() -> Iterator[None]:
+    """A kernel that faults is found in the test that launched it, not in a later one."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
+    """A complete set of tiny checkpoints; tests read it and write elsewhere."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))

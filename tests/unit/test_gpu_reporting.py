@@ -1,0 +1,121 @@
+"""The page of GPU results, and the benchmarks that fill it, tried at small sizes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+JUNIT = """<testsuites><testsuite name="pytest">
+<properties><property name="gpu" value="NVIDIA X"/><property name="torch" value="2.11"/></properties>
+<testcase classname="tests.cuda.test_a" name="test_p[sdpa-disabled]" time="1.5">
+  <properties><property name="latents" value="0.01"/></properties>
+  <system-out>--------------------------------- Captured Out ---------------------------------
+#x1B[31mfp4: 480 cases#x1B[0m</system-out></testcase>
+<testcase classname="tests.cuda.test_a" name="test_p[fp4-disabled]" time="1">
+  <properties><property name="latents" value="0.02"/></properties></testcase>
+<testcase classname="tests.cuda.test_b" name="test_q" time="0"><skipped message="not installed"/></testcase>
+<testcase classname="tests.cuda.test_b" name="test_r" time="0"><failure message="wrong | numbers&#10;more"/></testcase>
+</testsuite></testsuites>"""
+
+
+def write_page(tmp_path: Path, *options: str) -> str:
+    out = tmp_path / "page.md"
+    command = [sys.executable, str(ROOT / "tools/cuda_results.py"), *options, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return out.read_text()
+
+
+def test_the_page_tells_what_the_suite_did(tmp_path: Path) -> None:
+    (tmp_path / "cuda.xml").write_text(JUNIT)
+    log = "========= COMPUTE-SANITIZER\n44 passed, 3 skipped in 93.1s\n========= ERROR SUMMARY: 0 errors\n"
+    (tmp_path / "sanitize.log").write_text(log)
+    page = write_page(tmp_path, "--junit", str(tmp_path / "cuda.xml"), "--sanitizer", str(tmp_path / "sanitize.log"))
+    assert "| gpu | NVIDIA X |" in page
+    assert "4 tests in 2 s: 2 passed, 1 failed, 0 error, 1 skipped." in page
+    assert "| test_a | 2 | 2 | 0 | 0 | 0 | 2.5 |" in page
+    assert "* `test_b::test_r`: wrong | numbers" in page
+    assert "* 1 tests: not installed" in page
+    assert "|  | sdpa | fp4 |\n| --- | --- | --- |\n| disabled | 0.01 | 0.02 |" in page
+    assert "```text\nfp4: 480 cases\n```" in page
+    assert "44 passed, 3 skipped in 93.1s\n========= ERROR SUMMARY: 0 errors" in page
+
+
+def test_the_page_takes_benchmarks_and_any_other_json(tmp_path: Path) -> None:
+    known = {
+        "title": "Guards",
+        "environment": {"gpu": "NVIDIA Y", "torch": "2.11"},
+        "tables": [{"title": "One block", "rows": [{"variant": "sdpa", "ms": 87.123456}]}],
+        "goals": [{"what": "ratio", "value": 1.2, "limit": 1.1, "met": False}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(known))
+    (tmp_path / "doctor.json").write_text(
+        json.dumps({"kernels": [{"kernel": "own", "reasons": ["x", "y"]}], "ok": True})
+    )
+    (tmp_path / "cuda.xml").write_text(JUNIT)
+    page = write_page(
+        tmp_path,
+        "--junit",
+        str(tmp_path / "cuda.xml"),
+        "--json",
+        *(str(tmp_path / f"{n}.json") for n in ("a", "doctor")),
+    )
+    assert "### Guards\n\nMeasured on another machine: gpu NVIDIA Y." in page
+    assert "| ratio | 1.2 | 1.1 | **missed** |" in page
+    assert "| variant | ms |\n| --- | --- |\n| sdpa | 87.12 |" in page
+    assert "### doctor\n\nkernels\n\n| kernel | reasons |\n| --- | --- |\n| own | x; y |\n\n* ok: True" in page
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The JSON files of the small benchmarks, run one after the other in one process."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    code = """
+import runpy, sys
+for name, *options in (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"), ("linear", "--rounds=1")):
+    sys.argv = [name, "--small", *options, "--json", f"{sys.argv[-1].rpartition('/')[0]}/{name}.json"]
+    try:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, f"{folder}/"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+def test_guards_are_compared_and_counted(reports: dict[str, dict]) -> None:
+    block, host = (table["rows"] for table in reports["guard_cost"]["tables"])
+    assert len(block) == 2
+    assert all(row["guard calls"] > 10 and row["copies"] == 0 and row["without, ms"] > 0 for row in block)
+    assert all(0 < row["microseconds"] < 1000 for row in host)
+
+
+def test_block_swap_changes_no_latents(reports: dict[str, dict]) -> None:
+    (table,) = reports["block_swap"]["tables"]
+    assert [row["latents"] for row in table["rows"]] == ["identical"] * 3
+    assert reports["block_swap"]["failures"] == []
+    weights = [row["weights on the device, GiB"] for row in table["rows"]]
+    assert weights[2] < weights[0]
+
+
+def test_linears_are_measured_in_every_quantisation(reports: dict[str, dict]) -> None:
+    for table in reports["linear"]["tables"]:
+        errors = {row["linear"]: row["relative L2"] for row in table["rows"]}
+        assert errors["bf16"] < 0.003 < errors["fp8_e4m3fn"] < errors["fp8_e5m2"] < errors["fp4_scaled"] < 0.2
+
+
+def test_a_small_run_is_not_judged(reports: dict[str, dict]) -> None:
+    goals = [goal for report in reports.values() for goal in report["goals"]]
+    assert goals
+    assert all(goal["met"] is None for goal in goals)
+    assert all("--json" not in report["command"] for report in reports.values())
