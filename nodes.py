@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import ComfyExtension
 
 from . import host
-from .comfy_nodes import audio, latents, loaders, options, picture, sampler, text
+from .comfy_nodes import audio, kernels, latents, loaders, options, picture, sampler, text
 
 host.register_folders()
 
@@ -26,6 +26,8 @@ NODES: list[Any] = [
     options.WanVideoSetBlockSwap,
     options.WanVideoTorchCompileSettings,
     options.CreateCFGScheduleFloatList,
+    kernels.InfiniteTalkAttentionPolicy,
+    kernels.WanVideoAttentionDoctor,
     text.WanVideoTextEncode,
     text.WanVideoTextEncodeCached,
     text.WanVideoTextEmbedBridge,

@@ -107,9 +107,10 @@ def sample(
         else:
             result = _one_window(model, what, settings, text, speech, start)
     log.info(
-        "%s: attention %s, linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
+        "%s: attention %s (policy %s), linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
         model.name,
         model.attention_mode,
+        model.attention_policy,
         summary(model.model.blocks),
         model.precision,
         guards.copies,
@@ -136,7 +137,7 @@ def _fast_fp16(model: VideoModel) -> Iterator[None]:
 
 
 def _policy(model: VideoModel) -> Any:
-    return bind("default", model.attention_mode, len(model.model.blocks))
+    return bind(model.attention_policy, model.attention_mode, len(model.model.blocks))
 
 
 class _Reporter:
@@ -231,7 +232,7 @@ def _long_video(
         progress=reporter.step,
         preview=reporter.guess,
         check_interrupt=host.stop_if_interrupted,
-        stage=_stages(model, what.offload_between),
+        stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
     )
     clip = None if what.clip is None else _FixedClip(what.clip)
     windows = generate(model.model, what.vae, clip, conditioning, config, callbacks)
@@ -252,11 +253,15 @@ def _source(what: LongVideo, start: Latent | None) -> Tensor:
     raise InputError("There is no picture: connect start_image of WanVideo Long I2V Multi/InfiniteTalk.")
 
 
-def _stages(model: VideoModel, offload_between: bool) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+def _stages(
+    model: VideoModel, working_bytes: int, offload_between: bool
+) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """Brings the model to the device where it is used; the VAE does so by itself."""
+
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
         if name == "model":
-            model.to_device()
+            model.to_device(working_bytes)
         yield
         if name == "model" and offload_between:
             model.unload()
@@ -317,7 +322,7 @@ def _one_window(
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
     x = _first_latents(start, settings, scheduler, torch.randn(shape, generator=generator))
-    model.to_device()
+    model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
     reporter = _Reporter(device)
     x, clean = denoise(
         model.model,

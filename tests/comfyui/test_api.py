@@ -18,7 +18,7 @@ pytestmark = pytest.mark.comfyui
 
 ROOT = workflows.ROOT
 PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
-OWN = {"InfiniteTalkClipVisionLoader"}
+OWN = {"InfiniteTalkClipVisionLoader", "InfiniteTalkAttentionPolicy", "WanVideoAttentionDoctor"}
 
 
 @pytest.fixture

@@ -286,6 +286,32 @@ def test_two_samplers_share_the_steps_of_one_window(host: Host, prompt) -> None:
     torch.testing.assert_close(halves, whole)
 
 
+def test_the_attention_policy_decides_which_steps_are_exact(host: Host, prompt) -> None:
+    loader, sampler = node_of(prompt, "WanVideoModelLoader"), node_of(prompt, "WanVideoSampler")
+    prompt[loader]["inputs"].update(attention_mode="sageattn_3_fp4", base_precision="fp32")
+    prompt["100"] = {
+        "class_type": "InfiniteTalkAttentionPolicy",
+        "inputs": {"model": [loader, 0], "attention_policy": "uniform"},
+    }
+    prompt[sampler]["inputs"]["model"] = ["100", 0]
+    made = {}
+    for policy in ("uniform", "default", "ends_16bit"):
+        prompt["100"]["inputs"]["attention_policy"] = policy
+        made[policy] = host.run(prompt)[sampler][0]["samples"]
+    prompt[loader]["inputs"]["attention_mode"] = "sdpa"
+    exact = host.run(prompt)[sampler][0]["samples"]
+    # Of two steps both are ends: nothing but SDPA runs.
+    assert torch.equal(made["ends_16bit"], exact)
+    errors = {policy: (samples - exact).norm() for policy, samples in made.items()}
+    assert errors["uniform"] > errors["default"] > 0
+
+
+def test_the_doctor_reports(host: Host) -> None:
+    report = host.run({"1": {"class_type": "WanVideoAttentionDoctor", "inputs": {"device": "cpu"}}})["1"][0]
+    assert "sageattn_3_fp4" in report
+    assert "A mode of each precision: 16-bit: yes, 8-bit: yes, 4-bit: yes" in report
+
+
 def test_guidance_may_change_from_step_to_step(host: Host, prompt) -> None:
     sampler = node_of(prompt, "WanVideoSampler")
     values = {"cfg_scale_start": 3.0, "cfg_scale_end": 1.0, "start_percent": 0.0, "end_percent": 1.0}

@@ -11,7 +11,7 @@ from support.comfy_host import Host, hosted
 
 ROOT = Path(__file__).parents[2]
 PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
-OWN = {"InfiniteTalkClipVisionLoader"}
+OWN = {"InfiniteTalkClipVisionLoader", "InfiniteTalkAttentionPolicy", "WanVideoAttentionDoctor"}
 NUMERIC = ("default", "min", "max", "step", "round")
 
 

@@ -1,0 +1,38 @@
+"""What ComfyUI-Manager and the registry read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project() -> dict[str, Any]:
+    if sys.version_info < (3, 11):
+        pytest.skip("reads TOML with Python 3.11")
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_requirements_are_the_dependencies_without_torch(project) -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in project["project"]["dependencies"] if not line.startswith("torch>")]
+    assert [line for line in lines if not line.startswith("#")] == wanted
+
+
+def test_no_attention_package_is_a_hard_need(project) -> None:
+    for line in project["project"]["dependencies"]:
+        assert not any(name in line for name in ("sage", "flash", "triton")), line
+
+
+def test_nothing_that_the_pack_needs_is_ignored() -> None:
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    for needed in ("comfy_nodes", "wanvideo", "multitalk", "web", "locales", "example_workflows", "assets", "nodes.py"):
+        assert (ROOT / needed).exists()
+        assert not any(line.rstrip("/") == needed for line in ignored)
