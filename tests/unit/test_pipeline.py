@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
@@ -114,6 +114,7 @@ def _video(windows) -> torch.Tensor:
     frames=st.integers(1, 4).map(lambda n: 4 * n + 1),
     motion=st.integers(0, 3).map(lambda n: 4 * n + 1),
 )
+@settings(deadline=None, max_examples=40)
 def test_the_video_is_as_long_as_the_recording(total, frames, motion) -> None:
     if motion >= frames:
         motion = 1

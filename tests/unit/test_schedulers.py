@@ -39,10 +39,8 @@ def test_a_perfect_model_is_followed_to_its_picture(name) -> None:
     assert torch.allclose(result, picture, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "flowmatch_distill"])
 def test_one_step_runs(name) -> None:
-    if name == "flowmatch_distill":
-        pytest.skip("has 4 steps")
     picture = torch.randn(SHAPE)
     result = _run(make_scheduler(name, 1, 5.0), torch.randn(SHAPE), lambda x, sigma: (x - picture) / sigma)
     assert torch.allclose(result, picture, atol=1e-4)

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from wanvideo_infinitetalk.multitalk.windows import audio_rows, latent_frames, plan_windows
 from wanvideo_infinitetalk.wanvideo.errors import InputError
@@ -14,6 +14,7 @@ lengths = st.tuples(
 
 
 @given(lengths)
+@settings(deadline=None)
 def test_every_frame_is_given_out_once_and_in_order(case) -> None:
     total, frames, motion = case
     plan = plan_windows(total, frames, motion)
@@ -21,6 +22,7 @@ def test_every_frame_is_given_out_once_and_in_order(case) -> None:
 
 
 @given(lengths)
+@settings(deadline=None)
 def test_windows_follow_each_other(case) -> None:
     total, frames, motion = case
     plan = plan_windows(total, frames, motion)
@@ -37,6 +39,7 @@ def test_windows_follow_each_other(case) -> None:
 
 
 @given(lengths)
+@settings(deadline=None)
 def test_frames_hear_their_own_rows(case) -> None:
     total, frames, motion = case
     for window in plan_windows(total, frames, motion):
