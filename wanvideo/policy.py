@@ -89,7 +89,7 @@ def select(policy: str, chosen: str, *, step: int, steps: int, block: int, block
     for rule in POLICIES[policy]:
         if rule.matches(step, steps, block, blocks, role, chosen):
             return mode_for_role(chosen if rule.mode == CHOSEN else rule.mode, role)
-    raise AssertionError(f"policy '{policy}' has no rule for {role} in step {step}: its last rule must match everything")
+    raise AssertionError(f"policy '{policy}' has no rule for {role} in step {step}: its last one must match everything")
 
 
 def bind(policy: str, chosen: str, blocks: int) -> Callable[[int, int], AttentionMode]:
