@@ -72,6 +72,6 @@ class WanVideoAttentionDoctor(io.ComfyNode):
 
         with host.ordinary_tensors():
             report = examine(host.device(device))
-        page = Console(file=text_io.StringIO(), width=REPORT_WIDTH)
-        page.print(*doctor_tables(report), sep="\n")
-        return io.NodeOutput(page.file.getvalue())
+        page = text_io.StringIO()
+        Console(file=page, width=REPORT_WIDTH).print(*doctor_tables(report), sep="\n")
+        return io.NodeOutput(page.getvalue())

@@ -237,7 +237,12 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
                 _size("width", 832, 8096),
                 _size("height", 480, 8096),
                 io.Int.Input(
-                    "num_frames", default=81, min=1, max=10000, step=4, tooltip="Length of the video, 4n + 1 frames."
+                    "num_frames",
+                    default=81,
+                    min=1,
+                    max=10000,
+                    step=4,
+                    tooltip="Length of the video in frames; rounded down to 4n + 1.",
                 ),
                 ImageEmbedsType.Input(
                     "control_embeds", optional=True, tooltip="For control models, which this pack does not run."
@@ -254,7 +259,7 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
         cls, width: int, height: int, num_frames: int, control_embeds: Any = None, extra_latents: Any = None
     ) -> Any:
         _refuse_control(control_embeds, extra_latents)
-        return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, num_frames))
+        return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, (num_frames - 1) // 4 * 4 + 1))
 
 
 class WanVideoImageToVideoEncode(io.ComfyNode):
@@ -270,7 +275,12 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                 _size("width", 832, 8096),
                 _size("height", 480, 8096),
                 io.Int.Input(
-                    "num_frames", default=81, min=1, max=10000, step=4, tooltip="Length of the video, 4n + 1 frames."
+                    "num_frames",
+                    default=81,
+                    min=1,
+                    max=10000,
+                    step=4,
+                    tooltip="Length of the video in frames; rounded down to 4n + 1.",
                 ),
                 io.Float.Input(
                     "noise_aug_strength",
@@ -370,7 +380,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
             vae,
             width // 16 * 16,
             height // 16 * 16,
-            num_frames,
+            (num_frames - 1) // 4 * 4 + 1,
             start=start_image,
             end=end_image,
             start_strength=start_latent_strength,

@@ -312,8 +312,6 @@ def _one_window(
     speech: SpeechEmbeds | None,
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
-    if what.num_frames % 4 != 1:
-        raise InputError(f"{what.num_frames} frames are not 4n + 1: set num_frames to {what.num_frames // 4 * 4 + 1}.")
     device = model.weights.resident.device
     scheduler = make_scheduler(settings.scheduler, settings.schedule_steps, settings.shift, settings.levels)
     steps = len(scheduler)

@@ -1,0 +1,275 @@
+"""Nodes one by one, where the example workflows do not reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import make_workflows, tiny_comfy
+from support.comfy_host import Host, NodeError, hosted
+
+TINY = make_workflows.TINY
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory):
+    base = tmp_path_factory.mktemp("comfy")
+    tiny_comfy.fill(base)
+    with hosted(base) as host:
+        yield host
+
+
+def run(host: Host, class_type: str, **inputs: Any) -> tuple[Any, ...]:
+    with torch.inference_mode():
+        return host.nodes[class_type].execute(**inputs).args
+
+
+def sound(seconds: float = 1.0, rate: int = 22_050, channels: int = 2) -> dict[str, Any]:
+    t = torch.arange(int(seconds * rate)) / rate
+    wave = 0.2 * torch.sin(2 * torch.pi * 200 * t) * torch.sin(2 * torch.pi * 3 * t)
+    return {"waveform": wave.repeat(1, channels, 1), "sample_rate": rate}
+
+
+# --- audio
+
+
+@pytest.fixture(scope="module")
+def wav2vec(host: Host) -> Any:
+    loader = {"model": TINY["wav2vec"], "base_precision": "fp16", "load_device": "offload_device"}
+    return run(host, "Wav2VecModelLoader", **loader)[0]
+
+
+def embed(host: Host, wav2vec: Any, *recordings: dict[str, Any], **changes: Any) -> tuple[Any, Any, int]:
+    settings: dict[str, Any] = {
+        "normalize_loudness": True,
+        "num_frames": 1000,
+        "fps": 25.0,
+        "audio_scale": 1.0,
+        "audio_cfg_scale": 1.0,
+        "multi_audio_type": "para",
+    }
+    speakers = {f"audio_{i + 1}": recording for i, recording in enumerate(recordings)}
+    return run(host, "MultiTalkWav2VecEmbeds", wav2vec_model=wav2vec, **speakers, **{**settings, **changes})  # type: ignore[return-value]
+
+
+def test_frames_follow_the_recording_the_limit_and_the_rate(host: Host, wav2vec) -> None:
+    assert embed(host, wav2vec, sound(2.0))[2] == 50
+    assert embed(host, wav2vec, sound(2.0), num_frames=30)[2] == 30
+    assert embed(host, wav2vec, sound(2.0), fps=12.5)[2] == 25
+    embeds, audio, frames = embed(host, wav2vec, sound(2.0), num_frames=30)
+    assert len(embeds.speakers[0]) == frames
+    assert audio["sample_rate"] == 22_050
+    assert audio["waveform"].shape[-1] == pytest.approx(30 / 25 * 22_050, abs=22_050 / 25)
+
+
+def test_speakers_talk_at_once_or_in_turn(host: Host, wav2vec) -> None:
+    at_once = embed(host, wav2vec, sound(1.0), sound(2.0))
+    in_turn = embed(host, wav2vec, sound(1.0), sound(2.0), multi_audio_type="add")
+    assert at_once[2] == 50
+    assert in_turn[2] == 75
+    assert len(in_turn[0].speakers) == 2
+    assert in_turn[1]["waveform"].shape[-1] == pytest.approx(3 * 16_000, abs=700)
+
+
+@pytest.mark.parametrize("change", [{"add_noise_floor": True}, {"normalize_loudness": False}])
+def test_what_is_done_to_the_sound_reaches_the_features(host: Host, wav2vec, change: dict[str, Any]) -> None:
+    plain = embed(host, wav2vec, sound())[0].speakers[0]
+    assert not torch.equal(embed(host, wav2vec, sound(), **change)[0].speakers[0], plain)
+
+
+def test_clicks_are_smoothed(host: Host, wav2vec) -> None:
+    clicked = sound(rate=16_000)
+    clicked["waveform"][..., 8000] = 1.0
+    rough = embed(host, wav2vec, clicked)[0].speakers[0]
+    assert not torch.equal(embed(host, wav2vec, clicked, smooth_transients=True)[0].speakers[0], rough)
+
+
+def test_scales_and_masks_travel_along(host: Host, wav2vec) -> None:
+    masks = torch.ones(2, 8, 8)
+    embeds = embed(host, wav2vec, sound(), sound(), audio_scale=0.5, audio_cfg_scale=3.0, ref_target_masks=masks)[0]
+    assert (embeds.audio_scale, embeds.audio_cfg) == (0.5, 3.0)
+    assert embeds.masks is masks
+
+
+def test_loudness_is_brought_to_where_it_is_asked(host: Host) -> None:
+    from wanvideo_infinitetalk.multitalk.audio import integrated_loudness
+
+    (louder,) = run(host, "NormalizeAudioLoudness", audio=sound(3.0), lufs=-14.0)
+    assert louder["waveform"].shape == sound(3.0)["waveform"].shape
+    mono = louder["waveform"][0].mean(0).numpy()
+    assert integrated_loudness(mono, 22_050) == pytest.approx(-14.0, abs=0.2)
+    silence = {"waveform": torch.zeros(1, 1, 8000), "sample_rate": 8000}
+    assert not run(host, "NormalizeAudioLoudness", audio=silence, lufs=-14.0)[0]["waveform"].any()
+
+
+def test_the_hub_is_named_when_it_cannot_be_reached(host: Host) -> None:
+    inputs = {"model": "facebook/wav2vec2-base-960h", "base_precision": "fp32", "load_device": "main_device"}
+    with pytest.raises(NodeError, match="download it by hand"):
+        host.run({"1": {"class_type": "DownloadAndLoadWav2VecModel", "inputs": inputs}})
+
+
+def test_a_folder_in_the_models_folder_is_taken_instead_of_a_download(host: Host) -> None:
+    import shutil
+
+    shutil.copytree(host.base / "tiny/wav2vec2-tiny", host.base / "models/wav2vec2/chinese-wav2vec2-base")
+    inputs = {"model": "TencentGameMate/chinese-wav2vec2-base", "base_precision": "fp32", "load_device": "main_device"}
+    outputs = host.run({"1": {"class_type": "DownloadAndLoadWav2VecModel", "inputs": inputs}})
+    assert outputs["1"][0].features.layers == 2
+
+
+# --- text
+
+
+def test_conditioning_of_core_nodes_is_taken_over(host: Host) -> None:
+    words, none = torch.randn(1, 7, 64), torch.randn(1, 5, 64)
+    (embeds,) = run(host, "WanVideoTextEmbedBridge", positive=[[words, {}]], negative=[[none, {}]])
+    assert torch.equal(embeds.positive, words[0])
+    assert torch.equal(embeds.negative, none[0])
+    assert run(host, "WanVideoTextEmbedBridge", positive=[[words, {}]])[0].negative is None
+
+
+def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
+    made = {}
+    for quantization in ("disabled", "fp8_e4m3fn"):
+        loader = {"model_name": TINY["text"], "precision": "fp32", "quantization": quantization}
+        (model,) = run(host, "LoadWanVideoT5TextEncoder", **loader)
+        made[quantization] = run(host, "WanVideoTextEncode", positive_prompt="a", negative_prompt="b", t5=model)[
+            0
+        ].positive
+    stored = {parameter.dtype for parameter in model.encoder.model.parameters()}
+    assert torch.float8_e4m3fn in stored
+    difference = (made["fp8_e4m3fn"] - made["disabled"]).norm() / made["disabled"].norm()
+    assert 0 < difference < 0.15
+
+
+# --- pictures
+
+
+@pytest.fixture(scope="module")
+def clip(host: Host) -> Any:
+    return run(host, "InfiniteTalkClipVisionLoader", clip_name=TINY["clip"], precision="fp32")[0]
+
+
+def look(host: Host, clip: Any, **changes: Any) -> Any:
+    settings = {
+        "clip_vision": clip,
+        "image_1": torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(1)),
+        "strength_1": 1.0,
+        "strength_2": 1.0,
+        "crop": "center",
+        "combine_embeds": "average",
+        "force_offload": True,
+    }
+    return run(host, "WanVideoClipVisionEncode", **{**settings, **changes})[0]
+
+
+def test_pictures_are_combined(host: Host, clip) -> None:
+    second = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(2))
+    one, two = look(host, clip).positive, look(host, clip, image_1=second).positive
+    assert one.shape == (1, 257, 1280)
+    combine = {"image_2": second, "strength_2": 0.5}
+    torch.testing.assert_close(look(host, clip, **combine).positive, (one + 0.5 * two) / 2)
+    torch.testing.assert_close(look(host, clip, **combine, combine_embeds="sum").positive, one + 0.5 * two)
+    both = look(host, clip, **combine, combine_embeds="concat").positive
+    torch.testing.assert_close(both, torch.cat([one, 0.5 * two], dim=1))
+    assert look(host, clip, negative_image=second).negative is not None
+    assert not torch.allclose(look(host, clip, crop="disabled").positive, one)
+
+
+def test_a_core_clip_vision_model_is_asked_for_its_penultimate_states(host: Host) -> None:
+    class Core:
+        def encode_image(self, image: torch.Tensor, crop: str) -> Any:
+            states = image.mean() * torch.ones(1, 257, 1280)
+            return type("Output", (), {"penultimate_hidden_states": states, "crop": crop})
+
+    embeds = look(host, Core(), image_1=torch.full((1, 8, 8, 3), 0.25))
+    assert torch.equal(embeds.positive, torch.full((1, 257, 1280), 0.25))
+
+
+@pytest.mark.parametrize("change", [{"tiles": 4}, {"combine_embeds": "batch", "image_2": torch.rand(1, 8, 8, 3)}])
+def test_what_clip_does_not_do_is_said(host: Host, clip, change: dict[str, Any]) -> None:
+    from wanvideo_infinitetalk.wanvideo.errors import InputError
+
+    with pytest.raises(InputError, match="not part of this pack"):
+        look(host, clip, **change)
+
+
+# --- the VAE and video models
+
+
+def test_a_compiled_vae_decodes_the_same(host: Host, monkeypatch) -> None:
+    from wanvideo_infinitetalk.wanvideo.compilation import CompileSettings
+
+    torch._dynamo.reset()
+    settings = CompileSettings(backend="eager")
+    (plain,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    (compiled,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32", compile_args=settings)
+    latents = torch.randn(1, 16, 2, 4, 4)
+    torch.testing.assert_close(compiled.decode(latents), plain.decode(latents))
+    assert "forward" in compiled.vae.model.decoder.__dict__
+    torch._dynamo.reset()
+
+
+def test_minmax_uses_the_whole_range_of_colours(host: Host) -> None:
+    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    tiles = {"tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128, "enable_vae_tiling": False}
+    latents = {"samples": torch.randn(1, 16, 1, 4, 4) * 0.1}
+    shown = {}
+    for normalization in ("default", "minmax", "none"):
+        shown[normalization] = run(
+            host, "WanVideoDecode", vae=vae, samples=latents, normalization=normalization, **tiles
+        )[0]
+    assert shown["minmax"].min() == 0
+    assert shown["minmax"].max() == 1
+    torch.testing.assert_close(shown["none"], shown["default"] * 2 - 1)
+
+
+def test_decoding_goes_on_in_tiles_when_memory_runs_out(host: Host, monkeypatch, caplog) -> None:
+    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    latents = torch.randn(1, 16, 1, 40, 40)
+    expected = vae.decode(latents)
+    stream = vae.vae._decode_stream
+
+    def scarce(part: torch.Tensor) -> Any:
+        if part.shape[-1] > 34:
+            raise torch.OutOfMemoryError("scarce")
+        return stream(part)
+
+    monkeypatch.setattr(vae.vae, "_decode_stream", scarce)
+    tiled = vae.decode(latents)
+    assert tiled.shape == expected.shape
+    assert "trying again in tiles" in caplog.text
+
+
+def test_compile_settings_reach_the_model(host: Host) -> None:
+    widgets = {
+        "backend": "inductor",
+        "fullgraph": True,
+        "mode": "default",
+        "dynamic": False,
+        "dynamo_cache_size_limit": 200,
+        "compile_transformer_blocks_only": True,
+    }
+    (settings,) = run(host, "WanVideoTorchCompileSettings", **widgets)
+    assert settings.fullgraph
+    assert settings.variants == 200
+    loader = {"model": TINY["dit"], "base_precision": "fp32", "quantization": "disabled", "load_device": "main_device"}
+    (compiled,) = run(host, "WanVideoModelLoader", **loader, compile_args=settings)
+    assert all("forward" in block.__dict__ for block in compiled.model.blocks)
+    (plain,) = run(host, "WanVideoModelLoader", **loader)
+    assert plain.weights is not compiled.weights
+    assert plain.weights.resident.offloader.loaded  # main_device
+
+
+def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatch) -> None:
+    from wanvideo_infinitetalk.comfy_nodes import sampling
+
+    class Matmul:
+        allow_fp16_accumulation = False
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul)
+    model = type("Model", (), {"precision": "fp16_fast"})
+    with sampling._fast_fp16(model):
+        assert Matmul.allow_fp16_accumulation
+    assert not Matmul.allow_fp16_accumulation

@@ -1,0 +1,208 @@
+"""One window: schedules of guidance, condition channels, denoising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from wanvideo_infinitetalk.multitalk.guidance import Guidance
+from wanvideo_infinitetalk.multitalk.single_window import (
+    Keyframes,
+    StepReport,
+    WindowInputs,
+    cfg_schedule,
+    denoise,
+    keyframe_condition,
+)
+from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
+from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
+
+HEIGHT, WIDTH, FRAMES = 16, 32, 9
+
+
+class LinearVae:
+    """Latents are means of 8 x 8 pixels of every fourth frame, in all channels."""
+
+    def encode(self, video: Tensor, *, tiled: bool = False) -> Tensor:
+        self.seen = video
+        frames = torch.cat([video[:, :, :1], video[:, :, 4::4]], dim=2)
+        small = torch.nn.functional.avg_pool3d(frames.mean(1, keepdim=True), (1, 8, 8))
+        return small.expand(-1, 16, -1, -1, -1)
+
+
+# --- guidance schedules
+
+
+def test_schedules_go_from_start_to_end() -> None:
+    assert cfg_schedule(5, 5.0, 1.0, "linear") == [5.0, 4.0, 3.0, 2.0, 1.0]
+    slow_first = cfg_schedule(5, 1.0, 5.0, "ease_in")
+    slow_last = cfg_schedule(5, 1.0, 5.0, "ease_out")
+    assert slow_first == [1.0, 1.25, 2.0, 3.25, 5.0]
+    assert slow_last == [1.0, 2.75, 4.0, 4.75, 5.0]
+
+
+def test_outside_of_its_part_there_is_no_guidance() -> None:
+    assert cfg_schedule(10, 6.0, 4.0, "linear", 0.2, 0.5) == [1, 1, 6.0, 5.0, 4.0, 1, 1, 1, 1, 1]
+    assert cfg_schedule(10, 6.0, 4.0, "linear", 0.99, 1.0) == [1.0] * 9 + [6.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(("cubic",), "choose one of linear"), (("linear", 0.6, 0.4), "start below end")]
+)
+def test_schedules_that_cannot_be(arguments: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        cfg_schedule(4, 5.0, 1.0, *arguments)
+
+
+# --- condition channels
+
+
+def picture(value: float, count: int = 1) -> Tensor:
+    return torch.full((count, 3, HEIGHT, WIDTH), value)
+
+
+def test_a_start_picture_marks_the_first_latent_frame() -> None:
+    y = keyframe_condition(LinearVae(), Keyframes(start=picture(0.5)), FRAMES, HEIGHT, WIDTH)
+    assert y.shape == (1, 20, 3, HEIGHT // 8, WIDTH // 8)
+    mask, latents = y[0, :4], y[0, 4:]
+    assert (mask[:, 0] == 1).all()
+    assert (mask[:, 1:] == 0).all()
+    assert (latents[:, 0] == 0.5).all()
+    assert (latents[:, 1:] == 0).all()
+
+
+def test_an_end_picture_marks_the_last_frame_of_its_group() -> None:
+    keys = Keyframes(start=picture(0.5), end=picture(-1.0), end_strength=0.5)
+    y = keyframe_condition(LinearVae(), keys, FRAMES, HEIGHT, WIDTH)
+    mask = y[0, :4, :, 0, 0]  # [frame of the group, latent frame]
+    assert mask.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]]
+    assert (y[0, 4:, 2] == -0.5).all()
+
+
+def test_masks_of_ones_own_and_filled_frames() -> None:
+    given = torch.zeros(FRAMES)
+    given[5:] = 1
+    vae = LinearVae()
+    keys = Keyframes(start=picture(0.25), empty=picture(0.75, 2), given=given)
+    y = keyframe_condition(vae, keys, FRAMES, HEIGHT, WIDTH)
+    assert y[0, :4, :, 0, 0].tolist() == [[0, 0, 1]] * 4
+    assert vae.seen[0, 0, :, 0, 0].tolist() == [0.25] + [0.75] * 8
+
+
+def test_noise_where_it_is_asked_for() -> None:
+    vae = LinearVae()
+    start = picture(0.0)
+    keyframe_condition(vae, Keyframes(start=start, noise=0.1), FRAMES, HEIGHT, WIDTH)
+    assert vae.seen[:, :, 0].std() == pytest.approx(0.1, rel=0.1)
+    assert not vae.seen[:, :, 1:].any()
+    keyframe_condition(vae, Keyframes(start=start, empty_noise=0.2), FRAMES, HEIGHT, WIDTH)
+    assert vae.seen[:, :, 1:].std() == pytest.approx(0.2, rel=0.1)
+    assert not start.any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "frames", "words"),
+    [
+        (Keyframes(), 8, "set num_frames to 9"),
+        (Keyframes(start=picture(0, 5), end=picture(0, 5)), 9, "do not fit into 9"),
+        (Keyframes(given=torch.ones(4)), 9, "4 frame masks for 9 frames"),
+    ],
+)
+def test_conditions_that_cannot_be(keys: Keyframes, frames: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        keyframe_condition(LinearVae(), keys, frames, HEIGHT, WIDTH)
+
+
+# --- denoising
+
+
+class Model:
+    """v = 0.1 x, plus what each pass is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor, clip: Any, y: Any, audio: Any, masks: Any, **k: Any
+    ) -> Tensor:
+        self.calls.append({"context": context, "clip": clip, "audio": audio, "t": float(t), **k})
+        return (0.1 * x + context.mean() + (0 if audio is None else audio.mean())).unsqueeze(0)
+
+
+def run(
+    model: Any, inputs: WindowInputs, cfg: float = 1.0, audio_cfg: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    scheduler = make_scheduler("euler", 4, 5.0)
+    x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3))
+    return denoise(
+        model,
+        scheduler,
+        x,
+        inputs,
+        cfg=[cfg] * 4,
+        audio_cfg=[audio_cfg] * 4,
+        generator=torch.Generator().manual_seed(0),
+        guidance=Guidance(),
+        **options,
+    )
+
+
+def inputs_of(**changes: Any) -> WindowInputs:
+    return WindowInputs(**{"context": torch.ones(2, 3), "negative": torch.zeros(2, 3), **changes})
+
+
+def test_without_guidance_there_is_one_pass_per_step() -> None:
+    model = Model()
+    run(model, inputs_of())
+    assert len(model.calls) == 4
+    assert all(call["context"].mean() == 1 for call in model.calls)
+
+
+def test_guidance_takes_the_negative_prompt_and_picture() -> None:
+    model = Model()
+    clip, away = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
+    run(model, inputs_of(clip=clip, negative_clip=away), cfg=3.0)
+    assert len(model.calls) == 8
+    for call in model.calls:
+        assert call["clip"] is (clip if call["context"].mean() == 1 else away)
+
+
+def test_speech_is_guided_against_silence_of_one_speaker() -> None:
+    model = Model()
+    run(model, inputs_of(audio=torch.ones(2, 5, 5, 1, 1), audio_scale=0.7), cfg=3.0, audio_cfg=2.0)
+    assert len(model.calls) == 12
+    assert {len(call["audio"]) for call in model.calls} == {1, 2}
+    assert {call["audio_scale"] for call in model.calls} == {0.7}
+
+
+def test_steps_can_be_shared_and_are_reported() -> None:
+    reports: list[StepReport] = []
+    whole, _ = run(Model(), inputs_of(), report=reports.append)
+    assert [(r.done, r.total) for r in reports] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    first, guess = run(Model(), inputs_of(), end_step=2)
+    torch.testing.assert_close(guess, reports[1].clean)
+    second, _ = denoise(
+        Model(),
+        make_scheduler("euler", 4, 5.0),
+        first,
+        inputs_of(),
+        cfg=[1.0] * 4,
+        audio_cfg=[1.0] * 4,
+        generator=torch.Generator(),
+        guidance=Guidance(),
+        start_step=2,
+    )
+    torch.testing.assert_close(second, whole)
+
+
+def test_the_attention_policy_is_asked_step_by_step() -> None:
+    model = Model()
+    run(model, inputs_of(), attention_policy=lambda step, steps: f"mode {step} of {steps}")
+    assert [call["attention_mode"] for call in model.calls] == [f"mode {i} of 4" for i in range(4)]
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    with pytest.raises(InfiniteTalkError, match="non-finite values in step 1 of 4"):
+        run(lambda x, *a, **k: torch.full_like(x, float("nan")).unsqueeze(0), inputs_of())
