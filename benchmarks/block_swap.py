@@ -102,7 +102,7 @@ def main() -> int:
         made = settings(config, grid, mode, report.device, arguments.rounds + 1)
         peaks = {one.name: peak_bytes(one, report.device) for one in made}  # warms up, too
         times = interleaved({one.name: one.step for one in made}, arguments.rounds, report.device)
-    rows = []
+    rows: list[dict[str, str | int | float]] = []
     for one in made:
         same = torch.equal(one.latents, made[0].latents)
         rows.append(

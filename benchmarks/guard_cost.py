@@ -128,7 +128,7 @@ def host_cost(report: Report, tokens: int, heads: int) -> None:
         "aligned_strided, slice of fused q, k, v": lambda: layout.aligned_strided(fused),
         "the contract of one attention call": lambda: door.reasons_against(backend, plain, plain, plain),
     }
-    rows = []
+    rows: list[dict[str, str | int | float]] = []
     for name, call in calls.items():
         number = 5000
         seconds = min(timeit.repeat(call, number=number, repeat=5))
