@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 # cudaMalloc and the widest vector loads agree with this; it also keeps each tensor on its own cache lines.
 ALIGNMENT = 256
+
+# Bytes. Smaller buffers may share a memory page with another one, and a page is registered only once.
+SMALLEST_REGISTERED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -353,9 +357,34 @@ def _move(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 def _host_buffer(size: int, pin: bool) -> Tensor:
     """`size` bytes of host memory, pinned where possible: only then do copies overlap with computation."""
+    if pin and size >= SMALLEST_REGISTERED:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if _register(buffer):
+            return buffer
     if pin:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             log.warning("Block swap runs without pinned memory, so copies do not overlap with computation: %s", error)
     return torch.empty(size, dtype=torch.uint8)
+
+
+def _register(buffer: Tensor) -> bool:
+    """Pin memory that is there already. torch's own pinned memory would be rounded up to a power of two."""
+    cudart: Any = torch.cuda.cudart()
+    address = buffer.data_ptr()
+    if int(cudart.cudaHostRegister(address, buffer.numel(), 0)) != 0:
+        _forget_cuda_error()
+        return False
+    # Before the memory goes. At the end of the process the driver does it.
+    weakref.finalize(buffer, cudart.cudaHostUnregister, address).atexit = False
+    return True
+
+
+def _forget_cuda_error() -> None:
+    """A refused call leaves its error behind, and the next kernel launch would report it as its own."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        log.debug("pinning failed: %s", error)

@@ -80,6 +80,19 @@ def test_results_are_bit_identical_on_the_gpu(model, inputs, blocks: int, prefet
     assert all(t.device.type == "cpu" for t in tensors_of(model))
 
 
+@pytest.mark.cuda
+def test_large_blocks_lie_in_pinned_memory_of_their_own_size() -> None:
+    from wanvideo_infinitetalk.wanvideo import offload
+
+    buffer = offload._host_buffer((3 << 20) + 17, pin=True)
+    assert buffer.is_pinned()
+    assert buffer.untyped_storage().nbytes() == (3 << 20) + 17
+    copy_there = buffer.random_(0, 256).to("cuda", non_blocking=True)
+    assert torch.equal(copy_there.cpu(), buffer)
+    for _ in range(3):  # registered and let go again and again
+        assert offload._host_buffer(2 << 20, pin=True).is_pinned()
+
+
 def test_swapped_blocks_run_from_few_slots(model, inputs) -> None:
     offloader = Offloader(model, "cpu", BlockSwap(BLOCKS, prefetch=1))
     offloader.load()
