@@ -1,0 +1,1 @@
+"""What is fast and exact enough, measured: `python -m benchmarks.NAME` from the root of the repository."""

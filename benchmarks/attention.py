@@ -1,0 +1,199 @@
+"""Attention kernels side by side at the shapes of the 14B model: time and error of each.
+
+    python -m benchmarks.attention [--json F]
+
+Times are medians of calls that took turns, quantisation included. Errors are against float64 on a sample of rows.
+Inputs are normal with tokens that differ, or besides have a few outlier channels as trained models do; never zeros, on
+which a GPU is faster. A kernel that cannot run here is named with its reason. Run from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
+from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
+
+from .common import Report, choose_device, interleaved, parser, ratio
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LENGTHS = (32_760, 8_192, 2_048)
+"""Tokens of self-attention: 81 frames of 480 x 832, and shorter ones."""
+
+HEADS, HEAD_DIM = 40, 128
+SHORT_KEYS = {"audio, 32 keys for each of 21 frames": (21, 1560, 32), "text, 512 keys": (1, 32_760, 512)}
+SHORT_KEYS["picture, 257 keys"] = (1, 32_760, 257)
+"""Batch, queries and keys of the cross attentions."""
+
+SAMPLE_ROWS, SAMPLE_HEADS = 64, 4
+ACCURACY_LENGTH = 4096
+OUTLIERS = 4
+SLOWEST = 1 / 1.3
+"""What our 8-bit call may take at the first length, relative to cuDNN's bf16."""
+
+NO_WORSE = 1.05
+"""Relative L2 of our kernels over that of the same numerics in plain torch."""
+
+CUDNN, OURS_FP8, OURS_FP4 = "SDPA cuDNN", "ours, FP8", "ours, NVFP4"
+PLAIN: dict[str, Attend] = {"FP8 in plain torch": int8_fp8_attention, "NVFP4 in plain torch": nvfp4_attention}
+TWINS = dict(zip((OURS_FP8, OURS_FP4), PLAIN, strict=True))
+"""Kernel -> the same numerics in plain torch."""
+
+
+def _sdpa(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _portable_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    operands = sage_fp8.quantize(q, k, v, q.shape[-1] ** -0.5)
+    out = torch.empty_like(q)
+    sage_fp8.attend_portable(operands, out)
+    return out
+
+
+def _kitchen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kitchen = importlib.import_module("comfy_kitchen")
+    return kitchen.int8_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _sageattention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Version 1 changes K: it gets one of its own.
+    return importlib.import_module("sageattention").sageattn(q, k.clone(), v, tensor_layout="NHD")
+
+
+def contenders(device: torch.device) -> dict[str, Attend]:
+    """Every kernel that might run; on the CPU the reference numerics."""
+    if device.type == "cpu":
+        return {"SDPA": functools.partial(_sdpa, None), **PLAIN}
+    return {
+        CUDNN: functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+        "SDPA flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+        "SDPA default": functools.partial(_sdpa, None),
+        OURS_FP8: sage_fp8.sage_fp8_attention,
+        "ours, FP8, Triton alone": _portable_fp8,
+        OURS_FP4: sage_fp4.sage_fp4_attention,
+        "comfy-kitchen int8": _kitchen,
+        "sageattention": _sageattention,
+    }
+
+
+def usable(report: Report, attends: dict[str, Attend], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
+    """Those that serve this call; the others are named with the first line of what they say."""
+    served = {}
+    for name, attend in attends.items():
+        try:
+            attend(q, k, v)
+        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
+            print(f"not measured: {name} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+        else:
+            served[name] = attend
+    return served
+
+
+def inputs(
+    batch: int, queries: int, keys: int, heads: int, device: torch.device, outliers: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, L, H, D] bf16; with `outliers` some channels have large means and spreads."""
+    q, k, v = (torch.randn(batch, length, heads, HEAD_DIM, device=device) for length in (queries, keys, keys))
+    if outliers:
+        channels = torch.randperm(HEAD_DIM, device=device)[:OUTLIERS]
+        k[..., channels] += 10 * torch.randn(batch, 1, heads, OUTLIERS, device=device)
+        q[..., channels] *= 4
+        v[..., channels] = 10 * v[..., channels] + 3
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[float, float, float]:
+    """Cosine, relative L1 and relative L2 of `out` against float64, on a sample of rows and heads."""
+    rows = torch.linspace(0, q.shape[1] - 1, min(SAMPLE_ROWS, q.shape[1]), device=q.device).long()
+    exact_q, exact_k, exact_v = (x[:1, :, :SAMPLE_HEADS].double().transpose(1, 2) for x in (q[:, rows], k, v))
+    scores = exact_q @ exact_k.transpose(-1, -2) * HEAD_DIM**-0.5
+    wanted = (scores.softmax(-1) @ exact_v).transpose(1, 2)
+    got = out[:1, rows, :SAMPLE_HEADS].double()
+    cosine = F.cosine_similarity(got.flatten(), wanted.flatten(), dim=0).item()
+    difference = got - wanted
+    return (
+        cosine,
+        (difference.abs().sum() / wanted.abs().sum()).item(),
+        (difference.norm() / wanted.norm()).item(),
+    )
+
+
+def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int, rounds: int) -> float:
+    """One table; returns what our 8-bit call takes over cuDNN's."""
+    batch, queries, keys = shape
+    q, k, v = inputs(batch, queries, keys, heads, report.device)
+    attends = usable(report, contenders(report.device), q, k, v)
+    times = interleaved({n: functools.partial(a, q, k, v) for n, a in attends.items()}, rounds, report.device, warmup=2)
+    # Where cuDNN has no kernel, the first that runs is what the others are compared with.
+    baseline = CUDNN if CUDNN in attends else next(iter(attends))
+    rows: list[dict[str, str | int | float]] = []
+    for name, attend in attends.items():
+        cosine, l1, l2 = errors(attend(q, k, v), q, k, v)
+        ms = statistics.median(times[name])
+        rows.append(
+            {
+                "kernel": name,
+                "ms": ms,
+                "TFLOP/s": 4e-9 * batch * queries * keys * heads * HEAD_DIM / ms,
+                f"speed over {baseline}": 1 / ratio(times, name, baseline),
+                "cosine": round(cosine, 6),
+                "relative L1": l1,
+                "relative L2": l2,
+            }
+        )
+    report.table(f"{title}: [{batch}, {queries}, {heads}, {HEAD_DIM}], medians of {rounds} rounds", rows)
+    return ratio(times, OURS_FP8, baseline) if OURS_FP8 in attends else float("inf")
+
+
+def accuracy(report: Report, length: int, heads: int) -> None:
+    """Our kernels beside the same numerics in plain torch, which they may not exceed by more than `NO_WORSE`."""
+    rows: list[dict[str, str | int | float]] = []
+    ours = {name: attend for name, attend in contenders(report.device).items() if name in TWINS}
+    for kind, outliers in (("normal", False), ("outlier channels", True)):
+        q, k, v = inputs(1, length, length, heads, report.device, outliers)
+        found = {name: errors(attend(q, k, v), q, k, v) for name, attend in {**ours, **PLAIN}.items()}
+        for name, (cosine, l1, l2) in found.items():
+            rows.append(
+                {"inputs": kind, "kernel": name, "cosine": round(cosine, 6), "relative L1": l1, "relative L2": l2}
+            )
+        for name in ours:
+            twin = TWINS[name]
+            report.goal(f"relative L2 of {name} over {twin}, {kind}", found[name][2] / found[twin][2], NO_WORSE)
+    report.table(f"Accuracy: [1, {length}, {heads}, {HEAD_DIM}], {SAMPLE_ROWS} rows against float64", rows)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=7, help="of timing (%(default)s)")
+    arguments = options.parse_args()
+    small = arguments.small
+    report = Report("attention", "Attention kernels", choose_device(small), small)
+    torch.manual_seed(0)
+    heads = 2 if small else HEADS
+    with torch.inference_mode():
+        for i, length in enumerate((96, 64) if small else LENGTHS):
+            taken = compare(report, "Self-attention", (1, length, length), heads, arguments.rounds)
+            if i == 0 and report.device.type == "cuda":
+                report.goal(f"our FP8 call over {CUDNN}, {length} tokens", taken, SLOWEST)
+        for title, shape in SHORT_KEYS.items():
+            compare(report, title, (2, 40, shape[2]) if small else shape, heads, arguments.rounds)
+        accuracy(report, 200 if small else ACCURACY_LENGTH, heads if small else 8)
+    return report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
