@@ -155,6 +155,8 @@ class BlockSwapper:
         self._slots = [_Slot(size, self.device) for _ in range(count)]
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
+            # The slots may lie where earlier work of the compute stream still reads.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         for unit in self.units:
             self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit)))
             # Also after an exception: an interrupted forward must leave the parameters in host memory.

@@ -55,11 +55,13 @@ def page(server: Server) -> Iterator[Any]:
         ("Comfy.TutorialCompleted", True),  # else a dialog of the first start covers the page
         ("Comfy.Workflow.Persist", False),
         ("Comfy.Release.Status", "skipped"),
+        ("Comfy.Minimap.Visible", False),
+        ("LiteGraph.Canvas.LowQualityRenderingZoomThreshold", 0.1),  # text is drawn on small nodes too
     ):
         server.post(f"/settings/{setting}", value)
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1920, "height": 1080})
+        page = browser.new_page(viewport={"width": 1760, "height": 990})
         page.set_default_timeout(90_000)
         # Nothing outside of this machine is asked.
         page.route("**/*", lambda route: route.continue_() if _is_local(route.request.url, server) else route.abort())
@@ -158,7 +160,7 @@ def test_the_run_button_makes_a_video(server: Server, page: Any, tmp_path: Path)
     assert frames == 57
     assert sound == pytest.approx(picture, abs=0.07)
     page.evaluate(
-        "() => { app.canvas.ds.scale = 0.42; app.canvas.ds.offset = [520, 120]; app.canvas.setDirty(true, true); }"
+        "() => { app.canvas.ds.scale = 0.5; app.canvas.ds.offset = [130, 120]; app.canvas.setDirty(true, true); }"
     )
     page.wait_for_timeout(1500)
     page.screenshot(path=str(SCREENSHOTS / "comfyui-talking-picture.png"))
