@@ -49,8 +49,15 @@ def reads_any_address(kernel: str, bound: float, dtype: str = "bfloat16") -> lis
     return [Limit(tuple(dataclasses.replace(raw, layout=layout, amount=n) for layout, n in layouts), ())]
 
 
-def harmless(kernel: str, bound: float = 0.02, refused: tuple[object, ...] = ()) -> Limit:
-    """Layouts and sizes that the contract lets pass without a copy, but for those that the kernel refuses."""
+def harmless(
+    kernel: str, bound: float = 0.02, refused: tuple[object, ...] = (), left: tuple[object, ...] = ()
+) -> Limit:
+    """Layouts and sizes that the contract lets pass without a copy.
+
+    Args:
+        refused: those that this kernel's contract keeps from it, because it refuses them.
+        left: those that its caller leaves to another kernel of the same mode.
+    """
     layouts = [("expanded", 0), ("fused", 0), ("transposed", 0), ("size-1 stride", 3), ("batch stride", 8)]
     sizes = [{"queries": 1}, {"keys": 1}, {"queries": 513, "keys": 257}, {"head_dim": 64}, {"head_dim": 96}]
     cases = {
@@ -59,7 +66,7 @@ def harmless(kernel: str, bound: float = 0.02, refused: tuple[object, ...] = ())
     }
     cases |= {str(size): Raw(kernel, sizes=size, bound=bound) for size in sizes}
     return Limit(
-        tuple(raw for name, raw in cases.items() if name not in map(str, refused)),
+        tuple(raw for name, raw in cases.items() if name not in map(str, (*refused, *left))),
         tuple(cases[str(name)] for name in refused),
     )
 
@@ -80,7 +87,7 @@ LIMITS: dict[str, list[Limit]] = {
         Limit((Raw("sdpa efficient", options={"mask_offset": 8}),), ()),
     ],
     # PyTorch itself leaves a single key to another of its kernels.
-    "sdpa cudnn": [*sixteen_bytes("sdpa cudnn"), harmless("sdpa cudnn", refused=({"keys": 1},))],
+    "sdpa cudnn": [*sixteen_bytes("sdpa cudnn"), harmless("sdpa cudnn", left=({"keys": 1},))],
     "sdpa math": reads_any_address("sdpa math", 0.02),
     "linear": [Limit((Raw("linear"), Raw("linear", "offset", 1), Raw("linear", "row stride", 1)), ())],
     # Amounts in bytes: fp8.
@@ -105,9 +112,8 @@ LIMITS: dict[str, list[Limit]] = {
         Limit((Raw("comfy_kitchen_int8", options={"v_peak": 1e5}, bound=EIGHT_BIT),), ()),
     ],
     "own_fp8": [
-        # Its own guard repairs what Triton's loads would fault on.
-        *reads_any_address("own_fp8", EIGHT_BIT),
-        *reads_any_address("own_fp8", EIGHT_BIT, "float32"),
+        *sixteen_bytes("own_fp8", bound=EIGHT_BIT),
+        *sixteen_bytes("own_fp8", "float32", bound=EIGHT_BIT),
         harmless("own_fp8", EIGHT_BIT),
         Limit(
             (Raw("own_fp8", options={"v_peak": 1e5}, bound=EIGHT_BIT),),
@@ -115,17 +121,9 @@ LIMITS: dict[str, list[Limit]] = {
         ),
     ],
     "own_fp4": [
-        *reads_any_address("own_fp4", FOUR_BIT),
-        Limit(
-            (
-                Raw("own_fp4", bound=FOUR_BIT),
-                Raw("own_fp4", sizes={"head_dim": 64}, bound=FOUR_BIT),
-                Raw("own_fp4", sizes={"queries": 1, "keys": 1}, bound=FOUR_BIT),
-                Raw("own_fp4", sizes={"queries": 513, "keys": 257}, bound=FOUR_BIT),
-                Raw("own_fp4", options={"v_peak": 1e5}, bound=FOUR_BIT),
-            ),
-            (Raw("own_fp4", sizes={"head_dim": 80}, bound=FOUR_BIT),),
-        ),
+        *sixteen_bytes("own_fp4", bound=FOUR_BIT),
+        harmless("own_fp4", FOUR_BIT, refused=({"head_dim": 96},)),
+        Limit((Raw("own_fp4", options={"v_peak": 1e5}, bound=FOUR_BIT),), ()),
     ],
     "sageattention_1": [
         Limit(
