@@ -1,0 +1,322 @@
+"""Our GPU kernels without a GPU: compiled for each architecture, and their logic run by Triton's interpreter.
+
+Triton compiles for a named architecture on any machine; what comes out shows whether the tensor-core instructions that
+we mean are there. The interpreter runs a kernel as numpy code, in a process of its own because the choice is made when
+the kernel is imported. It truncates float32 to e4m3 instead of rounding, so bounds are wide where e4m3 is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
+from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
+
+KERNELS = "wanvideo_infinitetalk.wanvideo.kernels."
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB that a block may use, by architecture."""
+
+FLOATS = {"k_sums", "k_lows", "k_highs", "v_peaks", "k_mean", "q_mean", "q_scale", "k_scale", "v_scale"}
+FLOATS |= {"q_outer", "k_outer", "v_outer"}
+INTS = {"q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"}
+INTS |= {"queries", "keys", "heads", "run", "runs", "tiles"}
+
+
+def triton_module(name: str) -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module(KERNELS + name)
+
+
+def compiled(function: Any, arch: int, constants: dict[str, Any], types: dict[str, str], **options: int) -> Any:
+    """The kernel compiled for sm_`arch`, pointers at multiples of 16 bytes and nothing known of the integers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    signature = {name: types.get(name, "*bf16") for name in function.arg_names if name not in constants}
+    signature |= {name: "*fp32" for name in signature if name in FLOATS}
+    signature |= {name: "i32" for name in signature if name in INTS}
+    signature |= {name: "fp32" for name in signature if name == "logit_scale"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if signature.get(name, "").startswith("*")
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    if hasattr(function, "is_gluon") and function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
+    source = Source(function, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def shared_kib(kernel: Any) -> float:
+    return kernel.metadata.shared / 1024
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [(80, "s32.s8.s8.s32"), (89, "s32.s8.s8.s32"), (120, "s32.s8.s8.s32")]
+)
+def test_fp8_multiplies_8_bit_operands_on_every_gpu(arch: int, instruction: str) -> None:
+    function = triton_module("_sage_fp8_triton").attend
+    e4m3 = arch >= 89
+    constants = {"D": 128, "D_POW2": 128, "BLOCK_M": 128, "BLOCK_N": 64, "KEYS_PER_SCALE": 128, "UNIT": 8}
+    types = {"q8": "*i8", "k8": "*i8", "v": "*fp8e4nv" if e4m3 else "*bf16"}
+    kernel = compiled(function, arch, {**constants, "E4M3_V": e4m3}, types, num_warps=8, num_stages=3)
+    ptx = kernel.asm["ptx"]
+    assert instruction in ptx
+    assert ("f32.e4m3.e4m3.f32" in ptx) == e4m3
+    assert shared_kib(kernel) <= SHARED_MEMORY[arch]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fp8_uses_hoppers_own_instructions(head_dim: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    version = sage_fp8.triton_version()
+    if not sage_fp8.HOPPER_TRITON[0] <= version < sage_fp8.HOPPER_TRITON[1]:
+        pytest.skip(f"Triton {version} runs the Triton kernel on Hopper")
+    from triton.experimental.gluon import language as gl
+
+    def descriptor(name: str, element: Any, block: list[int]) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for(block, element)
+        return f"tensordesc<{name}[{block[0]}, {block[1]}],{layout!r}>"
+
+    types = {
+        "q_desc": descriptor("i8", gl.int8, [64, head_dim]),
+        "k_desc": descriptor("i8", gl.int8, [128, head_dim]),
+        "v_desc": descriptor("fp8e4nv", gl.float8e4nv, [head_dim, 128]),
+    }
+    function = triton_module("_sage_fp8_hopper").attend
+    kernel = compiled(function, 90, {"D": head_dim, "STAGES": 3}, types, num_warps=4, maxnreg=168)
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in ptx
+    assert f"wgmma.mma_async.sync.aligned.m64n{head_dim}k32.f32.e4m3.e4m3" in ptx
+    assert "cp.async.bulk.tensor.2d" in ptx
+    assert "setmaxnreg" in ptx
+    assert shared_kib(kernel) <= SHARED_MEMORY[90]
+
+
+def test_fp8_quantiser_reads_and_writes_16_bytes_at_a_time() -> None:
+    function = triton_module("_sage_fp8_quantize").quantize_qkv
+    constants = {"D": 128, "D_POW2": 128, "BLOCK": 128, "E4M3_V": True, "UNIT": 8}
+    types = {"q8": "*i8", "k8": "*i8", "v8": "*fp8e4nv"}
+    ptx = compiled(function, 90, constants, types, num_warps=8).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_fp4_multiplies_in_bf16_on_every_gpu(arch: int, instruction: str) -> None:
+    function = triton_module("_sage_fp4_triton").attend
+    constants = {"D": 128, "BLOCK": 128, "UNIT": 8}
+    kernel = compiled(function, arch, constants, {}, num_warps=8, num_stages=2)
+    assert re.search(rf"{instruction}.*f32\.bf16\.bf16", kernel.asm["ptx"])
+    assert shared_kib(kernel) <= SHARED_MEMORY[arch]
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction", "head_dim"),
+    [(100, r"tcgen05\.mma", 64), (100, r"tcgen05\.mma", 128), (120, r"mma\.sync", 128)],
+)
+def test_fp4_uses_block_scaled_instructions_on_blackwell(arch: int, instruction: str, head_dim: int) -> None:
+    function = triton_module("_sage_fp4_triton").attend_native
+    if sage_fp8.triton_version() < sage_fp4.NATIVE_TRITON:
+        pytest.skip(f"NVFP4 takes Triton {sage_fp4.NATIVE_TRITON}")
+    types = {f"{x}4": "*u8" for x in "qkv"} | {f"{x}_scales": "*fp8e4nv" for x in "qkv"}
+    constants = {"D": head_dim, "BLOCK": 128, "BLOCK_N": 128, "UNIT": 8}
+    kernel = compiled(function, arch, constants, types, num_warps=8, num_stages=2)
+    assert re.search(rf"{instruction}\S*kind::mxf4nvf4\.block_scale", kernel.asm["ptx"])
+    assert shared_kib(kernel) <= SHARED_MEMORY[arch]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_fp4_quantisers_compile(native: bool) -> None:
+    module = triton_module("_sage_fp4_quantize")
+    arch = 120 if native else 80
+    types = {f"{x}4": "*u8" if native else "*bf16" for x in "qkv"}
+    types |= {f"{x}_scales": "*fp8e4nv" if native else "*u8" for x in "qkv"}
+    shared = {"D": 128, "UNIT": 8, "NATIVE": native}
+    for function, constants in (
+        (module.quantize_queries, {**shared, "BLOCK": 128}),
+        (module.quantize_keys_values, shared),
+    ):
+        ptx = compiled(function, arch, constants, types, num_warps=8).asm["ptx"]
+        assert "div.rn.f32" in ptx  # IEEE division, as in the reference
+
+
+# ------------------------------------------------------------------------------------------- run by the interpreter
+
+
+def relative_l2(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def random_qkv(queries: int, keys: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp16, which the interpreter multiplies as numbers (bf16 it does not), K with a large mean."""
+    q, k, v = (torch.randn(1, length, 2, head_dim) for length in (queries, keys, keys))
+    return q.half(), (k + 5 * torch.randn(1, 1, 2, head_dim)).half(), v.half()
+
+
+def interpret_fp8(queries: int, keys: int, head_dim: int) -> None:
+    sage_fp8.MAX_RUNS = 4
+    q, k, v = random_qkv(queries, keys, head_dim)
+    before = [x.clone() for x in (q, k, v)]
+    for e4m3_v, bound in ((False, 0.02), (True, 0.13)):
+        operands = sage_fp8.quantize(q, k, v, head_dim**-0.5, e4m3_v)
+        out = torch.full_like(q, float("nan"))
+        sage_fp8.attend_portable(operands, out)
+        assert relative_l2(out, exact(q, k, v)) < bound
+        # int8 of the smoothed K to half a step.
+        step = operands.k_scale.repeat_interleave(128, 2)[:, :, :keys, None]
+        smooth = (k.float() - k.float().mean(1, keepdim=True)).transpose(1, 2)
+        assert ((operands.k * step - smooth).abs() <= step * 0.51).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+def interpret_fp4(queries: int, keys: int, head_dim: int) -> None:
+    from wanvideo_infinitetalk.wanvideo.quantizers import nvfp4_tensor_scale, quantize_nvfp4, unpack_e2m1
+
+    sage_fp4.MAX_RUNS = 4
+    q, k, v = random_qkv(queries, keys, head_dim)
+    v = v * 10000  # the outer scale is at work
+    for native in (False, True):
+        operands = sage_fp4.quantize(q, k, v, native)
+        padding = (0, 0, 0, operands.padded_keys - keys)
+        smooth = torch.nn.functional.pad((k.float() - operands.k_mean[:, None]).transpose(1, 2), padding)
+        values = torch.nn.functional.pad(v.float().transpose(1, 2), padding).transpose(2, 3)
+        for x, outer, stored, scales in (
+            (smooth, operands.k_outer, operands.k, operands.k_scales),
+            (values, operands.v_outer, operands.v, operands.v_scales),
+        ):
+            assert torch.equal(nvfp4_tensor_scale(x, (2, 3))[..., 0, 0], outer)
+            wanted = quantize_nvfp4(x, outer[..., None, None])
+            if native:
+                assert torch.equal(unpack_e2m1(stored, first_in_high_half=False), wanted.values)
+                assert torch.equal(scales.float(), wanted.block_scales.float())
+                continue
+            place = torch.arange(operands.padded_keys)
+            key = place - place % 64 + 16 * (place % 8 // 2) + 2 * (place % 64 // 8) + place % 2
+            product = wanted.operand(torch.bfloat16)
+            assert torch.equal(stored, product[:, :, key] if x is smooth else product[..., key].transpose(2, 3))
+        blocks = operands.q_mean.shape[2]
+        padded = torch.nn.functional.pad(q.float().transpose(1, 2), (0, 0, 0, blocks * 128 - queries))
+        centred = padded.unflatten(2, (blocks, 128)) - operands.q_mean[:, :, :, None]
+        centred = torch.where((torch.arange(blocks * 128) < queries).view(blocks, 128, 1), centred, 0.0)
+        assert torch.equal(nvfp4_tensor_scale(centred, (3, 4))[..., 0, 0], operands.q_outer)
+        wanted = quantize_nvfp4(centred, operands.q_outer[..., None, None])
+        if native:
+            stored_values = unpack_e2m1(operands.q, first_in_high_half=False)
+            assert torch.equal(stored_values, wanted.values.flatten(2, 3)[:, :, :queries])
+        else:
+            assert torch.equal(operands.q, wanted.operand(torch.bfloat16).flatten(2, 3)[:, :, :queries])
+
+
+def interpret_fp4_attention(queries: int, keys: int, head_dim: int) -> None:
+    """Both kernels; the block-scaled product, which the interpreter lacks, is numpy here."""
+    import dataclasses
+
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+    from wanvideo_infinitetalk.wanvideo.modules.emulation import nvfp4_attention
+    from wanvideo_infinitetalk.wanvideo.quantizers import unpack_e2m1
+
+    def numbers(packed: Any, scales: Any, rows_are_packed: bool) -> Any:
+        codes = torch.from_numpy(packed.handle.data.astype(np.uint8))
+        codes = codes if rows_are_packed else codes.t()
+        factor = torch.from_numpy(np.ascontiguousarray(scales.handle.data).view(np.uint8)).view(torch.float8_e4m3fn)
+        wide = unpack_e2m1(codes, first_in_high_half=False) * factor.float().repeat_interleave(16, 1)
+        return wide.numpy() if rows_are_packed else wide.numpy().T
+
+    def dot_scaled(a: Any, a_scale: Any, a_format: str, b: Any, b_scale: Any, b_format: str, acc: Any) -> Any:
+        assert a_format == b_format == "e2m1"
+        out = numbers(a, a_scale, True) @ numbers(b, b_scale, False) + acc.handle.data
+        return tl.tensor(TensorHandle(out.astype(np.float32), tl.float32), acc.type)
+
+    importlib.import_module(KERNELS + "_sage_fp4_triton").tl.dot_scaled = dot_scaled
+    sage_fp4.MAX_RUNS = 4
+    q, k, v = random_qkv(queries, keys, head_dim)
+    emulated = nvfp4_attention(q, k, v)
+    for native in (False, True):
+        operands = sage_fp4.quantize(q, k, v, native)
+        if not native:
+            wide = {name: getattr(operands, name).float() for name in "qkv"}
+            operands = dataclasses.replace(operands, **wide)
+        out = torch.full_like(q, float("nan"))
+        sage_fp4.attend(operands, k, out, head_dim**-0.5)
+        assert relative_l2(out, exact(q, k, v)) < 1.05 * relative_l2(emulated, exact(q, k, v)) + 1e-3
+        assert relative_l2(out, emulated) < 0.08
+
+
+CASES = {
+    "fp8": (interpret_fp8, [(70, 200, 64), (5, 1, 128), (3, 257, 96)]),
+    "fp4_operands": (interpret_fp4, [(70, 200, 64), (130, 129, 128)]),
+    "fp4": (interpret_fp4_attention, [(5, 1, 128), (130, 129, 64)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_logic_is_right_in_the_interpreter(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    ran = subprocess.run(
+        [sys.executable, __file__, name],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+# ----------------------------------------------------------------------------------------------------- what is said
+
+
+@pytest.mark.parametrize("module", [sage_fp8, sage_fp4])
+def test_a_cpu_is_refused_in_a_sentence(module: Any) -> None:
+    name = module.__name__.rsplit(".", 1)[1]
+    attend = getattr(module, f"{name}_attention")
+    x = torch.zeros(1, 4, 2, 64)
+    assert module.unavailable_reasons("cpu") == ["it runs on an NVIDIA GPU, not on cpu"]
+    with pytest.raises(BackendUnavailableError, match="not on cpu"):
+        attend(x, x, x)
+    with pytest.raises(InputError, match=r"head_dim of 64.*not 32"):
+        attend(x[..., :32], x[..., :32], x[..., :32])
+    with pytest.raises(InputError, match="at least one key"):
+        attend(x, x[:, :0], x[:, :0])
+    with pytest.raises(InputError, match="do not fit together"):
+        attend(x, x[:, :, :1], x[:, :, :1])
+    with pytest.raises(InputError, match="one dtype"):
+        attend(x, x.half(), x)
+
+
+@pytest.mark.parametrize("module", [sage_fp8, sage_fp4])
+def test_the_fake_is_contiguous_whatever_the_strides(module: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fused = torch.empty(2, 10, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+        q, k, v = fused.unbind(2)
+        out = module._attention(q, k, v, 0.1)
+        assert out.shape == q.shape
+        assert out.is_contiguous()
+        assert out.dtype == q.dtype
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    run, shapes = CASES[sys.argv[1]]
+    for shape in shapes:
+        run(*shape)
