@@ -224,3 +224,6 @@ def _forget_pack() -> None:
     for name in list(sys.modules):
         if name in (f"{package}.nodes", f"{package}.host") or name.startswith(f"{package}.comfy_nodes"):
             del sys.modules[name]
+    for name in ("nodes", "host", "comfy_nodes"):  # where `from package import name` looks first
+        if hasattr(sys.modules.get(package), name):
+            delattr(sys.modules[package], name)
