@@ -24,6 +24,9 @@ from wanvideo_infinitetalk.wanvideo.policy import bind
 from wanvideo_infinitetalk.wanvideo.text import TextEncoder
 from wanvideo_infinitetalk.wanvideo.vae import WanVAE
 
+WINDOW = 17
+"""Frames: 5 latent ones, 180 tokens, more than the fewest keys (128) that any kernel asks for."""
+
 # Relative L2 of one window's clean latents against mode "sdpa" without quantisation, after three guided steps in
 # float32: the least that a mode differs by, which shows that it was not sdpa in disguise, and the most, twice what
 # was measured. The guidance (scales 5 and 4) multiplies every difference between two forwards.
@@ -93,8 +96,8 @@ class Made:
 
 
 @torch.inference_mode()
-def prepare(tiny: TinySet, device: str | torch.device, dtype: torch.dtype, frames: int | None = None) -> Prepared:
-    """Load and run the encoders of the demo for a video of `frames`; None: one window."""
+def prepare(tiny: TinySet, device: str | torch.device, dtype: torch.dtype, frames: int = WINDOW) -> Prepared:
+    """Load and run the encoders of the demo for a video of `frames`."""
     with demo_job("unused.mp4", models=tiny.model.parent) as job:
         features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=device)
         audio = [features(load_speech(path)) for path in job.audio]
@@ -103,10 +106,10 @@ def prepare(tiny: TinySet, device: str | torch.device, dtype: torch.dtype, frame
     prompt, negative = (context.float() for context in encoder.encode([job.prompt, job.negative]))
     return Prepared(
         job=job,
-        vae=WanVAE.load(job.files.vae, dtype=dtype, device=device),
+        vae=WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device),
         clip=ClipVision.load(job.files.clip_vision, dtype=dtype, device=device),
         conditioning=Conditioning(prompt, negative, audio, [picture]),
-        config=replace(job.config, device=device, total_frames=job.config.frames if frames is None else frames),
+        config=replace(job.config, device=device, frames=WINDOW, total_frames=frames),
         dtype=dtype,
     )
 
