@@ -73,6 +73,12 @@ def _rescale(o, alpha, fresh, OUT: gl.constexpr):
 
 
 @gluon.jit
+def _bounded(scale):
+    """scale, at most MAX_SCALE. A comparison lets NaN through, which the hardware's minimum would not."""
+    return gl.where(scale > MAX_SCALE, MAX_SCALE, scale)
+
+
+@gluon.jit
 def _consume(
     descriptors, buffers, barriers, pointers, numbers, D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr
 ):
@@ -95,13 +101,13 @@ def _consume(
     valid = (tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)) < keys
 
     q = q_smem.index(GROUP)
-    scale = gl.minimum(row_scale * gl.load(k_scale), MAX_SCALE)
+    scale = _bounded(row_scale * gl.load(k_scale))
     mbarrier.wait(q_ready, 0)
     mbarrier.wait(ready.index(0), 0)
     s0 = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), start, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(s0,))
     for i in range(tiles - 1):
-        next_scale = gl.minimum(row_scale * gl.load(k_scale + i + 1), MAX_SCALE)
+        next_scale = _bounded(row_scale * gl.load(k_scale + i + 1))
         m, alpha, sums, weights = _softmax(scores, scale, m, sums, valid, False)
         p = _left_operand(weights, OUT)
         k_stage = (i + 1) % STAGES

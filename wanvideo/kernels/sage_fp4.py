@@ -69,10 +69,6 @@ def sage_fp4_attention(
         InputError: shapes, dtypes or devices that do not fit together.
         BackendUnavailableError: this GPU or installation cannot run it; the message lists every reason.
     """
-    check_qkv(q, k, v, HEAD_DIMS)
-    reasons = unavailable_reasons(q.device)
-    if reasons:
-        raise BackendUnavailableError(f"NVFP4 attention cannot run here: {'; '.join(reasons)}.")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     return _attention(q, k, v, scale)
 
@@ -210,7 +206,11 @@ def native_reasons(index: int) -> tuple[str, ...]:
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    """The attention of inputs that `check_qkv` has passed."""
+    """Check, repair the layout where it must be, quantise and attend."""
+    check_qkv(q, k, v, HEAD_DIMS)
+    reasons = unavailable_reasons(q.device)
+    if reasons:
+        raise BackendUnavailableError(f"NVFP4 attention cannot run here: {'; '.join(reasons)}.")
     q, k, v = (aligned_strided(x) for x in (q, k, v))
     if q.numel() == 0:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -218,8 +218,8 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: flo
         return _run(q, k, v, softmax_scale, native=not native_reasons(torch.cuda.current_device()))
 
 
-# One opaque operation, so that torch.compile neither traces the kernels nor breaks its graph.
-@torch.library.custom_op("infinitetalk::sage_fp4_attention", mutates_args=(), device_types="cuda")
+# One opaque operation, checks and all, so that torch.compile neither traces them nor breaks its graph.
+@torch.library.custom_op("infinitetalk::sage_fp4_attention", mutates_args=())
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
     return launch(q, k, v, softmax_scale)
 

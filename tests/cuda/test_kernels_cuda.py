@@ -1,0 +1,285 @@
+"""Our own attention kernels on the GPU, called directly: right against float64 at any length, stride and size.
+
+Bounds are relative L2. A kernel may exceed the same numerics in plain torch by 5 %; where the exact result is nearly
+zero, or one key decides, a fixed bound stands instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
+from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
+from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
+from wanvideo_infinitetalk.wanvideo.quantizers import nvfp4_tensor_scale, quantize_nvfp4
+
+pytestmark = pytest.mark.cuda
+
+NO_WORSE, ROUNDING = 1.05, 0.004
+"""Over the plain-torch numerics: the factor, and what bf16 output and a different order of sums may add."""
+
+KERNELS = {
+    "fp8": (sage_fp8.sage_fp8_attention, int8_fp8_attention, 0.05),
+    "fp4": (sage_fp4.sage_fp4_attention, nvfp4_attention, 0.25),
+}
+Attend = Callable[..., torch.Tensor]
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def relative_l2(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def check(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    attend, plain, _ = KERNELS[name]
+    wanted = exact(q, k, v, scale)
+    before = [x.clone() for x in (q, k, v)]
+    out = attend(q, k, v, scale)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), "an input changed"
+    assert relative_l2(out, wanted) <= NO_WORSE * relative_l2(plain(q, k, v, scale), wanted) + ROUNDING
+    return out
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", [1, 2, 31, 63, 64, 65, 127, 128, 129, 255, 257, 511, 1025])
+def test_any_length_of_keys(name: str, head_dim: int, keys: int) -> None:
+    check(name, random(1, 70, 2, head_dim), random(1, keys, 2, head_dim), random(1, keys, 2, head_dim))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("queries", [1, 63, 64, 65, 127, 128, 129, 191, 257])
+def test_any_length_of_queries_and_batch(name: str, queries: int) -> None:
+    check(name, random(3, queries, 2, 128), random(3, 300, 2, 128), random(3, 300, 2, 128))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_dtype(name: str, dtype: torch.dtype) -> None:
+    check(name, *(random(1, length, 3, 128, dtype=dtype) for length in (200, 333, 333)))
+
+
+def test_head_dim_96_in_fp8() -> None:
+    check("fp8", random(1, 200, 2, 96), random(1, 333, 2, 96), random(1, 333, 2, 96))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_softmax_scale(name: str) -> None:
+    check(name, random(1, 200, 2, 128), random(1, 300, 2, 128), random(1, 300, 2, 128), scale=0.2)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_strides_are_read_without_a_copy(name: str) -> None:
+    fused = random(2, 300, 3, 4, 128)
+    heads_first = random(2, 4, 300, 128).transpose(1, 2)
+    expanded = random(1, 300, 4, 128).expand(2, -1, -1, -1)
+    sliced = random(2, 400, 6, 128)[:, 50:350, 1:5]
+    with count_guards() as stats:
+        check(name, *fused.unbind(2))
+        check(name, heads_first, expanded, sliced)
+    assert stats.copies == 0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("offset", [1, 2, 4, 7])
+def test_any_other_layout_is_copied_once_and_right(name: str, offset: int) -> None:
+    def shifted() -> torch.Tensor:
+        return random(200 * 2 * 64 + offset).narrow(0, offset, 200 * 2 * 64).view(1, 200, 2, 64)
+
+    def odd_rows() -> torch.Tensor:
+        return random(1, 200, 2 * 64 + offset)[..., : 2 * 64].unflatten(2, (2, 64))
+
+    with count_guards() as stats:
+        check(name, shifted(), odd_rows(), random(1, 64, 2, 200).permute(0, 3, 2, 1))
+    assert stats.copies == 3
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_outlier_channels(name: str) -> None:
+    q, k, v = random(1, 500, 4, 128), random(1, 700, 4, 128), random(1, 700, 4, 128)
+    k[..., ::32] += 10 * random(1, 1, 4, 4)
+    q[..., ::32] *= 4
+    v[..., ::32] = 10 * v[..., ::32] + 3
+    check(name, q, k, v)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", [3e4, 1e5, 1e30])
+def test_large_values_of_v_stay_finite(name: str, size: float) -> None:
+    q, k, v = random(1, 200, 2, 128), random(1, 300, 2, 128), random(1, 300, 2, 128) * size
+    assert check(name, q, k, v).isfinite().all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", [300.0, 3e4])
+def test_large_scores_stay_finite(name: str, size: float) -> None:
+    attend = KERNELS[name][0]
+    q, k, v = random(1, 200, 2, 128) * size, random(1, 300, 2, 128) * size, random(1, 300, 2, 128)
+    out = attend(q, k, v)
+    assert out.isfinite().all()
+    assert out.abs().max() <= v.abs().max() * 1.1  # a mean of rows of V
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_one_key_that_decides(name: str) -> None:
+    """Scores so far apart that the exact result is one row of V."""
+    k = 40 * torch.nn.functional.one_hot(torch.arange(100), 128).bfloat16().cuda()[None, :, None]
+    v = random(1, 100, 1, 128)
+    assert relative_l2(KERNELS[name][0](k, k, v), v.double()) < (0.04 if name == "fp8" else 0.12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_equal_rows_zeros_and_constants(name: str) -> None:
+    attend, _, bound = KERNELS[name]
+    q, v = random(1, 200, 2, 128), random(1, 300, 2, 128)
+    row = random(1, 1, 2, 128)
+    for k in (row.expand(1, 300, 2, 128), 3e4 * torch.ones_like(v), torch.zeros_like(v)):
+        assert relative_l2(attend(q, k, v), exact(q, k, v)) < bound
+    assert relative_l2(attend(torch.zeros_like(q), v, v), exact(torch.zeros_like(q), v, v)) < bound
+    assert (attend(q, v, torch.zeros_like(v)) == 0).all()
+    constant = row.expand(1, 300, 2, 128)
+    assert relative_l2(attend(q, v, constant), exact(q, v, constant)) < bound
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_what_is_not_finite_is_not_hidden(name: str, poison: float, which: str) -> None:
+    qkv = {"q": random(1, 300, 2, 128), "k": random(1, 300, 2, 128), "v": random(1, 300, 2, 128)}
+    qkv[which][0, 77, 0, 5] = poison
+    out = KERNELS[name][0](**qkv)
+    if which == "q":
+        assert out[0, 77, 0].isnan().all()
+    elif which == "k":
+        assert out[0, :, 0].isnan().all()
+    else:
+        assert out[0, :, 0, 5].isnan().all()
+    assert out[0, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_long_sequences_with_a_mean_in_v(name: str) -> None:
+    """16,000 keys: a sum that loses bits as it grows, or an offset beyond 2^31, would show."""
+    q, k, v = random(1, 130, 2, 128), random(1, 16_001, 2, 128), random(1, 16_001, 2, 128) + 1
+    out = check(name, q, k, v)
+    if name == "fp8":
+        assert relative_l2(out, exact(q, k, v)) < 0.01
+
+
+def _hopper_or_skip() -> None:
+    if not sage_fp8._hopper_serves(torch.device("cuda", torch.cuda.current_device()), 128):
+        pytest.skip("this GPU or Triton runs the Triton kernel only")
+
+
+@pytest.mark.parametrize("kernel", ["hopper", "triton", "triton, 16-bit P and V"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (129, 127), (257, 513), (64, 1500)])
+def test_every_fp8_kernel_writes_every_element(kernel: str, queries: int, keys: int) -> None:
+    q, k, v = random(2, queries, 3, 128), random(2, keys, 3, 128), random(2, keys, 3, 128)
+    out = torch.full_like(q, float("nan"))
+    operands = sage_fp8.quantize(q, k, v, 128**-0.5, e4m3_v="16-bit" not in kernel)
+    if kernel == "hopper":
+        _hopper_or_skip()
+        sage_fp8.attend_hopper(operands, out)
+    else:
+        sage_fp8.attend_portable(operands, out)
+    wanted = exact(q, k, v)
+    plain = relative_l2(int8_fp8_attention(q, k, v), wanted)
+    assert relative_l2(out, wanted) <= (0.5 if "16-bit" in kernel else NO_WORSE) * plain + ROUNDING
+
+
+def test_the_fp8_kernels_agree() -> None:
+    _hopper_or_skip()
+    q, k, v = random(1, 700, 4, 128), random(1, 2000, 4, 128), random(1, 2000, 4, 128)
+    operands = sage_fp8.quantize(q, k, v, 128**-0.5)
+    first, second = torch.empty_like(q), torch.empty_like(q)
+    sage_fp8.attend_hopper(operands, first)
+    sage_fp8.attend_portable(operands, second)
+    # The tiles come in another order, so P rounds against other maxima.
+    assert relative_l2(first, second.double()) < 0.03
+
+
+def test_fp4_operands_are_bit_equal_to_the_reference() -> None:
+    q, k, v = random(2, 300, 3, 128), 7 * random(2, 333, 3, 128) + 3, 1e5 * random(2, 333, 3, 128)
+    operands = sage_fp4.quantize(q, k, v)
+    place = torch.arange(operands.padded_keys, device="cuda")
+    key = place - place % 64 + 16 * (place % 8 // 2) + 2 * (place % 64 // 8) + place % 2
+    padding = (0, 0, 0, operands.padded_keys - 333)
+    smooth = torch.nn.functional.pad((k.float() - operands.k_mean[:, None]).transpose(1, 2), padding)
+    assert torch.equal(nvfp4_tensor_scale(smooth, (2, 3))[..., 0, 0], operands.k_outer)
+    wanted = quantize_nvfp4(smooth[:, :, key], operands.k_outer[..., None, None]).operand(torch.bfloat16)
+    assert torch.equal(operands.k, wanted)
+    values = torch.nn.functional.pad(v.float().transpose(1, 2), padding).transpose(2, 3)
+    assert torch.equal(nvfp4_tensor_scale(values, (2, 3))[..., 0, 0], operands.v_outer)
+    wanted = quantize_nvfp4(values, operands.v_outer[..., None, None]).operand(torch.bfloat16)
+    assert torch.equal(operands.v, wanted[..., key].transpose(2, 3))
+    blocks = torch.nn.functional.pad(q.float().transpose(1, 2), (0, 0, 0, 84)).unflatten(2, (3, 128))
+    centred = blocks - operands.q_mean[:, :, :, None]
+    centred.flatten(2, 3)[:, :, 300:] = 0
+    assert torch.equal(nvfp4_tensor_scale(centred, (3, 4))[..., 0, 0], operands.q_outer)
+    wanted = quantize_nvfp4(centred, operands.q_outer[..., None, None]).operand(torch.bfloat16)
+    assert torch.equal(operands.q, wanted.flatten(2, 3)[:, :, :300])
+
+
+def test_fp4_on_inputs_as_models_have_them() -> None:
+    """Queries and keys that share directions, values with structure: the papers' kind of input, not white noise."""
+    basis = torch.linalg.qr(torch.randn(4, 128, 128, device="cuda"))[0][:, :8]
+    topics = torch.randint(0, 8, (1, 2000, 4), device="cuda")
+    directions = basis[torch.arange(4, device="cuda"), topics]
+    q, k = ((12 * directions + 0.5 * torch.randn_like(directions)).bfloat16() for _ in range(2))
+    v = (torch.randn(4, 8, 128, device="cuda")[torch.arange(4, device="cuda"), topics] + 0.2 * directions).bfloat16()
+    wanted, got = exact(q, k, v).flatten(), sage_fp4.sage_fp4_attention(q, k, v).double().flatten()
+    assert torch.nn.functional.cosine_similarity(wanted, got, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_compiled_graph_keeps_the_call_whole(name: str) -> None:
+    attend = KERNELS[name][0]
+
+    def block(fused: torch.Tensor) -> torch.Tensor:
+        q, k, v = (fused * 2).unbind(2)
+        return attend(q, k, v).flatten(2) + 1
+
+    fused = random(1, 300, 3, 2, 128)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(fused), block(fused))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_operation_is_declared_truly(name: str) -> None:
+    operation = (sage_fp8 if name == "fp8" else sage_fp4)._attention
+    q, k, v = random(1, 100, 3, 2, 64).unbind(2)
+    torch.library.opcheck(operation, (q, k, v, 0.1), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_one_compilation_serves_all_shapes(name: str) -> None:
+    """A kernel that is compiled anew for each stride or length would stall a generation."""
+    module = sage_fp8 if name == "fp8" else sage_fp4
+    kernels = __import__(f"{module.__name__.rsplit('.', 1)[0]}._sage_{name}_quantize", fromlist=["x"])
+    attend = KERNELS[name][0]
+    attend(*random(1, 100, 3, 2, 128).unbind(2))
+    jitted = kernels.key_value_statistics
+    device = torch.cuda.current_device()
+
+    def compilations() -> int:
+        caches = jitted.device_caches[device]
+        return len(caches[0] if isinstance(caches, tuple) else caches)
+
+    before = compilations()
+    for length, heads in ((1, 1), (16, 2), (17, 3), (128, 4), (1000, 1)):
+        attend(*random(2, length, 3, heads, 128).unbind(2))
+    assert compilations() == before
