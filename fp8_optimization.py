@@ -129,7 +129,8 @@ def quantize_weight_fp8(weight: Tensor, dtype: torch.dtype, scaled: bool) -> tup
     scale = None
     if scaled:
         largest = torch.linalg.vector_norm(values, ord=float("inf"))
-        scale = (largest / largest_value).clamp_min(torch.finfo(torch.float32).tiny)
+        # CUDA multiplies by the reciprocal of a number, but divides by a tensor: so both devices store the same weight.
+        scale = (largest / torch.full_like(largest, largest_value)).clamp_min(torch.finfo(torch.float32).tiny)
         values = values / scale
     return values.clamp(-largest_value, largest_value).to(dtype), scale
 

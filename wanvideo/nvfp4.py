@@ -39,7 +39,8 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     x = aligned_contiguous(x)
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dtype=torch.float32)
-    scale = (largest / (E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
+    # Divided by a tensor, not by a number, which CUDA turns into a product: so both devices store the same weight.
+    scale = (largest / torch.full_like(largest, E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
     with _backend_for(x.dtype, x.device):
         packed, block_scales = comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True)
     return packed, block_scales, scale

@@ -236,3 +236,16 @@ def test_the_raw_matmul_works_on_aligned_operands():
 def test_the_raw_matmul_fails_where_the_layer_serves(case):
     done = run_raw(case)
     assert done.returncode != 0, f"{case}: the raw call served this, so the contract is stricter than it need be"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_weight_is_stored_alike_whichever_device_quantises_it(dtype):
+    """Block swap quantises where the block will live; results must not depend on that."""
+    for peak in (0.1, 1.0, 3.7, 1000.0):
+        weight = torch.randn(96, 128) * peak
+        values, scale = fp8.quantize_weight_fp8(weight, dtype, scaled=True)
+        there, its_scale = fp8.quantize_weight_fp8(weight.to(device()), dtype, scaled=True)
+        assert scale is not None
+        assert its_scale is not None
+        assert torch.equal(its_scale.cpu(), scale)
+        assert torch.equal(there.cpu().view(torch.uint8), values.view(torch.uint8))
