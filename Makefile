@@ -43,10 +43,14 @@ lint: $(VENV)/.ready
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
-# A real ComfyUI with this pack; see docs/comfyui.md.
+# A real ComfyUI with this pack, over its API and in headless Chromium; see docs/comfyui.md. COMFYUI_PYTHON is a Python
+# with ComfyUI's requirements and ours.
+COMFYUI_PYTHON ?= .venv-comfyui/bin/python
 test-comfyui: $(VENV)/.ready
 	@test -n "$(COMFYUI)" || { echo 'test-comfyui needs COMFYUI=<folder of a ComfyUI checkout>'; exit 2; }
-	$(BIN)/python -m pytest -m comfyui --comfyui "$(COMFYUI)" $(PYTEST_ARGS)
+	$(BIN)/python -m pip install -q playwright
+	COMFYUI="$(abspath $(COMFYUI))" COMFYUI_PYTHON="$(abspath $(COMFYUI_PYTHON))" \
+		$(BIN)/python -m pytest tests/comfyui -m comfyui $(PYTEST_ARGS)
 
 # The reduced GPU set under NVIDIA's memory checker.
 sanitize: $(VENV)/.ready
