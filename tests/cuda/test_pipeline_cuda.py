@@ -96,8 +96,9 @@ def test_every_mode_in_other_dtypes(mode, dtype, prepared, reference, record_pro
 
 
 def test_gpu_and_cpu_agree(tiny_set: TinySet, reference):
+    """Up to TF32, which torch allows in the convolutions of the encoders."""
     on_cpu = run(prepare(tiny_set, "cpu", torch.float32), "sdpa", "disabled")
-    assert relative_l2(reference(torch.float32).latents, on_cpu.latents) < 0.01
+    assert relative_l2(reference(torch.float32).latents, on_cpu.latents) < 0.03
 
 
 def test_runs_repeat(prepared):
