@@ -60,6 +60,10 @@ def served_by(name: str, one: Case, qkv: tuple[torch.Tensor, ...]) -> str | None
     return None
 
 
+VALUES_NOT_SERVED = {"comfy_kitchen_int8": ("large qk",)}
+"""What keeps a backend out of every mode: it answers these values with NaN."""
+
+
 def check(name: str, one: Case) -> tuple[str | None, list[str], int]:
     """(backend, what is wrong, copies made) for one case."""
     qkv = tensors(one, DEVICE)
@@ -92,6 +96,9 @@ def test_generated_calls(name: str) -> None:
     copies = 0
     for number in range(count):
         one = case(number)
+        if one.values in VALUES_NOT_SERVED.get(name, ()):
+            ran["values not served"] += 1
+            continue
         backend, found, copied = check(name, one)
         copies += copied
         ran[backend or "not served"] += 1

@@ -324,7 +324,8 @@ def test_every_mode_lists_every_backend_with_its_reasons() -> None:
     assert table["sdpa"] == {"sdpa": ()}
     assert table["flash_attn_2"]["flash_attn_2"][0] == "it runs on cuda, the tensors are on cpu"
     named = {name for names in table.values() for name in names}
-    assert named == {backend.name for backend in backends()}
+    # Not finite for every input, so in no mode.
+    assert named == {backend.name for backend in backends()} - {"comfy_kitchen_int8"}
 
 
 def test_flash_attn_3_of_either_time(gpu: Callable[..., fakes.FakeGpu]) -> None:

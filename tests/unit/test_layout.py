@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.modules.layout import (
+    ALIGNMENT,
     aligned_contiguous,
     aligned_rows,
     aligned_strided,
     count_guards,
+    even_strides,
     layout_violations,
     private_copy,
 )
@@ -170,3 +172,14 @@ def test_the_guard_costs_microseconds() -> None:
     x = torch.zeros(1, 64, 8, 64)
     best = min(timeit.repeat(lambda: aligned_strided(x), number=1000, repeat=5)) / 1000
     assert best < 50e-6
+
+
+def test_even_strides_change_no_address_and_copy_nothing() -> None:
+    x = torch.randn(1, 17, 64, 1).transpose(2, 3)  # [1, 17, 1, 64], strides of 1 for one head
+    assert x.stride(2) == 1
+    even = even_strides(x)
+    assert even.stride(2) * 4 % ALIGNMENT == 0
+    assert even.data_ptr() == x.data_ptr()
+    assert torch.equal(even, x)
+    plain = torch.randn(2, 17, 4, 64)
+    assert even_strides(plain) is plain

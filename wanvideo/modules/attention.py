@@ -52,7 +52,6 @@ MODE_BACKENDS: dict[str, tuple[str, ...]] = {
         "sageattention_2_fp16",
         "sageattention_1",
         "own_fp8",
-        "comfy_kitchen_int8",
         "emulated_fp8",
     ),
     "sageattn_3": ("sageattn3", "own_fp4", "emulated_nvfp4_plain"),

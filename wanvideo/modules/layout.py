@@ -29,6 +29,7 @@ __all__ = [
     "aligned_rows",
     "aligned_strided",
     "count_guards",
+    "even_strides",
     "layout_violations",
     "private_copy",
 ]
@@ -135,6 +136,19 @@ def aligned_contiguous(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Ten
     if x.is_contiguous() and _start_address(x) % alignment == 0:
         return x
     return _copy(x)
+
+
+def even_strides(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
+    """`x` itself, or a view of it whose dimensions of size 1 have strides that are multiples of `alignment` bytes.
+
+    Nothing steps along them, so that no address changes; but PyTorch's memory-efficient attention chooses its kernel by
+    them too, and finds none for float32 ("cutlassF: no kernel found to launch").
+    """
+    item = x.element_size()
+    if all(size != 1 or stride * item % alignment == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return x
+    strides = [alignment if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(x.shape, strides, x.storage_offset())
 
 
 def aligned_strided(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:

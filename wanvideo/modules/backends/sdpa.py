@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..layout import even_strides
 from .contract import Contract, repaired_mask, scale_or_default
 from .registry import Backend, register
 
@@ -47,6 +48,7 @@ def run_sdpa(
     causal: bool,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` on [B, H, L, D] views, read by strides."""
+    q, k, v = even_strides(q), even_strides(k), even_strides(v)
     if attn_mask is None:
         # The output has q's order in memory, [B, L, H, D], so the way back costs no copy.
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale)
