@@ -48,6 +48,7 @@ def _in_children(numbers: list[int]) -> dict[int, str]:
 def _raw(number: int) -> str:
     import torch
     import torch.nn.functional as F
+
     from support.attention_cases import case, reference, relative_error, tensors
 
     one = case(number)
