@@ -18,7 +18,7 @@ import torch
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["FORMULAS", "Guidance", "Pass", "per_step"]
+__all__ = ["FORMULAS", "PASSES", "Guidance", "Pass", "per_step"]
 
 FORMULAS = ("additive", "nested")
 """`additive`: as above. `nested`: the text scale multiplies the audio term too, as older ComfyUI workflows expect:
@@ -37,6 +37,7 @@ FULL = Pass(prompt=True, speech=True)
 SPEECH = Pass(prompt=False, speech=True)
 PROMPT = Pass(prompt=True, speech=False)
 NULL = Pass(prompt=False, speech=False)
+PASSES = (FULL, SPEECH, PROMPT, NULL)
 
 Evaluate = Callable[[Pass], torch.Tensor]
 

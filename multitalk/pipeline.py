@@ -30,9 +30,10 @@ from ..wanvideo.errors import InfiniteTalkError, InputError
 from ..wanvideo.modules.attention import AttentionMode
 from ..wanvideo.schedulers import Scheduler, make_scheduler
 from .color import match_colors
-from .guidance import FULL, NULL, PROMPT, SPEECH, Guidance, Pass, per_step
+from .guidance import Guidance, Pass, per_step
 from .masks import MAX_SPEAKERS, latent_masks
 from .pictures import DEFAULT_AREA, cover_picture, fit_size, load_picture
+from .safer import AttentionPolicy, Ladder, refuse_non_finite
 from .windows import Window, audio_rows, latent_frames, plan_windows
 
 __all__ = [
@@ -52,9 +53,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MODES = ("infinitetalk", "multitalk")
-
-AttentionPolicy = str | Callable[[int, int], AttentionMode]
-"""One attention mode for all steps, or (step, steps) -> the mode of that step."""
 
 
 class ModelLike(Protocol):
@@ -241,14 +239,6 @@ class _WindowInputs:
     source: torch.Tensor | None  # [16, T, h, w], latents of the source video where the run starts late
 
 
-class _NonFinite(Exception):
-    """A step gave non-finite values."""
-
-    def __init__(self, step: int, mode: str, block: int | None) -> None:
-        super().__init__(step, mode, block)
-        self.step, self.mode, self.block = step, mode, block
-
-
 class _Run:
     """The state of one generation: the plan, the random numbers, the frames carried over, the attention mode."""
 
@@ -265,8 +255,6 @@ class _Run:
         self.model, self.vae, self.clip = model, vae, clip
         self.given, self.config, self.callbacks = conditioning, config, callbacks
         self.device = torch.device(config.device)
-        self.policies = [config.attention_policy, *(mode for mode in fallback if mode != config.attention_policy)]
-
         self.total = _check(conditioning, config)
         self.plan = plan_windows(self.total, config.frames, config.motion_frames)
         self.scheduler: Scheduler = make_scheduler(config.scheduler, config.steps, config.shift, config.sigmas)
@@ -275,6 +263,7 @@ class _Run:
             raise InputError(
                 f"The start step {config.start_step} leaves none of {self.steps} steps: set it below that."
             )
+        self.ladder = Ladder(model, config.attention_policy, fallback, self.steps)
         self.text_scales = per_step(config.cfg, self.steps, "cfg")
         self.audio_scales = per_step(config.audio_cfg, self.steps, "audio cfg")
         self._new_guidance()  # refuses unknown formulas now rather than after the first encoding
@@ -307,23 +296,12 @@ class _Run:
 
     def _denoise_safely(self, window: Window, inputs: _WindowInputs) -> torch.Tensor:
         """Clean latents of the window; while values are not finite, it starts over in the next safer attention mode."""
-        state = self.rng.get_state()
-        while True:
-            try:
-                with self.callbacks.stage("model"):
-                    return self._denoise(window, inputs)
-            except _NonFinite as strike:
-                place = f"window {window.index + 1}, step {strike.step + 1} of {self.steps}"
-                block = "" if strike.block is None else f", first in block {strike.block}"
-                found = f"{place}: the model gave non-finite values with attention mode {strike.mode}{block}"
-                if len(self.policies) == 1:
-                    raise InfiniteTalkError(
-                        f"In {found}, and there is no safer mode left: the weights, the adapter or the embeddings hold "
-                        "values that this precision cannot carry; try another file or bf16 weights."
-                    ) from None
-                self.policies = self.policies[1:]
-                log.warning("In %s. The window starts over with %s.", found, self._mode_name(strike.step))
-                self.rng.set_state(state)
+
+        def attempt() -> torch.Tensor:
+            with self.callbacks.stage("model"):
+                return self._denoise(window, inputs)
+
+        return self.ladder.climb(attempt, self.rng, f"window {window.index + 1}, ")
 
     @torch.no_grad()
     def _denoise(self, window: Window, inputs: _WindowInputs) -> torch.Tensor:
@@ -338,11 +316,9 @@ class _Run:
 
         for step in range(config.start_step, self.steps):
             t = scheduler.timesteps[step : step + 1].float().to(self.device)
-            evaluate = self._evaluator(x, t, inputs, self._mode(step))
+            evaluate = self._evaluator(x, t, inputs, self.ladder.mode(step))
             v = guidance.velocity(evaluate, self.text_scales[step], self.audio_scales[step])
-            # The one synchronisation of a step.
-            if not bool(torch.isfinite(v).all()):
-                raise _NonFinite(step, self._mode_name(step), _first_bad_block(self.model, evaluate))
+            refuse_non_finite(v, step, self.model, evaluate)
             if self.callbacks.preview is not None:
                 self.callbacks.preview(scheduler.clean(v, step, x), window.index, step)
             noise = self._draw(shape) if scheduler.needs_noise else None
@@ -388,17 +364,6 @@ class _Run:
     def _new_guidance(self) -> Guidance:
         c = self.config
         return Guidance(c.guidance, c.use_apg, c.apg_momentum, c.apg_norm_threshold)
-
-    def _mode(self, step: int) -> AttentionMode | None:
-        policy = self.policies[0]
-        return policy(step, self.steps) if callable(policy) else policy
-
-    def _mode_name(self, step: int) -> str:
-        """What serves self-attention in this step, for people."""
-        mode = self._mode(step)
-        if mode is None:
-            mode = getattr(self.model, "attention_mode", "of the model")
-        return mode(0, "self") if callable(mode) else str(mode)
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self.rng).to(self.device)
@@ -496,32 +461,3 @@ def _check(given: Conditioning, config: GenerateConfig) -> int:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"The {name} embedding holds NaN or infinite values: check the encoder and its input.")
     return max(len(features) for features in given.audio) if config.total_frames is None else config.total_frames
-
-
-def _first_bad_block(model: ModelLike, evaluate: Callable[[Pass], torch.Tensor]) -> int | None:
-    """The first block whose output is not finite, found by running the step again with a look behind each block.
-
-    None for models without a list of blocks, or when the values are finite this time.
-    """
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, torch.nn.ModuleList):
-        return None
-    bad: list[int] = []
-
-    def look(index: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if not bad and isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
-                bad.append(index)
-
-        return hook
-
-    handles = [block.register_forward_hook(look(index)) for index, block in enumerate(blocks)]
-    try:
-        for which in (FULL, SPEECH, PROMPT, NULL):
-            evaluate(which)
-            if bad:
-                return bad[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None

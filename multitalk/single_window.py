@@ -5,6 +5,7 @@ Long videos are made by `pipeline`; this serves text to video, picture to video,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..wanvideo.errors import InfiniteTalkError, InputError
+from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import AttentionMode
 from ..wanvideo.schedulers import Scheduler
 from .guidance import Guidance, Pass
+from .safer import AttentionPolicy, Ladder, refuse_non_finite
 
 INTERPOLATIONS = ("linear", "ease_in", "ease_out")
 
@@ -175,7 +177,8 @@ def denoise(
     guidance: Guidance,
     start_step: int = 0,
     end_step: int | None = None,
-    attention_policy: Callable[[int, int], AttentionMode] | None = None,
+    attention_policy: AttentionPolicy | None = None,
+    fallback: Sequence[AttentionPolicy] = ("sdpa",),
     report: Callable[[StepReport], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -185,34 +188,37 @@ def denoise(
         model: called like `WanModel.forward`.
         cfg, audio_cfg: one scale per step of the whole schedule.
         guidance: a new one, since APG remembers the steps before.
-        attention_policy: (step, steps) -> attention mode of that step; None leaves it to the model.
+        attention_policy: attention mode, or (step, steps) -> mode of that step; None leaves it to the model.
+        fallback: attention modes from less to more safe. When a step gives non-finite values, all steps are run again,
+            with the same random numbers, in the next of them.
 
-    Raises InfiniteTalkError when the model gives non-finite values.
+    Raises InfiniteTalkError when the last fallback gives non-finite values too.
     """
     steps = len(scheduler)
     end = steps if end_step is None else min(end_step, steps)
-    clean = x
-    for step in range(start_step, end):
-        t = scheduler.timesteps[step : step + 1].float().to(x.device)
-        mode = None if attention_policy is None else attention_policy(step, steps)
+    ladder = Ladder(model, attention_policy, fallback, steps)
 
-        def evaluate(which: Pass, x: Tensor = x, t: Tensor = t, mode: AttentionMode | None = mode) -> Tensor:
-            if check_interrupt is not None:
-                check_interrupt()
-            return _evaluate(model, x, t, inputs, which, mode)
+    def attempt() -> tuple[Tensor, Tensor]:
+        latents = clean = x
+        guide = copy.deepcopy(guidance)
+        for step in range(start_step, end):
+            t = scheduler.timesteps[step : step + 1].float().to(x.device)
 
-        v = guidance.velocity(evaluate, cfg[step], audio_cfg[step])
-        if not bool(torch.isfinite(v).all()):
-            raise InfiniteTalkError(
-                f"The model gave non-finite values in step {step + 1} of {steps}: choose attention mode sdpa, or "
-                "base_precision bf16."
-            )
-        clean = scheduler.clean(v, step, x)
-        if report is not None:
-            report(StepReport(step + 1 - start_step, end - start_step, clean))
-        noise = torch.randn(x.shape, generator=generator).to(x) if scheduler.needs_noise else None
-        x = scheduler.step(v, step, x, noise)
-    return x, clean
+            def evaluate(which: Pass, noisy: Tensor = latents, t: Tensor = t, step: int = step) -> Tensor:
+                if check_interrupt is not None:
+                    check_interrupt()
+                return _evaluate(model, noisy, t, inputs, which, ladder.mode(step))
+
+            v = guide.velocity(evaluate, cfg[step], audio_cfg[step])
+            refuse_non_finite(v, step, model, evaluate)
+            clean = scheduler.clean(v, step, latents)
+            if report is not None:
+                report(StepReport(step + 1 - start_step, end - start_step, clean))
+            noise = torch.randn(x.shape, generator=generator).to(x) if scheduler.needs_noise else None
+            latents = scheduler.step(v, step, latents, noise)
+        return latents, clean
+
+    return ladder.climb(attempt, generator)
 
 
 def _evaluate(

@@ -429,7 +429,9 @@ def test_nan_in_one_block_of_the_real_model_gives_the_video_of_the_safe_mode(cap
     spoilt = _video(_run(replace(config, attention_policy="eager"), model=model, fallback=["sdpa"]))
     handle.remove()
     assert "In window 1, step 2 of 3" in caplog.text
-    assert "attention mode eager, first in block 1. The window starts over with sdpa" in caplog.text
+    assert (
+        "attention mode eager, first in block 1 (attention by eager). The window starts over with sdpa" in caplog.text
+    )
     assert torch.equal(spoilt, safe)
 
 

@@ -132,19 +132,24 @@ class Model:
 
 
 def run(
-    model: Any, inputs: WindowInputs, cfg: float = 1.0, audio_cfg: float = 1.0, **options: Any
+    model: Any,
+    inputs: WindowInputs,
+    cfg: float = 1.0,
+    audio_cfg: float = 1.0,
+    scheduler: str = "euler",
+    guidance: Guidance | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    scheduler = make_scheduler("euler", 4, 5.0)
     x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3))
     return denoise(
         model,
-        scheduler,
+        make_scheduler(scheduler, 4, 5.0),
         x,
         inputs,
         cfg=[cfg] * 4,
         audio_cfg=[audio_cfg] * 4,
         generator=torch.Generator().manual_seed(0),
-        guidance=Guidance(),
+        guidance=guidance or Guidance(),
         **options,
     )
 
@@ -203,6 +208,41 @@ def test_the_attention_policy_is_asked_step_by_step() -> None:
     assert [call["attention_mode"] for call in model.calls] == [f"mode {i} of 4" for i in range(4)]
 
 
-def test_values_that_are_not_finite_are_named() -> None:
-    with pytest.raises(InfiniteTalkError, match="non-finite values in step 1 of 4"):
-        run(lambda x, *a, **k: torch.full_like(x, float("nan")).unsqueeze(0), inputs_of())
+class BreakingModel(Model):
+    """NaN from the third evaluation on, unless the mode is sdpa."""
+
+    def __call__(self, x: Tensor, *given: Any, **k: Any) -> Tensor:
+        velocity = super().__call__(x, *given, **k)
+        return velocity if len(self.calls) < 3 or k["attention_mode"] == "sdpa" else velocity * torch.nan
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpm++_sde"])
+def test_non_finite_values_start_the_window_over_in_the_safer_mode(
+    caplog: pytest.LogCaptureFixture, scheduler: str
+) -> None:
+    model = BreakingModel()
+    got, _ = run(model, inputs_of(), attention_policy="fast", scheduler=scheduler)
+    safe, _ = run(Model(), inputs_of(), attention_policy="sdpa", scheduler=scheduler)
+    assert torch.equal(got, safe)  # the same random numbers once more
+    assert [call["attention_mode"] for call in model.calls] == ["fast"] * 3 + ["sdpa"] * 4
+    assert "In step 3 of 4: the model gave non-finite values with attention mode fast" in caplog.text
+    assert "starts over with sdpa" in caplog.text
+
+
+def test_guidance_with_momentum_starts_over_too() -> None:
+    def momentum(model: Any) -> Tensor:
+        guidance = Guidance(use_apg=True)
+        return run(model, inputs_of(), cfg=3.0, attention_policy="fast", guidance=guidance)[0]
+
+    assert torch.equal(momentum(BreakingModel()), momentum(Model()))
+
+
+def test_without_a_safer_mode_there_is_one_sentence() -> None:
+    broken = Model()
+
+    def model(x: Tensor, *given: Any, **k: Any) -> Tensor:
+        return broken(x, *given, **k) * torch.nan
+
+    with pytest.raises(InfiniteTalkError, match=r"In step 1 of 4.*sdpa.*no safer mode left"):
+        run(model, inputs_of(), attention_policy=lambda step, steps: "sdpa")
+    assert len(broken.calls) == 1  # what was sdpa in every step is not tried a second time

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -27,6 +29,7 @@ __all__ = [
     "AttentionMode",
     "attention",
     "canonical_mode",
+    "count_kernels",
     "mode_for_role",
     "mode_reasons",
     "reasons_against",
@@ -167,6 +170,26 @@ def _announce(mode: str, backend: Backend, passed_over: dict[str, list[str]]) ->
     logger.info("attention mode %s runs %s%s%s", mode, backend.name, note, because)
 
 
+_kernel_calls: ContextVar[Counter[str] | None] = ContextVar("kernel_calls", default=None)
+
+
+@contextlib.contextmanager
+def count_kernels() -> Iterator[Counter[str]]:
+    """Count the calls of `attention` inside the `with` block: kernel -> calls. Nested blocks: the inner one counts."""
+    counts: Counter[str] = Counter()
+    token = _kernel_calls.set(counts)
+    try:
+        yield counts
+    finally:
+        _kernel_calls.reset(token)
+
+
+def _count_kernel(name: str) -> None:
+    counts = _kernel_calls.get()
+    if counts is not None:
+        counts[name] += 1
+
+
 AutoChooser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str]
 
 _auto_chooser: AutoChooser | None = None
@@ -243,6 +266,7 @@ def attention(
         reasons = reasons_against(backend, q, k, v, attn_mask, softmax_scale, causal)
         if not reasons:
             _announce(mode, backend, passed_over)
+            _count_kernel(name)
             return _run(backend, q, k, v, attn_mask, softmax_scale, causal)
         passed_over[name] = reasons
     why_not = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over.items())
