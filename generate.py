@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fp8_optimization import Quantization
+from .fp8_optimization import Quantization, summary
 from .multitalk.audio import Wav2Vec2Features, load_speech, read_audio
 from .multitalk.masks import MAX_SPEAKERS, latent_masks
 from .multitalk.pictures import fit_size, load_picture
 from .multitalk.pipeline import Callbacks, Conditioning, FrameSource, GenerateConfig, generate
 from .multitalk.speakers import arrange, mix
-from .multitalk.video import VideoFrames, VideoWriter
+from .multitalk.video import VideoFrames, VideoWriter, refuse_path
 from .multitalk.windows import plan_windows
 from .wanvideo.checkpoints import CheckpointFile, Progress, inspect_dit, load_dit
 from .wanvideo.clip import ClipVision
 from .wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
-from .wanvideo.modules.attention import attention, canonical_mode
+from .wanvideo.modules.attention import attention, canonical_mode, count_kernels
+from .wanvideo.modules.layout import GuardStats, count_guards
 from .wanvideo.modules.model import WanConfig, WanModel
 from .wanvideo.offload import BlockSwap, Offloader
 from .wanvideo.policy import bind
@@ -110,13 +111,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What `make_video` made: the file, its frames, and how long it took in seconds."""
+    """What `make_video` made, and what that took.
+
+    Attributes:
+        path: the file, of `frames` frames, `width` x `height` pixels.
+        seconds: from the call on, loading included.
+        guards: what the layout guards saw and copied while the frames were made.
+        kernels: attention kernel -> its calls.
+    """
 
     path: Path
     frames: int
     width: int
     height: int
     seconds: float
+    guards: GuardStats
+    kernels: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -183,11 +193,25 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         windows = generate(model, vae, clip, conditioning, config, callbacks)
         events.stage("Generating")
         sound, rate = _sound(job.audio)
-        with VideoWriter(job.out, FPS, sound, rate) as writer:
+        with (
+            count_guards() as guards,
+            count_kernels() as kernels,
+            VideoWriter(job.out, FPS, sound, rate) as writer,
+        ):
             for window in windows:
                 writer.append(window.frames)
                 events.window_done(window.index + 1, window.count)
-    return Result(Path(job.out), total, width, height, time.monotonic() - begin)
+    log.info(
+        "Attention %s (policy %s) by %s; linears %s; guard copies %d of %d calls (%.1f MiB)",
+        job.attention_mode,
+        job.attention_policy,
+        ", ".join(f"{name} ({calls} calls)" for name, calls in kernels.most_common()),
+        summary(model.blocks),
+        guards.copies,
+        guards.calls,
+        guards.bytes / 2**20,
+    )
+    return Result(Path(job.out), total, width, height, time.monotonic() - begin, guards, kernels)
 
 
 def choose_device(name: str) -> torch.device:
@@ -266,8 +290,7 @@ def _refuse_mixed_up_files(files: ModelFiles) -> None:
 
 def _check_out(out: Path) -> None:
     """Find out now, not after an hour, that the video cannot be written."""
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; name the video file to write, such as {out / 'video.mp4'}.")
+    refuse_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         existed = out.exists()

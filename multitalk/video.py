@@ -24,7 +24,7 @@ import torch
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
 
-__all__ = ["VideoFrames", "VideoWriter"]
+__all__ = ["VideoFrames", "VideoWriter", "refuse_path"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,14 @@ SOUND_RATES = (32000, 44100, 48000)
 
 BT709 = 1
 """The code of ITU-R BT.709 in the colour fields of a stream (ITU-T H.273)."""
+
+
+def refuse_path(path: Path) -> None:
+    """Raises InputError for a path that cannot be the name of a video, whether or not it can be written to."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the video file to write, such as {path / 'video.mp4'}.")
+    if path.suffix.lower() != ".mp4":
+        raise InputError(f"The video {path} would not be an MP4: let its name end in .mp4.")
 
 
 class VideoWriter:
@@ -59,10 +67,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() != ".mp4":
-            raise InputError(f"The video {self.path} would not be an MP4: let its name end in .mp4.")
-        if self.path.is_dir():
-            raise InputError(f"{self.path} is a folder: name a file in it.")
+        refuse_path(self.path)
         if not fps > 0:
             raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
         self.fps = Fraction(fps).limit_denominator(1001)

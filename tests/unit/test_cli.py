@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import soundfile
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from wanvideo_infinitetalk import cli, terminal
+from wanvideo_infinitetalk import cli, generate, terminal
 from wanvideo_infinitetalk.multitalk.video import VideoWriter
 from wanvideo_infinitetalk.tiny import TinySet, dit_weights
 
@@ -139,6 +140,27 @@ def test_a_picture_and_a_recording_become_a_video(run: Callable[..., Ran], tmp_p
     assert abs(media.picture_seconds - SECONDS) < 0.04
     assert abs(media.sound_seconds - SECONDS) < 0.04
     assert media.spread > 5
+
+
+def test_a_generation_names_its_kernels_weights_and_guard_copies_in_one_line(run: Callable[..., Ran]) -> None:
+    ran = run(attention_mode="sage3_fp8", quantization="fp8_e4m3fn_scaled", steps=2, max_frames=9)
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("Attention ")]
+    # Two windows of two steps of one pass: self attention by the mode, text, picture and speech by SDPA.
+    assert "Attention sage3_fp8 (policy default) by " in line
+    assert re.search(r"emulated_fp8 \(8 calls\)", line)
+    assert re.search(r"sdpa \(24 calls\)", line)
+    assert re.search(r"linears \d+ x fp8_e4m3fn_scaled", line)
+    assert re.search(r"guard copies 0 of [1-9]\d+ calls \(0\.0 MiB\)", line)
+
+
+def test_the_result_counts_what_the_guards_did(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[generate.Result] = []
+    make_video = generate.make_video
+    monkeypatch.setattr(generate, "make_video", lambda *given: results.append(make_video(*given)) or results[0])
+    run(max_frames=5, attention_mode="eager")
+    assert results[0].guards.calls > 0
+    assert results[0].guards.copies == results[0].guards.bytes == 0
+    assert set(results[0].kernels) == {"eager"}
 
 
 def test_the_seed_decides_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -358,10 +380,13 @@ def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, picture: P
     assert_refused(run(audio_2=speech, masks=[picture, tmp_path / "black.png"]), "speaker 2 covers no part")
 
 
-def test_places_that_cannot_be_written_to(run: Callable[..., Ran], tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_to(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     assert_refused(run(out=tmp_path / "file" / "video.mp4"), "cannot be written")
     assert_refused(run(out=tmp_path), "folder")
+    monkeypatch.setattr(generate, "load_dit", lambda *given, **options: pytest.fail("the model was read first"))
     assert_refused(run(out=tmp_path / "video.gif"), ".mp4")
 
 
