@@ -156,10 +156,23 @@ def test_the_contract_names_every_reason(monkeypatch):
     assert fp8.fp8_matmul_violations(good, torch.bfloat16, torch.device("mps"))
 
 
+def scaled_mm_refusal(rowwise: bool) -> str:
+    """Why `torch._scaled_mm` on the CPU takes no such scales here (before torch 2.12 it takes none per row)."""
+    values = torch.ones(16, 16).to(E4M3)
+    rows = torch.ones(16, 1) if rowwise else torch.ones(())
+    try:
+        torch._scaled_mm(values, values.t(), scale_a=rows, scale_b=rows.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
 @pytest.mark.parametrize("rowwise", [True, False])
 @pytest.mark.parametrize("per_row_scale", [True, False])
-def test_kernel_calls_compute_the_same_numbers(monkeypatch, rowwise, per_row_scale):
+def test_kernel_calls_compute_the_same_numbers(rowwise, per_row_scale):
     """The calls that a GPU gets (torch runs them on the CPU as well) against the portable computation."""
+    if refusal := scaled_mm_refusal(rowwise):
+        pytest.skip(f"torch {torch.__version__} on the CPU: {refusal}")
     linear = stored_linear(base=torch.bfloat16)
     scale = torch.rand(48, 1) + 0.5 if per_row_scale else torch.tensor(0.7)
     values, rows = fp8.quantize_rows_fp8(torch.randn(5, 64))
