@@ -96,8 +96,10 @@ class Made:
 
 
 @torch.inference_mode()
-def prepare(tiny: TinySet, device: str | torch.device, dtype: torch.dtype, frames: int = WINDOW) -> Prepared:
-    """Load and run the encoders of the demo for a video of `frames`."""
+def prepare(
+    tiny: TinySet, device: str | torch.device, dtype: torch.dtype, frames: int = WINDOW, window: int = WINDOW
+) -> Prepared:
+    """Load and run the encoders of the demo for a video of `frames`, made in windows of `window`."""
     with demo_job("unused.mp4", models=tiny.model.parent) as job:
         features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=device)
         audio = [features(load_speech(path)) for path in job.audio]
@@ -109,7 +111,7 @@ def prepare(tiny: TinySet, device: str | torch.device, dtype: torch.dtype, frame
         vae=WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device),
         clip=ClipVision.load(job.files.clip_vision, dtype=dtype, device=device),
         conditioning=Conditioning(prompt, negative, audio, [picture]),
-        config=replace(job.config, device=device, frames=WINDOW, total_frames=frames),
+        config=replace(job.config, device=device, frames=window, total_frames=frames),
         dtype=dtype,
     )
 
