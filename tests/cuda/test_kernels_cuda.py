@@ -13,6 +13,7 @@ import torch
 from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
 from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
+from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 from wanvideo_infinitetalk.wanvideo.quantizers import nvfp4_tensor_scale, quantize_nvfp4
 
 pytestmark = pytest.mark.cuda
@@ -31,10 +32,6 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (scores.softmax(-1) @ v).transpose(1, 2)
-
-
-def relative_l2(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -26,6 +26,7 @@ from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 from wanvideo_infinitetalk.wanvideo.gguf import GGUFLinear
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
 from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear, quantize_nvfp4
+from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 HEADS = {"config": json.dumps({"num_heads": 2, "audio_blocks": 2})}
 FP8 = torch.float8_e4m3fn
@@ -62,10 +63,6 @@ def velocity() -> Callable[[WanModel], Tensor]:
         return model(x, t, context, clip, y, audio).float()
 
     return run
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -204,7 +201,7 @@ def test_16_and_32_bits_become_the_base_dtype(
     path = save(tmp_path / "x.safetensors", merged(dtype))
     model = load_dit(path, base_dtype=torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert relative(velocity(model), velocity(reference)) < 0.02
+    assert relative_l2(velocity(model), velocity(reference)) < 0.02
     assert {p.dtype for p in load_dit(path, base_dtype=dtype).parameters()} == {dtype}
 
 
@@ -267,7 +264,7 @@ def test_fp8_files_keep_the_blocks_in_8_bits_and_unpack_the_rest(
             assert (module.scale_weight is not None) == (not kind.startswith("plain"))
         elif isinstance(module, nn.Linear):
             assert module.weight.dtype == torch.float32, name
-    assert relative(velocity(model), velocity(reference)) < bound
+    assert relative_l2(velocity(model), velocity(reference)) < bound
 
 
 def test_nvfp4_layers_of_a_mixed_precision_file_stay_packed(
@@ -282,7 +279,7 @@ def test_nvfp4_layers_of_a_mixed_precision_file_stay_packed(
     model = load_dit(save(tmp_path / "x.safetensors", state), base_dtype=torch.float32)
     packed_layers = [name for name, module in model.named_modules() if isinstance(module, NVFP4Linear)]
     assert packed_layers == ["blocks.0.self_attn.q", "blocks.0.ffn.0", "blocks.1.self_attn.q", "blocks.1.ffn.0"]
-    assert relative(velocity(model), velocity(reference)) < 0.12
+    assert relative_l2(velocity(model), velocity(reference)) < 0.12
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("Q8_0", 0.02), ("Q4_0", 0.25)])
@@ -303,7 +300,7 @@ def test_gguf_base_with_safetensors_adapter_and_the_reverse(
         packed = [name for name, module in model.named_modules() if isinstance(module, GGUFLinear)]
         assert len(packed) == (6 if files[1] is adapter else 24)
         assert all(name.startswith("blocks.") for name in packed)
-        assert relative(velocity(model), velocity(reference)) < bound
+        assert relative_l2(velocity(model), velocity(reference)) < bound
 
 
 def write_gguf(path: Path, state: dict[str, Tensor], kind: str) -> Path:
@@ -339,7 +336,7 @@ def test_every_quantization_at_loading(
     model = load_dit(tiny_set.model, tiny_set.adapter, quantization=quantization, base_dtype=torch.float32)
     bounds = {"disabled": 0.0, "fp8_e4m3fn": 0.06, "fp8_e5m2": 0.1, "fp4_scaled": 0.2}
     bound = next(value for name, value in reversed(bounds.items()) if quantization.startswith(name))
-    error = relative(velocity(model), velocity(reference))
+    error = relative_l2(velocity(model), velocity(reference))
     assert error <= bound
     assert (error == 0) == (quantization == "disabled")
     for name, tensor in model.state_dict().items():

@@ -18,6 +18,7 @@ import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
 from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
+from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 KERNELS = "wanvideo_infinitetalk.wanvideo.kernels."
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -153,10 +154,6 @@ def test_fp4_quantisers_compile(native: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------- run by the interpreter
-
-
-def relative_l2(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
