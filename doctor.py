@@ -125,6 +125,10 @@ def _advice(name: str, reasons: tuple[str, ...]) -> str:
     return f"install {contract.package} {contract.versions}".strip()
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _version(name: str) -> str:
     contract = lookup(name).contract
     if contract.package is not None:
@@ -149,6 +153,8 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
             spent = _median_ms(lambda: run_backend(name, q, k, v), device)
         except InfiniteTalkError as error:
             return KernelRow("", name, row.version, False, False, (str(error),))
+        except RuntimeError as error:  # whatever a kernel raises is a line of the report, not its end
+            return KernelRow("", name, row.version, False, False, (f"it fails: {_first_line(error)}",))
         return KernelRow(
             "", name, row.version, True, False, (), cosine, relative_l2, spent, baseline / spent if spent else None
         )

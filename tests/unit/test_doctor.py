@@ -67,6 +67,21 @@ def test_a_precision_without_any_kernel_is_unhealthy():
     assert any("not today" in row.verdict for row in sick.kernels)
 
 
+def test_a_kernel_that_raises_is_a_row_of_the_report(monkeypatch):
+    run = doctor.run_backend
+
+    def broken(name, *given):
+        if name == "emulated_fp8":
+            raise RuntimeError("CUDA error: invalid argument\nmore of it")
+        return run(name, *given)
+
+    monkeypatch.setattr(doctor, "run_backend", broken)
+    sick = doctor.examine(torch.device("cpu"))
+    row = next(r for r in sick.kernels if r.kernel == "emulated_fp8")
+    assert row.reasons == ("it fails: CUDA error: invalid argument",)
+    assert sick.precisions["8-bit"] is False
+
+
 def test_the_report_is_json(report):
     again = json.loads(json.dumps(report.as_json()))
     assert again["healthy"] is True

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from wanvideo_infinitetalk.cli import main
 from wanvideo_infinitetalk.wanvideo import trial
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
@@ -98,6 +99,18 @@ def test_a_mode_goes_on_with_its_next_backend(backend, monkeypatch):
     out = door.attention(q, k, v, "sageattn_3_fp8")
     expected = door.attention(q, k, v, "eager")
     assert torch.cosine_similarity(out.float().flatten(), expected.float().flatten(), 0) > 0.99
+
+
+def test_the_doctor_survives_a_package_that_kills_its_process(backend, monkeypatch, capsys, tmp_path):
+    name = backend("os.abort()")
+    monkeypatch.setitem(door.MODE_BACKENDS, "sageattn_3_fp8", (name, "emulated_fp8"))
+    file = tmp_path / "report.json"
+    assert main(["doctor", "--device", "cpu", "--report", str(file)]) == 0
+    assert name in capsys.readouterr().out
+    rows = {row["kernel"]: row for row in json.loads(file.read_text())["kernels"] if row["mode"] == "sageattn_3_fp8"}
+    assert "it kills its process (SIGABRT)" in rows[name]["reasons"][0]
+    assert not rows[name]["serves"]
+    assert rows["emulated_fp8"]["first"]
 
 
 def test_our_own_backends_need_no_trial(monkeypatch):
