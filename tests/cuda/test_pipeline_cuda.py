@@ -124,6 +124,8 @@ def test_from_files_to_a_video_file(mode: str, tiny_set: TinySet, tmp_path: Path
         frames = 2 * job.config.frames - job.config.motion_frames
         result = make_video(replace(job, max_frames=frames))
     assert result.frames == frames
+    assert result.guards.copies == 0
+    assert result.kernels
     video = VideoFrames(out)
     assert len(video) == frames
 
