@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..multitalk.windows import plan_windows
 from ..wanvideo.errors import InputError
 from .conversion import keyframe_window
 from .models import VaeModel, clip_embeds_of
 from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, advanced, foreign, node_schema, refuse_foreign
-from .types import ClipEmbeds, LongVideo, OneWindow
+from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow
 
 COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
 
@@ -207,6 +208,11 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
         mode: str = "auto",
         output_path: str = "",
     ) -> Any:
+        if colormatch not in COLOR_STRENGTH:
+            raise InputError(f"colormatch {colormatch} is not part of this pack: choose reinhard.")
+        plan_windows(
+            1, frame_window_size, motion_frame
+        )  # lengths that do not fit are said on this node, not on the sampler
         plan = LongVideo(
             vae=vae,
             width=width // 16 * 16,

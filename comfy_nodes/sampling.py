@@ -25,7 +25,7 @@ from ..wanvideo.modules.layout import count_guards
 from ..wanvideo.policy import bind
 from ..wanvideo.schedulers import SCHEDULERS, Scheduler, make_scheduler
 from .models import VideoModel
-from .types import ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ INSTEAD = {
     "rcm": "lcm",
     "vibt_unipc": "unipc",
 }
-
-COLOR_STRENGTH = {"disabled": 0.0, "reinhard": 1.0}
 
 Latent = dict[str, Any]
 
@@ -196,8 +194,6 @@ def _long_video(
         raise InputError("There is no speech: connect multitalk_embeds (MultiTalk Silent Embeds for a silent person).")
     if settings.end_step != -1:
         raise InputError("end_step stops within a window, a long video has many: set it to -1.")
-    if what.color_match not in COLOR_STRENGTH:
-        raise InputError(f"colormatch {what.color_match} is not part of this pack: choose reinhard.")
     if what.clip is not None and what.clip.negative is not None:
         raise InputError("A negative_image has no effect on long videos: disconnect it (WanVideo ClipVision Encode).")
     source = _source(what, start)

@@ -172,12 +172,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "riflex": ("WanVideoSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
     "no step left": ("WanVideoSampler", {"start_step": 5}, InputError, "start step"),
     "an end step": ("WanVideoSampler", {"end_step": 1}, InputError, "end_step"),
-    "another colour match": ("WanVideoSampler", {}, InputError, "choose reinhard"),
-    "a window of 16": ("WanVideoSampler", {}, InputError, "4n \\+ 1"),
-}
-BEFORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "another colour match": ("WanVideoImageToVideoMultiTalk", {"colormatch": "mkl"}),
-    "a window of 16": ("WanVideoImageToVideoMultiTalk", {"frame_window_size": 16}),
+    "another colour match": ("WanVideoImageToVideoMultiTalk", {"colormatch": "mkl"}, InputError, "choose reinhard"),
+    "a window of 16": ("WanVideoImageToVideoMultiTalk", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
+    "no room for new frames": ("WanVideoImageToVideoMultiTalk", {"motion_frame": 33}, InputError, "no room"),
 }
 
 
@@ -185,9 +182,6 @@ BEFORE: dict[str, tuple[str, dict[str, Any]]] = {
 def test_wrong_input_is_answered_on_the_node_that_has_it(host: Host, prompt, case: str) -> None:
     class_type, change, error, words = WRONG[case]
     prompt[node_of(prompt, class_type)]["inputs"].update(change)
-    if case in BEFORE:
-        other, setting = BEFORE[case]
-        prompt[node_of(prompt, other)]["inputs"].update(setting)
     with pytest.raises(NodeError, match=words) as caught:
         host.run(prompt)
     assert isinstance(caught.value.error, error)
