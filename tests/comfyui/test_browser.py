@@ -116,6 +116,42 @@ def test_no_node_is_missing_and_all_widgets_keep_their_values(page: Any, looks: 
     assert len(ours) >= 10
 
 
+def test_a_file_of_an_older_release_keeps_its_values_and_links(page: Any, looks: dict[str, Any]) -> None:
+    """Fewer widgets at the end of some nodes and one more on another, a socket under its former name, others' nodes."""
+    content = drawn("infinitetalk_tiny")
+    nodes = {node["type"]: node for node in content["nodes"]}
+    kept = {
+        "WanVideoVAELoader": 2,
+        "WanVideoModelLoader": 5,
+        "WanVideoImageToVideoMultiTalk": 7,
+        "MultiTalkWav2VecEmbeds": 6,
+        "WanVideoSampler": 12,
+    }
+    for node_type, count in kept.items():
+        nodes[node_type]["widgets_values"] = nodes[node_type]["widgets_values"][:count]
+    nodes["WanVideoSampler"]["widgets_values"][1] = 1.0000000000000002  # as the page wrote fractions
+    nodes["MultiTalkModelLoader"]["widgets_values"].append("fp16")
+    loader = nodes["WanVideoModelLoader"]
+    loader["widgets_values"][0] = r"folder\a-file-that-is-not-here.gguf"
+    (socket,) = [socket for socket in loader["inputs"] if socket["name"] == "extra_model"]
+    socket["name"] = "vace_model"
+    nodes["CreateVideo"] |= {"type": "SomebodysVideoWriter", "widgets_values": {"frame_rate": 25}}
+    del nodes["CreateVideo"], nodes["MarkdownNote"]
+    open_workflow(page, content, "older.json")
+    shown = {node["id"]: node for node in page.evaluate(NODES)}
+    assert [node["type"] for node in shown.values() if not node["known"]] == ["SomebodysVideoWriter"]
+    whole = {node["type"]: node for node in drawn("infinitetalk_tiny")["nodes"]}
+    for node_type, node in nodes.items():
+        saved = node["widgets_values"]
+        values = [*saved, *whole[node_type]["widgets_values"][len(saved) :]]
+        widgets = shown[node["id"]]["widgets"]
+        for name, value in zip(looks[node_type].widgets, values, strict=False):
+            assert not name or widgets[name] == value, f"{node_type} {name}"
+    exported = page.evaluate("async () => (await app.graphToPrompt()).output")[str(loader["id"])]["inputs"]
+    assert exported["multitalk_model"] == [str(nodes["MultiTalkModelLoader"]["id"]), 0]
+    assert exported["model"] == loader["widgets_values"][0]
+
+
 def test_the_page_and_the_builder_agree_on_the_api_format(page: Any) -> None:
     open_workflow(page, drawn("infinitetalk_two_speakers"), "two.json")
     exported = page.evaluate("async () => (await app.graphToPrompt()).output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,11 @@ def test_a_foreign_socket_is_refused_when_connected(host: Host) -> None:
     assert refused == len([i for n in PUBLIC.values() for i in n["inputs"].values() if i["type"] in FOREIGN])
     with pytest.raises(TypeError, match="has no input 'nonsense'"):
         refuse_foreign(host.nodes["WanVideoSampler"], {"nonsense": 1})
+
+
+def test_a_widget_that_an_older_file_lacks_has_its_default(host: Host) -> None:
+    for node in host.nodes.values():
+        taken = inspect.signature(node.execute).parameters
+        for widget in node.GET_SCHEMA().inputs:
+            if widget.optional and "default" in widget.as_dict():
+                assert taken[widget.id].default == widget.as_dict()["default"], f"{node.__name__} {widget.id}"
