@@ -25,6 +25,7 @@ from ..wanvideo.compilation import CompileSettings, check_with_block_swap, compi
 from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.lora import LoraSpec, active_loras, apply_loras
 from ..wanvideo.modules.attention import attention, canonical_mode
+from ..wanvideo.modules.layout import aligned_contiguous
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.offload import BlockSwap
 from ..wanvideo.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
@@ -361,7 +362,7 @@ def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Call
         return load_file(file)["features"]
     features = encode(prompt)
     partial = file.with_suffix(".partial")
-    save_file({"features": features.contiguous()}, partial)  # layout: a row of a padded batch, stored whole
+    save_file({"features": aligned_contiguous(features)}, partial)
     partial.replace(file)
     return features
 

@@ -21,6 +21,7 @@ from ..multitalk.single_window import StepReport, WindowInputs, denoise
 from ..multitalk.windows import audio_rows, latent_frames, plan_windows
 from ..wanvideo.compilation import compile_limits
 from ..wanvideo.errors import InputError
+from ..wanvideo.modules.attention import count_kernels
 from ..wanvideo.modules.layout import count_guards
 from ..wanvideo.policy import bind
 from ..wanvideo.schedulers import SCHEDULERS, Scheduler, make_scheduler
@@ -99,16 +100,23 @@ def sample(
     if text is None:
         raise InputError("There is no prompt: connect text_embeds (WanVideo TextEncode).")
     begin = time.monotonic()
-    with host.ordinary_tensors(), count_guards() as guards, _fast_fp16(model), compile_limits(model.compile_settings):
+    with (
+        host.ordinary_tensors(),
+        count_guards() as guards,
+        count_kernels() as kernels,
+        _fast_fp16(model),
+        compile_limits(model.compile_settings),
+    ):
         if isinstance(what, LongVideo):
             result = _long_video(model, what, settings, text, speech, start)
         else:
             result = _one_window(model, what, settings, text, speech, start)
     log.info(
-        "%s: attention %s (policy %s), linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
+        "%s: attention %s (policy %s) by %s, linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
         model.name,
         model.attention_mode,
         model.attention_policy,
+        ", ".join(f"{kernel} ({calls} calls)" for kernel, calls in kernels.most_common()) or "none",
         summary(model.model.blocks),
         model.precision,
         guards.copies,

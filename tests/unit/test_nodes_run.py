@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,14 @@ def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
     prompt[long]["inputs"]["output_path"] = "../../elsewhere.mp4"
     with pytest.raises(NodeError, match="leads outside ComfyUI's output folder"):
         host.run(prompt)
+
+
+def test_one_line_says_what_ran(host: Host, prompt, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        host.run(prompt)
+    (line,) = (r.getMessage() for r in caplog.records if "guard copies" in r.getMessage())
+    assert re.search(r"attention \w+ \(policy default\) by .*sdpa \([1-9]\d* calls\)", line), line
+    assert re.search(r"linears \d+ x \w+, .*guard copies 0 of [1-9]\d* calls \(0\.0 MiB\)", line), line
 
 
 def one_window(prompt: dict[str, Any], image_embeds: dict[str, Any]) -> str:
