@@ -147,7 +147,8 @@ def fp8_matmul_violations(
     same numbers (`_scaled_matmul`).
     """
     reasons = []
-    if weight.dtype not in FP8_DTYPES.values():
+    # Spelled out, because torch 2.8 cannot trace `dict.values()`.
+    if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         reasons.append(f"it multiplies e4m3fn or e5m2 weights, not {weight.dtype}")
     if weight.ndim != 2:
         reasons.append(f"it takes a weight of two dimensions, not {weight.ndim}")

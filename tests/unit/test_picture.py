@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -64,6 +65,8 @@ def test_a_long_strip_keeps_its_middle():
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr", "HSV", "RGBA", "LA"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 11:
+        pytest.skip("this Pillow cannot read back the YCbCr TIFF that it writes")
     picture = Image.fromarray(gradient()).convert(mode)
     name = "a.tiff" if mode in ("CMYK", "YCbCr") else "a.png"
     if mode == "HSV":  # no file format stores it
