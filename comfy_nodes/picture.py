@@ -210,9 +210,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
     ) -> Any:
         if colormatch not in COLOR_STRENGTH:
             raise InputError(f"colormatch {colormatch} is not part of this pack: choose reinhard.")
-        plan_windows(
-            1, frame_window_size, motion_frame
-        )  # lengths that do not fit are said on this node, not on the sampler
+        plan_windows(1, frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler
         plan = LongVideo(
             vae=vae,
             width=width // 16 * 16,

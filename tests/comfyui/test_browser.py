@@ -138,6 +138,8 @@ def test_a_file_of_an_older_release_keeps_its_values_and_links(page: Any, looks:
     nodes["CreateVideo"] |= {"type": "SomebodysVideoWriter", "widgets_values": {"frame_rate": 25}}
     del nodes["CreateVideo"], nodes["MarkdownNote"]
     open_workflow(page, content, "older.json")
+    page.keyboard.press("Escape")  # the dialog about the node of somebody
+    page.wait_for_function("() => !document.querySelector('.p-dialog-mask')")
     shown = {node["id"]: node for node in page.evaluate(NODES)}
     assert [node["type"] for node in shown.values() if not node["known"]] == ["SomebodysVideoWriter"]
     whole = {node["type"]: node for node in drawn("infinitetalk_tiny")["nodes"]}
