@@ -405,11 +405,12 @@ def _sentences_for_torch(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # torch says it of the host's memory in words only.
+        # torch says it of the host's memory, and of a library's, in words only.
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in str(error):
+            if "can't allocate memory" in str(error):
+                device = torch.device("cpu")
+            elif "ALLOC_FAILED" not in str(error):  # of cuBLAS and its like
                 raise
-            device = torch.device("cpu")
         raise InfiniteTalkError(
             f"The memory of {device} does not suffice; try a smaller size, fewer frames per window, a quantization "
             "such as fp8_e4m3fn_scaled, blocks that are swapped out, or a tiled VAE."

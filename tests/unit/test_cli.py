@@ -401,6 +401,7 @@ def test_a_full_disk(run: Callable[..., Ran], tmp_path: Path) -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_too_little_memory(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
