@@ -26,6 +26,7 @@ from .wanvideo.modules.attention import MODE_BACKENDS, run_backend
 from .wanvideo.modules.backends import lookup, unavailable_reasons
 from .wanvideo.modules.backends.packages import installed_version
 from .wanvideo.nvfp4 import nvfp4_matmul_violations
+from .wanvideo.quantized_linear import relative_l2
 
 __all__ = ["PRECISIONS", "KernelRow", "LinearRow", "Report", "examine"]
 
@@ -112,8 +113,8 @@ def _median_ms(call: Callable[[], object], device: torch.device, repeats: int = 
 
 def _errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """(cosine similarity, relative L2 error), in float64."""
-    a, e = actual.double().flatten(), expected.double().flatten()
-    return float(torch.cosine_similarity(a, e, dim=0)), float((a - e).norm() / e.norm())
+    cosine = torch.cosine_similarity(actual.double().flatten(), expected.double().flatten(), dim=0)
+    return float(cosine), relative_l2(actual, expected)
 
 
 def _advice(name: str, reasons: tuple[str, ...]) -> str:
