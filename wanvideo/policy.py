@@ -1,8 +1,8 @@
 """Which attention mode serves which step, block and role: a table, read without a GPU.
 
-SageAttention3 (arXiv 2505.11594, section 5 and its README) asks for more precision where a diffusion run is most
-sensitive: the first and the last step. A policy is a tuple of rules; the first one that matches decides. Cross
-attention to audio, text and picture has few keys, where low precision is slower and less accurate: it stays on SDPA.
+SageAttention3's README (thu-ml/SageAttention) advises more precision where a diffusion run is most sensitive: the first
+and the last step. A policy is a tuple of rules; the first one that matches decides. Cross attention to audio, text and
+picture has few keys, where low precision is slower and less accurate: it stays on SDPA.
 """
 
 from __future__ import annotations
