@@ -1,24 +1,19 @@
 """Raw kernel calls, each tried in a child process, because a CUDA fault cannot be caught.
 
-`python truth.py` reads cases as JSON lines and answers with one JSON line each; it dies where the kernel kills it.
-`outcomes` runs cases in children and turns a death into the outcome "fault".
+`outcomes` gives the cases to this file as a script (`support.children`); a death is the outcome "fault".
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-RIGHT, WRONG, REFUSED, FAULT, ABSENT = "right", "wrong", "refused", "fault", "absent"
+from support.children import FAULT, ask, serve
+
+RIGHT, WRONG, REFUSED, ABSENT = "right", "wrong", "refused", "absent"
 BAD = (WRONG, REFUSED, FAULT)
-CHILD_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -47,43 +42,9 @@ class Raw:
         return f"{self.kernel} {self.dtype} {self.layout} {self.amount}" + (f" {extra}" if extra else "")
 
 
-def outcomes(cases: Sequence[Raw], together: bool, workers: int = 8) -> list[dict[str, Any]]:
+def outcomes(cases: Sequence[Raw], together: bool) -> list[dict[str, Any]]:
     """What each raw call did: {"outcome", "cosine", "error"}; in one child per case, or in few (`together`)."""
-    groups = [list(cases[i::workers]) for i in range(workers)] if together else [[case] for case in cases]
-    with ThreadPoolExecutor(workers) as pool:
-        answered = list(pool.map(_in_children, groups))
-    by_case = {str(case): answer for group, answers in zip(groups, answered, strict=True)
-               for case, answer in zip(group, answers, strict=True)}  # fmt: skip
-    return [by_case[str(case)] for case in cases]
-
-
-def _in_children(cases: list[Raw]) -> list[dict[str, Any]]:
-    """One child for as long as it lives, then another for the rest."""
-    answers: list[dict[str, Any]] = []
-    while len(answers) < len(cases):
-        rest = cases[len(answers) :]
-        lines = "".join(json.dumps(asdict(case)) + "\n" for case in rest)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        try:
-            child = subprocess.run(
-                [sys.executable, str(Path(__file__))],
-                input=lines,
-                capture_output=True,
-                text=True,
-                timeout=CHILD_SECONDS,
-                env=environment,
-                check=False,
-            )
-            out, error = child.stdout, child.stderr
-            died = f"exit status {child.returncode}: {_last_line(error)}"
-        except subprocess.TimeoutExpired as expired:
-            out = expired.stdout.decode() if isinstance(expired.stdout, bytes) else (expired.stdout or "")
-            died = f"no answer within {CHILD_SECONDS} s"
-        found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        answers += found
-        if len(found) < len(rest) and (not found or found[-1]["outcome"] != FAULT):
-            answers.append({"outcome": FAULT, "error": died})
-    return answers[: len(cases)]
+    return ask(Path(__file__), [asdict(case) for case in cases], alone=not together)
 
 
 def _last_line(text: str) -> str:
@@ -247,15 +208,5 @@ def _try(raw: Raw) -> dict[str, Any]:
     return {"outcome": RIGHT if right else WRONG, "cosine": round(cosine, 5), "error": f"relative L2 {error:.3g}"}
 
 
-def main() -> None:
-    """Answer each JSON line of standard input; stop after a fault, which poisons the process."""
-    for line in sys.stdin:
-        answer = _try(Raw(**json.loads(line)))
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-        if answer["outcome"] == FAULT:
-            os._exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda request: _try(Raw(**request)))
