@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test lint test-oldest test-comfyui sanitize clean
+.PHONY: demo test lint test-oldest test-comfyui sanitize gpu clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,11 @@ test-comfyui: $(VENV)/.ready
 sanitize: $(VENV)/.ready
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
 		$(BIN)/python -m pytest tests/cuda/test_reduced_cuda.py $(PYTEST_ARGS)
+
+# The suite, the memory checker, the benchmarks and the doctor on a GPU machine, each with a log; GPU_ARGS="--gpus 4 tests:"
+GPU_ARGS ?=
+gpu: $(VENV)/.ready
+	$(BIN)/python tools/gpu_run.py $(GPU_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .build build *.egg-info out

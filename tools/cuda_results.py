@@ -3,6 +3,7 @@
 python -m pytest -m cuda --junitxml=cuda.xml -o junit_logging=system-out
 make sanitize 2>&1 | tee sanitize.log
 python -m benchmarks.guard_cost --json guards.json      (and the others)
+(or all of these, with a log for each: python tools/gpu_run.py)
 python tools/cuda_results.py --junit cuda.xml --sanitizer sanitize.log --json guards.json ... --out docs/cuda-results.md
 """
 

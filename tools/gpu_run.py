@@ -49,9 +49,7 @@ class Step:
 
 def _tests(name: str, *arguments: str, seconds: int, limit: int) -> Step:
     junit = ("--junitxml={out}/" + name.replace(":", "-") + ".xml", "-o", "junit_logging=system-out")
-    return Step(
-        name, ("-m", "pytest", "-m", "cuda", "-q", "-rs", "--durations=20", *junit, *arguments), seconds, limit
-    )
+    return Step(name, ("-m", "pytest", "-m", "cuda", "-q", "-rs", "--durations=20", *junit, *arguments), seconds, limit)
 
 
 def _benchmark(name: str, *arguments: str, seconds: int, limit: int) -> Step:
@@ -69,6 +67,7 @@ SUITE_SECONDS = {
     "doctor_cuda": 50,
     "fp8_cuda": 45,
     "kernels_cuda": 20,
+    "layers_cuda": 90,
     "pipeline_cuda": 130,
     "raw_calls": 60,
     "reduced_cuda": 25,

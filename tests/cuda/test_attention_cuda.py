@@ -1,6 +1,7 @@
 """Every attention mode that can run on this GPU, through the door, on generated calls of every layout and size.
 
-`ATTENTION_CASES=N` sets the number of cases per mode (default 480: over 3,000 in all); `pytest -s` prints the summary.
+`ATTENTION_CASES=N` sets the number of cases per mode (default 480); `pytest -s` prints the summary. The same calls with
+quantised linears around them: test_layers_cuda.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import time
 import pytest
 import torch
 from support.attention_cases import Case, case, faults, tensors
+from support.mode_bounds import bound_of, served_by
 from wanvideo_infinitetalk.wanvideo.modules.attention import MODE_BACKENDS, attention, run_backend
-from wanvideo_infinitetalk.wanvideo.modules.backends import backends, lookup, not_supported_reasons, unavailable_reasons
+from wanvideo_infinitetalk.wanvideo.modules.backends import backends, unavailable_reasons
 from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(600)]
@@ -22,42 +24,9 @@ pytestmark = [pytest.mark.cuda, pytest.mark.timeout(600)]
 CASES = int(os.environ.get("ATTENTION_CASES", "480"))
 SHOWN = 5
 
-# Relative L2 against float64 on the hardest input, white noise. 16-bit rounding for exact kernels; for the others what
-# their number format costs (tests/unit/test_emulation.py), with a margin for the smallest sizes.
-EXACT = {"bf16": 0.01, "fp16": 0.003, "fp32": 1e-4}
-EIGHT_BIT, FOUR_BIT = 0.06, 0.26
-BOUNDS = {
-    "sdpa": EXACT,
-    "eager": EXACT,
-    "flash_attn_2": {**EXACT, "fp32": 0.01},
-    "flash_attn_3": {**EXACT, "fp32": 0.01},
-    "sageattn": EIGHT_BIT,
-    "sageattn_3_fp8": EIGHT_BIT,
-    "comfy_kitchen_int8": EIGHT_BIT,
-    "sageattn_3": FOUR_BIT,
-    "sageattn_3_fp4": FOUR_BIT,
-    "emulated_fp8": EIGHT_BIT,
-    "emulated_nvfp4": FOUR_BIT,
-    "emulated_nvfp4_plain": FOUR_BIT,
-}
 MODES = ("sdpa", "eager", "sageattn", "sageattn_3", "sageattn_3_fp4", "sageattn_3_fp8", "flash_attn_2", "flash_attn_3")
 DIRECT = ("comfy_kitchen_int8", "emulated_fp8", "emulated_nvfp4", "emulated_nvfp4_plain")
 DEVICE = "cuda"
-
-
-def bound_of(name: str, case: Case) -> float:
-    bound = BOUNDS[name]
-    return bound[case.dtype] if isinstance(bound, dict) else bound
-
-
-def served_by(name: str, one: Case, qkv: tuple[torch.Tensor, ...]) -> str | None:
-    """The backend that a mode runs for a case, None when none can."""
-    for backend in map(lookup, MODE_BACKENDS.get(name, (name,))):
-        if unavailable_reasons(backend.name, qkv[0].device):
-            continue
-        if not not_supported_reasons(backend.contract, *qkv, None, one.scale, False, layout=False):
-            return backend.name
-    return None
 
 
 VALUES_NOT_SERVED = {"comfy_kitchen_int8": ("large qk",)}

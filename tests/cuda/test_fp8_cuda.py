@@ -9,18 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.layer_cases import exact_linear, linear_bound
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
-from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear, nvfp4_matmul_violations
+from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear
 from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 pytestmark = pytest.mark.cuda
 
 BASES = (torch.bfloat16, torch.float16, torch.float32)
-# Relative L2 against the stored weights: the roundings of the base dtype alone, or quantised activations too.
-ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-FP4_ACTIVATIONS = 0.13
 QUANTIZED = [name for name in fp8.QUANTIZATIONS if name != "disabled"]
 
 
@@ -38,24 +35,6 @@ def make(name: str, base: torch.dtype, out_features: int = 96, in_features: int 
     return linear
 
 
-def bound(linear: Any) -> float:
-    extents = (linear.out_features, linear.in_features)
-    if isinstance(linear, NVFP4Linear):
-        native = not nvfp4_matmul_violations(*extents, linear.base_dtype, device())
-        return FP4_ACTIVATIONS if native else ROUNDING[linear.base_dtype]
-    scale = linear.scale_weight
-    fast = linear.fast and not fp8.fp8_matmul_violations(linear.weight, linear.base_dtype, device(), scale)
-    return fp8.FAST_MATMUL_ERROR if fast else ROUNDING[linear.base_dtype]
-
-
-def exact(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    """In float64, from the stored weight."""
-    base, linear.base_dtype = linear.base_dtype, torch.float32
-    weight = linear.dequantized_weight().double()
-    linear.base_dtype = base
-    return F.linear(x.double(), weight, linear.bias.double())
-
-
 def check(linear: Any, x: torch.Tensor, what: str) -> None:
     before = x.clone()
     out = linear(x)
@@ -63,12 +42,12 @@ def check(linear: Any, x: torch.Tensor, what: str) -> None:
     assert out.is_contiguous(), what
     assert out.dtype == linear.base_dtype, what
     assert torch.equal(x, before), f"{what}: the input was written to"
-    expected = exact(linear, x)
+    expected = exact_linear(linear, x)
     assert out.shape == expected.shape, what
     if out.numel():
         # The error of a few rows scatters around that of many.
         slack = 1.0 if out.shape[:-1].numel() >= 16 else 1.2
-        assert relative_l2(out, expected) < slack * bound(linear), what
+        assert relative_l2(out, expected) < slack * linear_bound(linear), what
 
 
 def layouts(dtype: torch.dtype, features: int) -> Iterator[tuple[str, torch.Tensor]]:

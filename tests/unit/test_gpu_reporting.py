@@ -78,7 +78,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
     code = """
 import runpy, sys
-for name, *options in (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"), ("linear", "--rounds=1")):
+for name, *options in (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"), ("linear", "--rounds=1"), ("vram",)):
     sys.argv = [name, "--small", *options, "--json", f"{sys.argv[-1].rpartition('/')[0]}/{name}.json"]
     try:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
@@ -112,6 +112,13 @@ def test_linears_are_measured_in_every_quantisation(reports: dict[str, dict]) ->
     for table in reports["linear"]["tables"]:
         errors = {row["linear"]: row["relative L2"] for row in table["rows"]}
         assert errors["bf16"] < 0.003 < errors["fp8_e4m3fn"] < errors["fp8_e5m2"] < errors["fp4_scaled"] < 0.2
+
+
+def test_the_vae_is_measured_whole_in_tiles_and_by_length(reports: dict[str, dict]) -> None:
+    sizes, lengths = (table["rows"] for table in reports["vram"]["tables"])
+    assert [row["tiles"] for row in sizes] == ["none", "32"]
+    assert [row["frames"] for row in lengths] == [9, 21]
+    assert all(row["encode, s"] > 0 and row["decode, s"] > 0 for row in sizes)
 
 
 def test_a_small_run_is_not_judged(reports: dict[str, dict]) -> None:

@@ -139,16 +139,17 @@ def aligned_contiguous(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Ten
 
 
 def even_strides(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
-    """`x` itself, or a view of it whose dimensions of size 1 have strides that are multiples of `alignment` bytes.
+    """`x` itself, or a view whose dimensions of size 1 before the last have strides of whole `alignment` bytes.
 
     Nothing steps along them, so that no address changes; but PyTorch's memory-efficient attention chooses its kernel by
     them too, and finds none for float32 ("cutlassF: no kernel found to launch").
     """
     item = x.element_size()
-    if all(size != 1 or stride * item % alignment == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    outer = list(zip(x.shape, x.stride(), strict=True))[:-1]
+    if all(size != 1 or stride * item % alignment == 0 for size, stride in outer):
         return x
-    strides = [alignment if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return x.as_strided(x.shape, strides, x.storage_offset())
+    strides = [alignment if size == 1 else stride for size, stride in outer]
+    return x.as_strided(x.shape, (*strides, x.stride(-1)), x.storage_offset())
 
 
 def aligned_strided(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
