@@ -258,23 +258,23 @@ def vocabulary_size(spiece: bytes) -> int:
     return int(sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size())
 
 
-def clip_weights(dtype: torch.dtype = torch.float16) -> State:
-    """The CLIP vision tower in the names of transformers: 16 x 16 patches of 14 pixels and a class token, 1280 wide."""
+def clip_weights(dim: int = CLIP_DIM, dtype: torch.dtype = torch.float16) -> State:
+    """The CLIP vision tower in the names of transformers: 16 x 16 patches of 14 pixels and a class token."""
     w = _Weights(dtype)
     model = "vision_model"
-    w.normal(f"{model}.embeddings.class_embedding", CLIP_DIM, std=1.0)
-    w.linear(f"{model}.embeddings.patch_embedding", CLIP_DIM, 3, CLIP_PATCH, CLIP_PATCH, bias=False)
-    w.normal(f"{model}.embeddings.position_embedding.weight", CLIP_TOKENS, CLIP_DIM, std=0.5)
-    w.norm(f"{model}.pre_layrnorm", CLIP_DIM)
+    w.normal(f"{model}.embeddings.class_embedding", dim, std=1.0)
+    w.linear(f"{model}.embeddings.patch_embedding", dim, 3, CLIP_PATCH, CLIP_PATCH, bias=False)
+    w.normal(f"{model}.embeddings.position_embedding.weight", CLIP_TOKENS, dim, std=0.5)
+    w.norm(f"{model}.pre_layrnorm", dim)
     for n in range(CLIP_LAYERS):
         layer = f"{model}.encoder.layers.{n}"
-        w.norm(f"{layer}.layer_norm1", CLIP_DIM)
+        w.norm(f"{layer}.layer_norm1", dim)
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            w.linear(f"{layer}.self_attn.{part}", CLIP_DIM, CLIP_DIM)
-        w.norm(f"{layer}.layer_norm2", CLIP_DIM)
-        w.linear(f"{layer}.mlp.fc1", CLIP_FFN, CLIP_DIM)
-        w.linear(f"{layer}.mlp.fc2", CLIP_DIM, CLIP_FFN)
-    w.norm(f"{model}.post_layernorm", CLIP_DIM)
+            w.linear(f"{layer}.self_attn.{part}", dim, dim)
+        w.norm(f"{layer}.layer_norm2", dim)
+        w.linear(f"{layer}.mlp.fc1", CLIP_FFN, dim)
+        w.linear(f"{layer}.mlp.fc2", dim, CLIP_FFN)
+    w.norm(f"{model}.post_layernorm", dim)
     return w.state
 
 

@@ -1,0 +1,112 @@
+"""Train the demo's small wav2vec2 to hear what a mouth does: a few minutes on two CPU cores.
+
+`python -m wanvideo_infinitetalk.tools.demo_model.train_ears RECORDINGS.npz EARS.safetensors`
+
+The network is transformers' Wav2Vec2Model at the widths of `tiny.wav2vec_weights`, run as `multitalk.audio` runs it:
+convolutions, a resize to one row per video frame, transformer layers. From the output of every layer one linear map
+reads opening and width (`rule.mouth_of`) of the frame before, this one and the next; it is thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ... import tiny
+from ...multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, normalise_loudness
+from .recordings import Wave, read_recordings
+from .rule import FPS, mouth_of
+
+log = logging.getLogger(__name__)
+
+SECONDS = 12.0
+BATCH = 8
+
+
+def features(model: nn.Module, speech: Tensor, frames: int) -> Tensor:
+    """All layers' outputs [B, frames, layers, hidden] of samples [B, n], with gradients."""
+    rows = model.feature_extractor(speech)
+    rows = F.interpolate(rows, size=frames, mode="linear", align_corners=True).transpose(1, 2)
+    hidden, _ = model.feature_projection(rows)
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in model.encoder.layers]
+    model.encoder(hidden)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(outputs, dim=2)
+
+
+def batch_of(recordings: list[Wave], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random pieces [B, n] at -23 LUFS and their targets [B, frames, 6]."""
+    length = int(SECONDS * SAMPLE_RATE)
+    pieces, targets = [], []
+    while len(pieces) < BATCH:
+        whole = recordings[int(rng.integers(len(recordings)))]
+        start = int(rng.integers(max(1, len(whole) - length)))
+        piece = normalise_loudness(whole[start : start + length])
+        if len(piece) < length:
+            continue
+        mouth = mouth_of(piece)
+        both = np.pad(np.stack([mouth.opening, mouth.width], 1), ((1, 1), (0, 0)), mode="edge")
+        pieces.append(piece)
+        targets.append(np.concatenate([both[:-2], both[1:-1], both[2:]], axis=1))
+    return torch.from_numpy(np.stack(pieces)), torch.from_numpy(np.stack(targets)).float()
+
+
+def train(recordings: list[Wave], steps: int, seed: int = 0, minutes: float | None = None) -> dict[str, Tensor]:
+    """The trained state dict, bare names; stops early where `minutes` have passed."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    ears = Wav2Vec2Features.from_state_dict(tiny.wav2vec_weights())
+    model = ears.model.requires_grad_(True)  # in eval mode: no dropout
+    reader = nn.Linear(ears.hidden_size, 6)
+    parameters = [*model.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+    began = time.monotonic()
+    for step in range(steps):
+        done = max(step / steps, 0.0 if minutes is None else (time.monotonic() - began) / 60 / minutes)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
+        speech, target = batch_of(recordings, rng)
+        if step % 2:  # a folder's preprocessor asks for unit variance, a single file does not
+            speech = (speech - speech.mean(1, True)) / torch.sqrt(speech.var(1, correction=0, keepdim=True) + 1e-7)
+        read = reader(features(model, speech, target.shape[1]))  # [B, frames, layers, 6]
+        error = (read - target[:, :, None]).square()
+        loss = error.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            log.info("step %d: opening off by %.4f (rms), loss %.5f", step, error[:, :, -1, 2].mean() ** 0.5, loss)
+    return {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recordings", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=None)
+    given = parser.parse_args()
+    state = train(read_recordings(given.recordings), given.steps, minutes=given.minutes)
+    save_file(state, given.out)
+
+
+if __name__ == "__main__":
+    main()
