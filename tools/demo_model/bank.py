@@ -19,6 +19,7 @@ from ...multitalk.masks import default_masks
 from ...wanvideo.clip import ClipVision
 from ...wanvideo.vae import WanVAE
 from .faces import Faces, Motion, draw, mouth_boxes, random_faces, random_motion, rest
+from .whole_clip import encode
 
 __all__ = ["FRAMES", "SIZE", "Bank", "Clips", "Sounds"]
 
@@ -117,8 +118,8 @@ class Bank:
         video = draw(moved, [m.to(self.device) for m in motions], SIZE, self.width)
         picture = draw(moved, [m.to(self.device) for m in pictures], SIZE, self.width)  # [count, 3, 1, H, W]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            x = self._encode(video)
-            y = self._encode(F.pad(picture, (0, 0, 0, 0, 0, FRAMES - 1)))
+            x = encode(self.vae, video)
+            y = encode(self.vae, F.pad(picture, (0, 0, 0, 0, 0, FRAMES - 1)))
         front = torch.where(first, 1, 3)
         seven = ~first & (torch.rand(count, generator=generator) < 0.1)  # 25 motion frames
         boxes = torch.stack([mouth_boxes(face, SIZE, self.width) for face in faces], dim=1)
@@ -134,9 +135,6 @@ class Bank:
             boxes=boxes,
         )
         return Clips(*(tensor.to(self.device) for tensor in clips.fields()))
-
-    def _encode(self, video: Tensor) -> Tensor:
-        return self.vae.encode(video)
 
     def _masks(self, faces: list[Faces]) -> Tensor:
         """[N, people + 1, S]: for each clip the default halves, or boxes about the heads."""

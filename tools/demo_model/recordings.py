@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import fftconvolve
 
 from ...multitalk.audio import SAMPLE_RATE, load_speech, normalise_loudness, read_audio
 
@@ -97,7 +98,9 @@ def _recording(rng: np.random.Generator) -> Wave:
         wave = _speech(rng, total)
         if rng.random() < 0.7:
             wave = _coloured(rng, wave)
-        if rng.random() < 0.45:
+        if rng.random() < 0.5:
+            wave = _in_a_room(rng, wave)
+        if rng.random() < 0.5:
             level = rng.uniform(10, 45)  # dB below the speech
             wave = wave + _noise(rng, total) * np.float32(_rms(wave) / 10 ** (level / 20))
     return normalise_loudness(wave.astype(np.float32))
@@ -161,6 +164,15 @@ def _coloured(rng: np.random.Generator, wave: Wave) -> Wave:
     knots = np.log([60, 200, 500, 1200, 2500, 5000, 8000])
     gain = np.interp(np.log(np.maximum(hertz, 60)), knots, np.cumsum(rng.uniform(-4, 4, len(knots))).clip(-9, 9))
     return np.fft.irfft(np.fft.rfft(wave) * 10 ** (gain / 20), len(wave)).astype(np.float32)
+
+
+def _in_a_room(rng: np.random.Generator, wave: Wave) -> Wave:
+    """With the reverberation of a room: noise that falls by 60 dB in 0.1 to 0.6 s."""
+    seconds = np.arange(int(0.6 * SAMPLE_RATE)) / SAMPLE_RATE
+    tail = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / rng.uniform(0.1, 0.6))
+    tail *= 10 ** (rng.uniform(-14, 0) / 20) / np.sqrt(np.sum(tail**2))
+    tail[0] += 1
+    return fftconvolve(wave, tail)[: len(wave)].astype(np.float32)
 
 
 def _rms(wave: NDArray[np.floating]) -> float:

@@ -12,23 +12,26 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ... import tiny
 from ...multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, normalise_loudness
 from .recordings import Wave, read_recordings
-from .rule import FPS, mouth_of
+from .rule import mouth_of
 
 log = logging.getLogger(__name__)
 
 SECONDS = 12.0
 BATCH = 8
+RATE = 2e-3
 
 
 def features(model: nn.Module, speech: Tensor, frames: int) -> Tensor:
@@ -48,40 +51,51 @@ def features(model: nn.Module, speech: Tensor, frames: int) -> Tensor:
     return torch.stack(outputs, dim=2)
 
 
-def batch_of(recordings: list[Wave], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Random pieces [B, n] at -23 LUFS and their targets [B, frames, 6]."""
+def pieces_of(recordings: list[Wave], count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random pieces [count, n] at -23 LUFS and their targets [count, frames, 6]."""
     length = int(SECONDS * SAMPLE_RATE)
-    pieces, targets = [], []
-    while len(pieces) < BATCH:
-        whole = recordings[int(rng.integers(len(recordings)))]
-        start = int(rng.integers(max(1, len(whole) - length)))
-        piece = normalise_loudness(whole[start : start + length])
-        if len(piece) < length:
-            continue
-        mouth = mouth_of(piece)
+    long = [whole for whole in recordings if len(whole) >= length]
+
+    def piece(rng: np.random.Generator) -> tuple[Wave, NDArray[np.float32]]:
+        whole = long[int(rng.integers(len(long)))]
+        start = int(rng.integers(len(whole) - length + 1))
+        speech = normalise_loudness(whole[start : start + length])
+        mouth = mouth_of(speech)
         both = np.pad(np.stack([mouth.opening, mouth.width], 1), ((1, 1), (0, 0)), mode="edge")
-        pieces.append(piece)
-        targets.append(np.concatenate([both[:-2], both[1:-1], both[2:]], axis=1))
-    return torch.from_numpy(np.stack(pieces)), torch.from_numpy(np.stack(targets)).float()
+        return speech, np.concatenate([both[:-2], both[1:-1], both[2:]], axis=1)
+
+    seeds = np.random.SeedSequence(seed).spawn(count)
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda s: piece(np.random.default_rng(s)), seeds))
+    speech, target = (torch.from_numpy(np.stack(part)).float() for part in zip(*made, strict=True))
+    return speech, target
 
 
-def train(recordings: list[Wave], steps: int, seed: int = 0, minutes: float | None = None) -> dict[str, Tensor]:
+def train(
+    recordings: list[Wave],
+    steps: int,
+    seed: int = 0,
+    minutes: float | None = None,
+    pieces: int = 256,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
     """The trained state dict, bare names; stops early where `minutes` have passed."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    ears = Wav2Vec2Features.from_state_dict(tiny.wav2vec_weights())
-    model = ears.model.requires_grad_(True)  # in eval mode: no dropout
-    reader = nn.Linear(ears.hidden_size, 6)
-    parameters = [*model.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     began = time.monotonic()
+    torch.manual_seed(seed)
+    ears = Wav2Vec2Features.from_state_dict(tiny.wav2vec_weights(), device=device)
+    model = ears.model.requires_grad_(True)  # in eval mode: no dropout
+    reader = nn.Linear(ears.hidden_size, 6).to(device)
+    parameters = [*model.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
+    heard, followed = pieces_of(recordings, pieces, seed)
     for step in range(steps):
         done = max(step / steps, 0.0 if minutes is None else (time.monotonic() - began) / 60 / minutes)
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
-        speech, target = batch_of(recordings, rng)
+            group["lr"] = RATE * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
+        pick = torch.randint(len(heard), (BATCH,))
+        speech, target = heard[pick].to(device), followed[pick].to(device)
         if step % 2:  # a folder's preprocessor asks for unit variance, a single file does not
             speech = (speech - speech.mean(1, True)) / torch.sqrt(speech.var(1, correction=0, keepdim=True) + 1e-7)
         read = reader(features(model, speech, target.shape[1]))  # [B, frames, layers, 6]
@@ -91,9 +105,19 @@ def train(recordings: list[Wave], steps: int, seed: int = 0, minutes: float | No
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % 50 == 0:
-            log.info("step %d: opening off by %.4f (rms), loss %.5f", step, error[:, :, -1, 2].mean() ** 0.5, loss)
-    return {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+        if step % 200 == 0:
+            log.info("step %d: opening off by %.4f (rms), loss %.5f", step, error[:, :, -1, 2].mean().item() ** 0.5, loss.item())
+    report(model, reader, pieces_of(recordings, 16, seed + 1), device)
+    return {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def report(model: nn.Module, reader: nn.Module, pieces: tuple[Tensor, Tensor], device: torch.device | str) -> None:
+    """Log how well the last layer tells the opening in `pieces`."""
+    speech, target = (part.to(device) for part in pieces)
+    read = reader(features(model, speech, target.shape[1]))[:, :, -1, 2]
+    both = torch.stack([read.flatten(), target[:, :, 2].flatten()])
+    log.info("opening: correlation %.3f, rms %.3f", torch.corrcoef(both)[0, 1], (both[0] - both[1]).square().mean() ** 0.5)
 
 
 def main() -> None:
@@ -103,8 +127,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--pieces", type=int, default=1500, help="stretches of %g s to train on" % SECONDS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    state = train(read_recordings(given.recordings), given.steps, minutes=given.minutes)
+    recordings = read_recordings(given.recordings)
+    state = train(recordings, given.steps, minutes=given.minutes, pieces=given.pieces, device=given.device)
     save_file(state, given.out)
 
 
