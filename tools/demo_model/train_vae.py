@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FRAMES = 17
 SIZE = 128
-NOISE = 0.15
+NOISE = 0.12
 """Standard deviation of the noise on the latents, relative to their own."""
 
 
@@ -71,7 +71,10 @@ def whiten(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Ten
 
 
 def scenes(count: int, width: int, generator: torch.Generator, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Videos [count, 3, FRAMES, SIZE, width] and weights of the loss [count, 1, 1, SIZE, width]."""
+    """Videos [count, 3, FRAMES, SIZE, width] and weights of the loss [count, 1, FRAMES, SIZE, width].
+
+    The first frame counts three times: it stands alone in its latent, as every picture does.
+    """
     middles = [0.0] if width == SIZE else [-1.0, 1.0]
     faces: list[Faces] = []
     motions: list[Motion] = []
@@ -90,11 +93,13 @@ def scenes(count: int, width: int, generator: torch.Generator, device: torch.dev
         inside = (x > box[:, 0, None, None]) & (x < box[:, 2, None, None])
         eyes = box[:, 1, None, None] - (face.size * 0.45 * SIZE / 2)[:, None, None]
         inside &= (y > eyes) & (y < box[:, 3, None, None])
-        weight[:, 0, 0] += 2.0 * inside
+        weight[:, 0, 0] += 4.0 * inside
         weight[:, 0, 0] += 4.0 * (inside & (y > box[:, 1, None, None]))
     video = draw(faces, motions, SIZE, width)
     grey = torch.rand(count, generator=generator) < 0.05  # what the loop appends to a picture
     video[grey.to(device), :, 1:] = 0
+    weight = weight.repeat(1, 1, FRAMES, 1, 1)
+    weight[:, :, 0] *= 3
     return video, weight.to(device)
 
 
@@ -110,7 +115,7 @@ def make_loss(vae: WanVAE) -> nn.Module:
             pixels = (weight * error.abs()).mean()
             edges = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
             edges = edges + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-            time_ = (weight * error.diff(dim=2).abs()).mean()
+            time_ = (weight[:, :, 1:] * error.diff(dim=2).abs()).mean()
             return pixels + 0.5 * edges + 0.5 * time_ + 1e-3 * latents.square().mean()
 
     return Loss()
@@ -124,7 +129,7 @@ def psnr(vae: WanVAE, generator: torch.Generator, device: torch.device | str) ->
     video, weight = video[keep], weight[keep]
     latents = encode(vae, video)
     error = (decode(vae, latents).clamp(-1, 1) - video).square()
-    heavy = (weight > 3).expand_as(error)
+    heavy = (weight > 3).expand_as(error) & (torch.arange(FRAMES, device=error.device) > 0).view(-1, 1, 1)
     return tuple(float(-10 * torch.log10(e.mean() / 4)) for e in (error, error[heavy])) + (float(latents.std()),)
 
 

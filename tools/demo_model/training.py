@@ -140,11 +140,11 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Go on from `save`."""
+        """Go on from `save`, or from the averages alone, which are small enough to carry about."""
         state = load_shards(folder)
         for (name, parameter), average in zip(self.named.items(), self.average, strict=True):
-            parameter.copy_(state[f"weight/{name}"])
             average.copy_(state[f"average/{name}"])
+            parameter.copy_(state.get(f"weight/{name}", average))
             if f"exp_avg/{name}" in state:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(1000.0, device=self.device if self.capture else "cpu"),
