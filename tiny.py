@@ -1,11 +1,12 @@
-"""A complete set of tiny checkpoints with random weights, in the formats and key names of the public ones.
+"""Two complete sets of tiny checkpoints, in the formats and key names of the public ones.
 
-The set exists to try the whole way from a picture and a recording to a video within seconds and without a download: its
-files pass through the same loaders as the 14B ones. What they paint is noise. The numbers come from NumPy's PCG64, so
-that the same bytes are written everywhere.
+They exist to try the whole way from a picture and a recording to a video within seconds and without a download: their
+files pass through the same loaders as the 14B ones.
 
-Widths: a DiT of two layers of two heads of 64; a VAE of the public layout with 4 instead of 96 base channels, 16 latent
-channels and strides 4x8x8; a CLIP that yields 257 tokens of 1280, as the DiT's image embedding takes them.
+The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come with
+the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two layers of
+two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides 4x8x8, a
+CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that the same bytes are written everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .wanvideo.errors import InputError
@@ -31,6 +32,11 @@ CLIP_DIM, CLIP_FFN, CLIP_LAYERS, CLIP_TOKENS, CLIP_PATCH = 1280, 64, 2, 257, 14
 AUDIO_DIM, AUDIO_FFN, AUDIO_LAYERS, AUDIO_CONV = 128, 128, 2, 32
 AUDIO_HIDDEN, AUDIO_OUT, AUDIO_TOKENS = 64, 64, 8
 VAE_DIM, VAE_LATENT = 4, 16
+
+TALKING_PARTS = ("model", "adapter", "vae", "wav2vec")
+TALKING_BYTES = 12 * 2**20
+"""What the trained files may weigh together."""
+TALKING_CLIP_DIM = 64
 
 # kernels of the seven convolutions of wav2vec2
 WAV2VEC_KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -65,27 +71,40 @@ class TinySet:
         return all(path.exists() for path in vars(self).values())
 
 
-def make_tiny(folder: str | Path) -> TinySet:
-    """Write the set into `folder` (made when missing) and return its paths; the same bytes on every call.
+def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
+    """Write a set into `folder` (made when missing) and return its paths; the same bytes on every call.
+
+    Args:
+        random: the set of random weights instead of the one that talks.
 
     Raises InputError when the folder cannot be written to.
     """
     tiny = TinySet.in_folder(folder)
     try:
         tiny.wav2vec.mkdir(parents=True, exist_ok=True)
-        _save(tiny.model, dit_weights(), num_heads=HEADS)
-        _save(tiny.adapter, adapter_weights(), audio_blocks=AUDIO_LAYERS)
-        _save(tiny.vae, vae_weights())
+        if random:
+            _save(tiny.model, dit_weights(), num_heads=HEADS)
+            _save(tiny.adapter, adapter_weights(), audio_blocks=AUDIO_LAYERS)
+            _save(tiny.vae, vae_weights())
+            _save(tiny.clip_vision, clip_weights())
+            ears = wav2vec_weights()
+        else:
+            for name in ("model", "adapter", "vae"):
+                getattr(tiny, name).write_bytes(_trained(name))
+            _save(tiny.clip_vision, clip_weights(TALKING_CLIP_DIM))
+            ears = load(_trained("wav2vec"))
         _save(tiny.text_encoder, text_encoder_weights())
-        _save(tiny.clip_vision, clip_weights())
-        bare = wav2vec_weights()
-        _save(tiny.wav2vec / "model.safetensors", bare)
-        _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(bare).items()})
+        _save(tiny.wav2vec / "model.safetensors", ears)
+        _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(ears).items()})
         (tiny.wav2vec / "config.json").write_text(json.dumps(_wav2vec_config(), indent=2, sort_keys=True) + "\n")
         (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(_wav2vec_preprocessor(), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"The tiny checkpoints cannot be written to {folder}: {error.strerror or error}.") from error
     return tiny
+
+
+def _trained(name: str) -> bytes:
+    return files(__package__).joinpath("assets", "talking", f"{name}.safetensors").read_bytes()
 
 
 class _Weights:

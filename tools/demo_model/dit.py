@@ -24,7 +24,7 @@ CONFIG = WanConfig(
     num_heads=3,
     num_layers=6,
     text_dim=tiny.TEXT_DIM,
-    clip_dim=64,
+    clip_dim=tiny.TALKING_CLIP_DIM,
     audio=AudioConfig(
         intermediate_dim=128, output_dim=64, context_tokens=8, blocks=tiny.AUDIO_LAYERS, channels=tiny.AUDIO_DIM
     ),

@@ -26,8 +26,10 @@ from .whole_clip import decode, encode
 
 log = logging.getLogger(__name__)
 
-FRAMES = 17
 SIZE = 128
+CLIPS = ((17, SIZE), (81, SIZE), (17, 2 * SIZE), (81, SIZE))
+"""(frames, width) of one batch after the other. The decoder looks back over 22 latent frames: a clip must be longer than
+that for the network to see in training what it sees in the middle of a video."""
 NOISE = 0.12
 """Standard deviation of the noise on the latents, relative to their own."""
 
@@ -70,8 +72,10 @@ def whiten(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Ten
     return out
 
 
-def scenes(count: int, width: int, generator: torch.Generator, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Videos [count, 3, FRAMES, SIZE, width] and weights of the loss [count, 1, FRAMES, SIZE, width].
+def scenes(
+    count: int, frames: int, width: int, generator: torch.Generator, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Videos [count, 3, frames, SIZE, width] and weights of the loss [count, 1, frames, SIZE, width].
 
     The first frame counts three times: it stands alone in its latent, as every picture does.
     """
@@ -83,10 +87,10 @@ def scenes(count: int, width: int, generator: torch.Generator, device: torch.dev
     for middle in middles:
         face = random_faces(count, generator, middle)
         start = torch.rand(count, 1, generator=generator)
-        walk = torch.cumsum(0.22 * torch.randn(count, FRAMES, generator=generator), 1) + start
+        walk = torch.cumsum(0.22 * torch.randn(count, frames, generator=generator), 1) + start
         opening = (2 * (walk / 2 - torch.round(walk / 2))).abs()  # to and fro between 0 and 1
         opening = opening * (torch.rand(count, 1, generator=generator) < 0.9)
-        spread = torch.rand(count, 1, generator=generator).expand(-1, FRAMES)
+        spread = torch.rand(count, 1, generator=generator).expand(-1, frames)
         faces.append(face.to(device))
         motions.append(random_motion(opening, spread, generator).to(device))
         box = mouth_boxes(face, SIZE, width)
@@ -98,7 +102,7 @@ def scenes(count: int, width: int, generator: torch.Generator, device: torch.dev
     video = draw(faces, motions, SIZE, width)
     grey = torch.rand(count, generator=generator) < 0.05  # what the loop appends to a picture
     video[grey.to(device), :, 1:] = 0
-    weight = weight.repeat(1, 1, FRAMES, 1, 1)
+    weight = weight.repeat(1, 1, frames, 1, 1)
     weight[:, :, 0] *= 3
     return video, weight.to(device)
 
@@ -124,12 +128,12 @@ def make_loss(vae: WanVAE) -> nn.Module:
 @torch.no_grad()
 def psnr(vae: WanVAE, generator: torch.Generator, device: torch.device | str) -> tuple[float, float, float]:
     """(PSNR of all pixels, of mouths and eyes, deviation of the latents) on fresh faces, dB."""
-    video, weight = scenes(8, SIZE, generator, device)
+    video, weight = scenes(4, 81, SIZE, generator, device)
     keep = (video[:, :, -1] != 0).flatten(1).any(1)
     video, weight = video[keep], weight[keep]
     latents = encode(vae, video)
     error = (decode(vae, latents).clamp(-1, 1) - video).square()
-    heavy = (weight > 3).expand_as(error) & (torch.arange(FRAMES, device=error.device) > 0).view(-1, 1, 1)
+    heavy = (weight > 3).expand_as(error) & (torch.arange(error.shape[2], device=error.device) > 0).view(-1, 1, 1)
     return tuple(float(-10 * torch.log10(e.mean() / 4)) for e in (error, error[heavy])) + (float(latents.std()),)
 
 
@@ -138,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dim", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=162, help="frames of SIZE x SIZE in a batch")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -165,8 +169,9 @@ def train(given: argparse.Namespace) -> None:
     plan = Schedule(given.lr, given.steps, given.minutes, given.finish)
     step = 0
     while (progress := plan.progress(step, began)) < 1:
-        wide = step % 4 == 3
-        batch = scenes(given.batch // 2 if wide else given.batch, 2 * SIZE if wide else SIZE, generator, given.device)
+        frames, width = CLIPS[step % len(CLIPS)]
+        count = max(1, given.batch * SIZE // (frames * width))
+        batch = scenes(count, frames, width, generator, given.device)
         loss = trainer.step(plan.rate(step, progress), *batch)
         if step % 500 == 0:
             everything, heavy, spread = psnr(vae, generator, given.device)
@@ -201,7 +206,7 @@ def whitened_state(folder: Path, dim: int, device: torch.device | str) -> dict[s
     """Its tensors under the public names, float32."""
     vae = load_trained(folder, dim, device)
     generator = torch.Generator().manual_seed(123)
-    latents = torch.cat([vae.encode(scenes(8, SIZE, generator, device)[0]) for _ in range(4)])
+    latents = torch.cat([vae.encode(scenes(2, 81, SIZE, generator, device)[0]) for _ in range(8)])
     state = public_state(vae, dict(vae.model.named_parameters()))
     return whiten(state, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -80,6 +81,7 @@ class Trainer:
             capturable=self.capture,
         )
         self.average = [p.detach().clone() for p in self.parameters]
+        self._pool: Any = None
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def step(self, lr: float, *batch: Tensor) -> Tensor:
@@ -117,8 +119,10 @@ class Trainer:
                 self._step(static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # one pool of memory for all: they run one after the other, and each leaves only its loss
+        with torch.cuda.graph(graph, pool=self._pool):
             loss = self._step(static)
+        self._pool = graph.pool()
         return graph, static, loss
 
     @torch.no_grad()
