@@ -1,4 +1,4 @@
-"""The demo: the whole job on tiny models, with a picture and a spoken sentence of ours."""
+"""The demo: the whole job on tiny models that talk, with a picture and a spoken sentence of ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .generate import Job, ModelFiles
 from .multitalk.pipeline import GenerateConfig
-from .tiny import make_tiny
+from .tiny import TinySet, make_tiny
 
 __all__ = ["demo_job"]
 
@@ -33,7 +33,8 @@ def demo_job(
     """The demo's job; its files are there as long as the context is open.
 
     Args:
-        models: folder to keep the tiny checkpoints in; None: they are removed afterwards.
+        models: folder to keep the tiny checkpoints in, or one that holds a set, such as the random one, which is used
+            as it is. None: they are removed afterwards.
     """
     assets = files(__package__).joinpath("assets")
     with (
@@ -41,7 +42,10 @@ def demo_job(
         as_file(assets.joinpath("portrait.png")) as picture,
         as_file(assets.joinpath("speech.wav")) as recording,
     ):
-        tiny = make_tiny(temporary if models is None else models)
+        folder = temporary if models is None else models
+        tiny = TinySet.in_folder(folder)
+        if not tiny.is_complete():
+            tiny = make_tiny(folder)
         yield Job(
             files=ModelFiles(
                 model=tiny.model,

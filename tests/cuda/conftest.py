@@ -39,5 +39,5 @@ def _no_cuda_error() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
-    """A complete set of tiny checkpoints; tests read it and write elsewhere."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+    """A complete set of random weights; tests read it and write elsewhere."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"), random=True)

@@ -231,17 +231,17 @@ def dubbing() -> Workflow:
 
 def tiny() -> Workflow:
     nodes, left = loaders(TINY)
-    after, right = sampling("infinitetalk_tiny", shift=7.0, scheduler="multitalk")
+    after, right = sampling("infinitetalk_tiny", steps=8, shift=3.0, scheduler="multitalk")
     nodes |= {
         "picture": Node("LoadImage", {"image": "portrait.png"}),
         "speech": Node("LoadAudio", {"audio": "speech.wav"}),
         "look": clip_encode(("picture", 0)),
-        "embeds": speech(57, {}),
-        "long": long_video(("picture", 0), width=128, height=128, frame_window_size=33),
+        "embeds": speech(127, {}),
+        "long": long_video(("picture", 0), width=128, height=128, frame_window_size=81),
         **after,
     }
     note = (
-        "# Try the pack in a minute, on any machine\nTiny models with random weights, which paint noise: `infinitetalk "
+        "# Try the pack in a minute, on any machine\nTiny models that make drawn faces speak: `infinitetalk "
         "make-tiny FOLDER` writes them; put them into ComfyUI/models/ (diffusion_models: wan2.1-i2v-tiny and "
         "infinitetalk-tiny; vae, text_encoders, clip_vision, wav2vec2: one each). portrait.png and speech.wav are in "
         "the pack's assets folder: copy them to ComfyUI/input.\n"

@@ -28,9 +28,9 @@ FOLDERS = {
 
 def fill(base: Path) -> None:
     """Write models and inputs below `base`."""
-    tiny = make_tiny(base / "tiny")
-    sources = _sources(tiny, base / "tiny" / "lora.safetensors")
-    for names in (REAL, TINY):
+    lora = base / "lora.safetensors"
+    for names, random in ((REAL, True), (TINY, False)):  # the LoRA fits the random set
+        sources = _sources(make_tiny(base / f"tiny-{random}", random=random), lora)
         for kind, name in names.items():
             folder = base / "models" / FOLDERS[kind]
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,5 +8,5 @@ from wanvideo_infinitetalk.tiny import TinySet, make_tiny
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
-    """A complete set; tests read it and write elsewhere."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+    """A complete set of random weights; tests read it and write elsewhere."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"), random=True)

@@ -117,7 +117,9 @@ def _speech(rng: np.random.Generator, total: int) -> Wave:
         if rng.random() < 0.5:
             text = str(rng.choice(SENTENCES[language]))
         else:
-            text = ", ".join(str(int(rng.integers(1, 10 ** int(rng.integers(1, 5))))) for _ in range(rng.integers(2, 7)))
+            text = ", ".join(
+                str(int(rng.integers(1, 10 ** int(rng.integers(1, 5))))) for _ in range(rng.integers(2, 7))
+            )
         spoken = _say(text, voice, speed, pitch) * np.float32(10 ** (rng.uniform(-8, 0) / 20))
         pause = rng.uniform(0.1, 0.6) if rng.random() < 0.7 else rng.uniform(0.6, 2.5)
         pieces += [spoken, np.zeros(int(pause * SAMPLE_RATE), np.float32)]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import tiny
+from ...benchmarks.lipsync import correlation, openings
 from ...wanvideo.clip import ClipVision
 from ...wanvideo.modules.model import WanModel
 from ...wanvideo.schedulers import make_scheduler
@@ -44,7 +45,15 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(
-        self, x: Tensor, y: Tensor, picture: Tensor, audio: Tensor, front: Tensor, weight: Tensor, masks: Tensor, text: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        picture: Tensor,
+        audio: Tensor,
+        front: Tensor,
+        weight: Tensor,
+        masks: Tensor,
+        text: Tensor,
     ) -> Tensor:
         batch, _, frames = x.shape[:3]
         noise = torch.randn_like(x)
@@ -118,27 +127,6 @@ def sample(model: WanModel, given: list[Tensor], text: Tensor, steps: int = 8, a
     return torch.where(known, x, z)
 
 
-def openings(video: Tensor, boxes: Tensor) -> Tensor:
-    """How dark the middle of each mouth's box is: [B, people, F] of videos [B, 3, F, H, W] and boxes [B, people, 4]."""
-    luma = (video * video.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1, 1)).sum(1) / 2 + 0.5  # [B, F, H, W]
-    dark = ((0.36 - luma) / 0.12).clamp(0, 1)
-    y = torch.arange(luma.shape[2], device=luma.device)[:, None] + 0.5
-    x = torch.arange(luma.shape[3], device=luma.device)[None] + 0.5
-    read = []
-    for box in boxes.unbind(1):
-        left, top, right, bottom = (side[:, None, None] for side in box.unbind(1))
-        middle, half = (left + right) / 2, (right - left) / 4
-        inside = ((x - middle).abs() < half) & (y > top) & (y < bottom)
-        read.append((dark * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None])
-    return torch.stack(read, dim=1)
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, along the last axis."""
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
-
-
 @torch.no_grad()
 def check(model: WanModel, vae: WanVAE, data: Data, text: Tensor, size: int = 16) -> str:
     """Sample from fresh clips and read the mouths."""
@@ -194,7 +182,13 @@ def prompts(device: torch.device | str) -> list[Tensor]:
     from ...wanvideo.text import TextEncoder
 
     encoder = TextEncoder.from_state_dict(tiny.text_encoder_weights())
-    texts = ["", "a person speaks", "A woman speaks to the camera in the evening light.", "Two people talk.", "bad, blurry"]
+    texts = [
+        "",
+        "a person speaks",
+        "A woman speaks to the camera in the evening light.",
+        "Two people talk.",
+        "bad, blurry",
+    ]
     found = [part.float() for text in texts for part in encoder.encode([text])]
     padded = [torch.cat([part, part.new_zeros(CONFIG.text_len - len(part), part.shape[1])]) for part in found]
     return [part.to(device) for part in padded]
@@ -222,13 +216,13 @@ def train(given: argparse.Namespace) -> None:
         trainer.load(given.resume)
     chunk = 32 if given.clips >= 64 else max(2, given.clips // 4)
     data = {
-        people: Data(Bank(vae, clip, heard, people, 1000 * given.seed + people), heard, given.clips // people, chunk // people)
+        people: Data(
+            Bank(vae, clip, heard, people, 1000 * given.seed + people), heard, given.clips // people, chunk // people
+        )
         for people in (1, 2)
     }
     log.info("%.1f min: %d clips", (time.monotonic() - began) / 60, sum(len(d.clips.x) for d in data.values()))
-    fresh = {
-        people: Data(Bank(vae, clip, unheard, people, 77 + people), unheard, 4, 4) for people in (1, 2)
-    }
+    fresh = {people: Data(Bank(vae, clip, unheard, people, 77 + people), unheard, 4, 4) for people in (1, 2)}
     judged = new_model().to(device).requires_grad_(False)
     plan = Schedule(given.lr, given.steps, given.minutes, given.finish)
     step, total = 0, 0.0

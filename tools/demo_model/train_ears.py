@@ -106,7 +106,12 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 200 == 0:
-            log.info("step %d: opening off by %.4f (rms), loss %.5f", step, error[:, :, -1, 2].mean().item() ** 0.5, loss.item())
+            log.info(
+                "step %d: opening off by %.4f (rms), loss %.5f",
+                step,
+                error[:, :, -1, 2].mean().item() ** 0.5,
+                loss.item(),
+            )
     report(model, reader, pieces_of(recordings, 16, seed + 1), device)
     return {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
 
@@ -117,7 +122,9 @@ def report(model: nn.Module, reader: nn.Module, pieces: tuple[Tensor, Tensor], d
     speech, target = (part.to(device) for part in pieces)
     read = reader(features(model, speech, target.shape[1]))[:, :, -1, 2]
     both = torch.stack([read.flatten(), target[:, :, 2].flatten()])
-    log.info("opening: correlation %.3f, rms %.3f", torch.corrcoef(both)[0, 1], (both[0] - both[1]).square().mean() ** 0.5)
+    log.info(
+        "opening: correlation %.3f, rms %.3f", torch.corrcoef(both)[0, 1], (both[0] - both[1]).square().mean() ** 0.5
+    )
 
 
 def main() -> None:
