@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from wanvideo_infinitetalk.demo import MOTION, SIZE, demo_job
 from wanvideo_infinitetalk.demo import FRAMES as WINDOW
+from wanvideo_infinitetalk.demo import MOTION, SIZE, demo_job
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
 from wanvideo_infinitetalk.generate import FPS, Job, choose_device, make_video
 from wanvideo_infinitetalk.multitalk.audio import load_speech, read_audio
 from wanvideo_infinitetalk.multitalk.video import VideoFrames
 from wanvideo_infinitetalk.tools.demo_model.faces import draw, mouth_boxes, random_faces, rest
 from wanvideo_infinitetalk.tools.demo_model.rule import mouth_of
-from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, MODE_BACKENDS, mode_reasons
+from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, serves
 
 from .common import Report, parser
 
@@ -239,11 +239,6 @@ def allowed_loss(mode: str, quantization: str) -> float:
     )
 
 
-def modes_here(device: torch.device) -> list[str]:
-    reasons = mode_reasons(device)
-    return [m for m in ATTENTION_MODES if any(not reasons[m][backend] for backend in MODE_BACKENDS[m])]
-
-
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--recordings", nargs="+", type=Path, metavar="WAV", help="(the demo's sentence)")
@@ -256,7 +251,7 @@ def main() -> int:
     given = options.parse_args()
     device = choose_device(given.device)
     report = Report("lipsync", "Lip-sync", device, given.small)
-    modes = given.modes or modes_here(device)
+    modes = given.modes or [mode for mode in ATTENTION_MODES if serves(mode, device)]
     quantizations = given.quantizations
     if given.small:
         given.seconds, modes, quantizations = 1.0, modes[:1], quantizations[:1]

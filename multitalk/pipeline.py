@@ -212,14 +212,15 @@ def generate(
     conditioning: Conditioning,
     config: GenerateConfig,
     callbacks: Callbacks | None = None,
-    fallback: Sequence[AttentionPolicy] = ("sdpa",),
+    fallback: Sequence[AttentionPolicy] | None = None,
 ) -> Iterator[FinishedWindow]:
     """Finished windows, in order; their frames make the video, exactly `total_frames` of them.
 
     Args:
         clip: None for models without picture tokens.
-        fallback: attention modes from less to more safe. When a step gives non-finite values, its window starts over,
-            with the same random numbers, in the next of them, and later windows stay there.
+        fallback: attention modes from less to more safe; None: those of `safer.SAFER` that run here. When a step gives
+            non-finite values, its window starts over, with the same random numbers, in the next of them, and later
+            windows stay there.
 
     Raises:
         InputError: at once, for settings and inputs that do not fit.
@@ -250,7 +251,7 @@ class _Run:
         conditioning: Conditioning,
         config: GenerateConfig,
         callbacks: Callbacks,
-        fallback: Sequence[AttentionPolicy],
+        fallback: Sequence[AttentionPolicy] | None,
     ) -> None:
         self.model, self.vae, self.clip = model, vae, clip
         self.given, self.config, self.callbacks = conditioning, config, callbacks
@@ -263,7 +264,7 @@ class _Run:
             raise InputError(
                 f"The start step {config.start_step} leaves none of {self.steps} steps: set it below that."
             )
-        self.ladder = Ladder(model, config.attention_policy, fallback, self.steps)
+        self.ladder = Ladder(model, config.attention_policy, fallback, self.steps, self.device)
         self.text_scales = per_step(config.cfg, self.steps, "cfg")
         self.audio_scales = per_step(config.audio_cfg, self.steps, "audio cfg")
         self._new_guidance()  # refuses unknown formulas now rather than after the first encoding

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from ..wanvideo.errors import InfiniteTalkError
-from ..wanvideo.modules.attention import AttentionMode, count_kernels
+from ..wanvideo.modules.attention import AttentionMode, count_kernels, serves
 from .guidance import PASSES, Pass
 
-__all__ = ["AttentionPolicy", "Ladder", "NonFinite", "refuse_non_finite"]
+__all__ = ["SAFER", "AttentionPolicy", "Ladder", "NonFinite", "refuse_non_finite", "safer_modes"]
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,19 @@ T = TypeVar("T")
 
 AttentionPolicy = str | Callable[[int, int], AttentionMode]
 """One attention mode for all steps, or (step, steps) -> the mode of that step."""
+
+
+SAFER: dict[str, tuple[str, ...]] = {
+    "sageattn_3": ("sageattn_3_fp8", "sdpa"),
+    "sageattn_3_fp4": ("sageattn_3_fp8", "sdpa"),
+    "sdpa": (),
+}
+"""Attention mode -> what comes after it when it gave non-finite values, one after the other. For the others, sdpa."""
+
+
+def safer_modes(mode: str, device: torch.device) -> list[str]:
+    """The rungs below `mode` that can run on `device`."""
+    return [safer for safer in SAFER.get(mode, ("sdpa",)) if serves(safer, device)]
 
 
 class NonFinite(Exception):
@@ -44,21 +57,28 @@ class Ladder:
 
     Args:
         policy: to begin with; None leaves the mode to the model.
-        fallback: what comes after it. A mode that `policy` gives in every step anyway is left out.
+        fallback: what comes after it, without what `policy` gives in every step anyway; None: `safer_modes` of the
+            mode that failed.
         steps: of the whole schedule.
+        device: where the model runs.
     """
 
     def __init__(
-        self, model: object, policy: AttentionPolicy | None, fallback: Sequence[AttentionPolicy], steps: int
+        self,
+        model: object,
+        policy: AttentionPolicy | None,
+        fallback: Sequence[AttentionPolicy] | None,
+        steps: int,
+        device: torch.device,
     ) -> None:
-        self.model, self.steps = model, steps
-        self._rungs: list[AttentionPolicy | None] = [policy]
+        self.model, self.steps, self.device = model, steps, device
+        self._policy = policy
         same = {self.name(step) for step in range(steps)}
-        self._rungs += [safer for safer in fallback if same != {safer}]
+        self._rungs = None if fallback is None else [safer for safer in fallback if same != {safer}]
 
     def mode(self, step: int) -> AttentionMode | None:
         """What the model is given in this step."""
-        policy = self._rungs[0]
+        policy = self._policy
         return policy(step, self.steps) if callable(policy) else policy
 
     def name(self, step: int) -> str:
@@ -91,12 +111,14 @@ class Ladder:
             f"{place}step {strike.step + 1} of {self.steps}: the model gave non-finite values with attention mode "
             f"{self.name(strike.step)}{strike}"
         )
-        if len(self._rungs) == 1:
+        if self._rungs is None:
+            self._rungs = list(safer_modes(self.name(strike.step), self.device))
+        if not self._rungs:
             raise InfiniteTalkError(
                 f"In {found}, and there is no safer mode left: the weights, the adapter or the embeddings hold "
                 "values that this precision cannot carry; try another file or bf16 weights."
             ) from None
-        del self._rungs[0]
+        self._policy = self._rungs.pop(0)
         log.warning("In %s. The window starts over with %s.", found, self.name(strike.step))
 
 

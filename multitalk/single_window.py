@@ -178,7 +178,7 @@ def denoise(
     start_step: int = 0,
     end_step: int | None = None,
     attention_policy: AttentionPolicy | None = None,
-    fallback: Sequence[AttentionPolicy] = ("sdpa",),
+    fallback: Sequence[AttentionPolicy] | None = None,
     report: Callable[[StepReport], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -189,14 +189,14 @@ def denoise(
         cfg, audio_cfg: one scale per step of the whole schedule.
         guidance: a new one, since APG remembers the steps before.
         attention_policy: attention mode, or (step, steps) -> mode of that step; None leaves it to the model.
-        fallback: attention modes from less to more safe. When a step gives non-finite values, all steps are run again,
-            with the same random numbers, in the next of them.
+        fallback: attention modes from less to more safe; None: those of `safer.SAFER` that run here. When a step gives
+            non-finite values, all steps are run again, with the same random numbers, in the next of them.
 
     Raises InfiniteTalkError when the last fallback gives non-finite values too.
     """
     steps = len(scheduler)
     end = steps if end_step is None else min(end_step, steps)
-    ladder = Ladder(model, attention_policy, fallback, steps)
+    ladder = Ladder(model, attention_policy, fallback, steps, x.device)
 
     def attempt() -> tuple[Tensor, Tensor]:
         latents = clean = x

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from wanvideo_infinitetalk import cli, generate, terminal
 from wanvideo_infinitetalk.multitalk.video import VideoWriter
 from wanvideo_infinitetalk.tiny import TinySet, dit_weights
+from wanvideo_infinitetalk.wanvideo.checkpoints import inspect_dit
 
 SECONDS = 0.52
 FRAMES = 13
@@ -493,6 +494,13 @@ def test_make_tiny_writes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["make-tiny", str(tmp_path / "set")]) == 0
     assert f"model: {TinySet.in_folder(tmp_path / 'set').model}" in capsys.readouterr().out
     assert TinySet.in_folder(tmp_path / "set").is_complete()
+
+
+def test_make_tiny_writes_the_talking_set_unless_told_otherwise(tmp_path: Path) -> None:
+    for name, words in (("talking", []), ("random", ["--random"])):
+        assert cli.main(["make-tiny", str(tmp_path / name), *words]) == 0
+    talking, random = (inspect_dit(TinySet.in_folder(tmp_path / name).model) for name in ("talking", "random"))
+    assert (talking.dim, random.dim) == (192, 128)
 
 
 def test_make_tiny_where_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

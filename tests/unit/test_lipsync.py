@@ -18,7 +18,7 @@ from wanvideo_infinitetalk.benchmarks.lipsync import (
     read_video,
     silence,
 )
-from wanvideo_infinitetalk.tools.demo_model.faces import Motion, draw, mouth_boxes, random_faces, random_motion, rest
+from wanvideo_infinitetalk.tools.demo_model.faces import draw, mouth_boxes, random_faces, random_motion, rest
 from wanvideo_infinitetalk.tools.demo_model.rule import FPS, SAMPLE_RATE, mouth_of
 
 SIZE = 64

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from wanvideo_infinitetalk.multitalk import safer
 from wanvideo_infinitetalk.multitalk.pipeline import Callbacks, Conditioning, GenerateConfig, generate
 from wanvideo_infinitetalk.multitalk.video import VideoFrames, VideoWriter
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
+from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
 from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
 
@@ -386,6 +388,50 @@ def test_a_strike_in_a_later_step_and_a_longer_ladder(caplog) -> None:
     assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="safe"))))
     assert "step 2 of 3: the model gave non-finite values with attention mode worst" in caplog.text
     assert "step 1 of 3: the model gave non-finite values with attention mode bad" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "broken", "ends_in"),
+    [
+        ("sageattn_3_fp4", {"sageattn_3_fp4"}, "sageattn_3_fp8"),
+        ("sageattn_3", {"sageattn_3", "sageattn_3_fp8"}, "sdpa"),
+        ("sageattn_3_fp8", {"sageattn_3_fp8"}, "sdpa"),
+        ("sageattn", {"sageattn"}, "sdpa"),
+        ("eager", {"eager"}, "sdpa"),
+    ],
+)
+def test_by_default_the_next_safer_mode_takes_over(mode, broken, ends_in, caplog) -> None:
+    model = FakeModel(broken=dict.fromkeys(broken, 9))  # from the second window on
+    windows = _run(replace(CONFIG, attention_policy=mode), model=model)
+    assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))  # a fake does not mind
+    assert model.calls[-1]["mode"] == ends_in
+    assert "In window 2, step 1 of 3" in caplog.text
+    assert f"The window starts over with {ends_in}" in caplog.text
+    assert caplog.text.count("starts over") == len(broken)
+
+
+def test_a_strike_in_an_8_bit_step_of_the_fp4_policy_leads_past_8_bits() -> None:
+    model = FakeModel(broken={"sageattn_3_fp8": 0})
+    _run(
+        replace(CONFIG, attention_policy=lambda step, steps: ["sageattn_3_fp8", "sageattn_3_fp4"][step == 1]),
+        model=model,
+    )
+    assert model.calls[-1]["mode"] == "sdpa"
+    assert "sageattn_3_fp4" not in [call["mode"] for call in model.calls]
+
+
+def test_a_rung_that_cannot_run_here_is_skipped(monkeypatch) -> None:
+    monkeypatch.setattr(safer, "serves", lambda mode, device: mode != "sageattn_3_fp8")
+    model = FakeModel(broken={"sageattn_3_fp4": 0})
+    _run(replace(CONFIG, attention_policy="sageattn_3_fp4"), model=model)
+    assert {call["mode"] for call in model.calls} == {"sageattn_3_fp4", "sdpa"}
+
+
+def test_every_rung_is_a_mode_and_the_ladder_ends() -> None:
+    for mode, rungs in safer.SAFER.items():
+        assert {mode, *rungs} <= set(ATTENTION_MODES)
+        assert mode not in rungs
+        assert rungs[-1:] in ((), ("sdpa",))
 
 
 def test_one_check_a_step(monkeypatch) -> None:

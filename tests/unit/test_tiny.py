@@ -1,4 +1,4 @@
-"""The tiny set: the same bytes each time, public key names, and files that pass through the public loaders."""
+"""The tiny sets: the same bytes each time, public key names, and files that pass through the public loaders."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from wanvideo_infinitetalk import tiny
 from wanvideo_infinitetalk.multitalk.audio import Wav2Vec2Features
 from wanvideo_infinitetalk.tiny import TinySet, make_tiny
+from wanvideo_infinitetalk.tools.demo_model.faces import draw, random_faces, rest
 from wanvideo_infinitetalk.wanvideo.checkpoints import load_dit, read_state_dict
 from wanvideo_infinitetalk.wanvideo.clip import ClipVision
 from wanvideo_infinitetalk.wanvideo.errors import InputError
@@ -20,8 +22,43 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def talking_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
+    return make_tiny(tmp_path_factory.mktemp("talking"))
+
+
+def test_the_talking_set_is_small_and_its_trained_files_fit_into_12_mib(talking_set: TinySet) -> None:
+    brought = Path(tiny.__file__).parent / "assets/talking"
+    assert {path.stem for path in brought.glob("*.safetensors")} == set(tiny.TALKING_PARTS)
+    assert sum(path.stat().st_size for path in brought.glob("*.safetensors")) <= tiny.TALKING_BYTES == 12 * 2**20
+    assert sum(map(len, files_of(talking_set.model.parent).values())) < 16e6
+
+
+def test_the_talking_set_has_the_names_of_the_public_files(talking_set: TinySet, tiny_set: TinySet) -> None:
+    def names(path: Path) -> set[str]:
+        return {re.sub(r"blocks\.\d+\.", "blocks.", name) for name in read_state_dict(path)}
+
+    for role in ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file"):
+        unlike = names(getattr(talking_set, role)) ^ names(getattr(tiny_set, role))
+        assert unlike <= {"wav2vec2.masked_spec_embed"}, role
+
+
+def test_the_talking_set_passes_through_the_loaders(talking_set: TinySet) -> None:
+    model = load_dit(talking_set.model, talking_set.adapter, base_dtype=torch.float32)
+    assert (model.config.head_dim, model.config.num_layers, model.config.clip_dim) == (64, 6, tiny.TALKING_CLIP_DIM)
+    clip = ClipVision.load(talking_set.clip_vision, dtype=torch.float32)
+    assert clip.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 257, tiny.TALKING_CLIP_DIM)
+    assert Wav2Vec2Features.load(talking_set.wav2vec)(torch.randn(16000)).shape == (25, 2, 128)
+    face = draw([random_faces(1, torch.Generator().manual_seed(1))], [rest(1)], 128, 128)
+    vae = WanVAE.load(talking_set.vae, dtype=torch.float32)
+    latents = vae.encode(face.expand(-1, -1, 5, -1, -1))
+    assert 0.5 < float(latents.std()) < 1.5
+    error = (vae.decode(latents) - face).square().mean()
+    assert float(-10 * torch.log10(error / 4)) > 25  # dB, a face that training did not see
+
+
 def test_two_sets_are_the_same_bytes(tiny_set: TinySet, tmp_path: Path) -> None:
-    make_tiny(tmp_path)
+    make_tiny(tmp_path, random=True)
     first, second = files_of(tiny_set.model.parent), files_of(tmp_path)
     assert list(first) == list(second)
     assert [name for name in first if first[name] != second[name]] == []

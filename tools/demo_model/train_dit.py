@@ -25,8 +25,8 @@ from ...wanvideo.schedulers import make_scheduler
 from ...wanvideo.vae import WanVAE
 from .bank import Bank, Clips, Sounds, join, renew
 from .dit import CONFIG, new_model, velocity
-from .training import Schedule, Trainer, load_shards
 from .train_vae import load_whitened
+from .training import Schedule, Trainer, load_shards
 
 log = logging.getLogger(__name__)
 

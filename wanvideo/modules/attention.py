@@ -35,6 +35,7 @@ __all__ = [
     "reasons_against",
     "resolve_mode",
     "run_backend",
+    "serves",
     "set_auto_chooser",
 ]
 
@@ -227,6 +228,11 @@ def reasons_against(
 def mode_reasons(device: torch.device) -> dict[str, dict[str, tuple[str, ...]]]:
     """mode -> backend -> why it cannot run on `device` (empty when it can), in the order in which they are tried."""
     return {mode: {name: unavailable_reasons(name, device) for name in names} for mode, names in MODE_BACKENDS.items()}
+
+
+def serves(mode: str, device: torch.device) -> bool:
+    """Whether any backend of `mode` can run on `device`."""
+    return any(not unavailable_reasons(name, device) for name in MODE_BACKENDS[mode])
 
 
 def attention(
