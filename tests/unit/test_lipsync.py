@@ -113,7 +113,7 @@ def test_a_mouth_that_gapes_in_silence_is_seen() -> None:
 
 def test_identity_forgives_two_pixels_and_the_mouth_but_no_other_face() -> None:
     speech = babble(FRAMES / FPS, 9)
-    video, picture, boxes = drawn([speech], 9)
+    _, picture, boxes = drawn([speech], 9)
     moved = torch.roll(picture, (1, -2), (1, 2))[:, None]
     assert float(identity(moved, picture, boxes)[0]) > 60
     black = picture.clone()
