@@ -3,10 +3,11 @@
 They exist to try the whole way from a picture and a recording to a video within seconds and without a download: their
 files pass through the same loaders as the 14B ones.
 
-The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come with
-the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two layers of
-two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides 4x8x8, a
-CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that the same bytes are written everywhere.
+The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come
+with the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two
+layers of two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides
+4x8x8, a CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that the same bytes are written
+everywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training clips in latent space, drawn and encoded on the GPU, a part of them renewed all the time.
 
 A clip is 81 frames (21 latent ones) of one or two people, the picture that it starts from, and what each of them hears.
-Half of the clips begin with the picture itself, as the first window of a video does; the others begin anywhere, as later
-windows do, whose first frames are the last of the window before.
+Half of the clips begin with the picture itself, as the first window of a video does; the others begin anywhere, as
+later windows do, whose first frames are the last of the window before.
 """
 
 from __future__ import annotations

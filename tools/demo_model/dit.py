@@ -138,7 +138,7 @@ def _block(
 
 
 def _reference_maps(q: Tensor, k: Tensor, grid: Grid, masks: Tensor) -> Tensor:
-    """`multitalk.get_attn_map_with_target` of each video: [B, classes, L] of q, k [B, L, H, D], masks [B, classes, S]."""
+    """`multitalk.get_attn_map_with_target` of each video: [B, classes, L] of q, k [B, L, H, D], masks [B, n, S]."""
     reference = k[:, : grid[1] * grid[2]].float()
     scores = torch.einsum("blhd,bshd->bhls", q.float(), reference) * q.shape[-1] ** -0.5
     shares = torch.softmax(scores, dim=-1).mean(1)  # [B, L, S]

@@ -1,7 +1,7 @@
 """Drawn faces that speak, blink and move a little: every picture and video that the demo model sees in training.
 
-A face is a row of numbers (`Faces`), what it does in a frame another (`Motion`); `draw` turns both into pictures. All of
-it is arithmetic on tensors, so that a GPU draws a thousand clips in seconds. A unit is half of the picture's height;
+A face is a row of numbers (`Faces`), what it does in a frame another (`Motion`); `draw` turns both into pictures. All
+of it is arithmetic on tensors, so that a GPU draws a thousand clips in seconds. A unit is half of the picture's height;
 y points down and the middle of the picture is (0, 0).
 """
 
@@ -289,7 +289,7 @@ def _body(pen: _Pen, canvas: Tensor, face: Faces, motion: Motion, x: Tensor, y: 
 
 
 def mouth_boxes(face: Faces, height: int, width: int) -> Tensor:
-    """Where each mouth is when the head is at rest and the mouth wide open: [B, 4] of left, top, right, bottom, pixels."""
+    """Where each mouth is, the head at rest and the mouth wide open: [B, 4] of left, top, right, bottom in pixels."""
     half_height, half_width = height / 2, height / 2
     x = face.x * half_width + width / 2
     y = (face.y + face.size * (face.mouth_y + 0.02)) * half_height + height / 2

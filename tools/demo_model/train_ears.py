@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=None)
-    parser.add_argument("--pieces", type=int, default=1500, help="stretches of %g s to train on" % SECONDS)
+    parser.add_argument("--pieces", type=int, default=1500, help=f"stretches of {SECONDS:g} s to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     recordings = read_recordings(given.recordings)

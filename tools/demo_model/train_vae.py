@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 SIZE = 128
 CLIPS = ((17, SIZE), (81, SIZE), (17, 2 * SIZE), (81, SIZE))
-"""(frames, width) of one batch after the other. The decoder looks back over 22 latent frames: a clip must be longer than
-that for the network to see in training what it sees in the middle of a video."""
+"""(frames, width) of one batch after the other. The decoder looks back over 22 latent frames: a clip must be longer
+than that for the network to see in training what it sees in the middle of a video."""
 NOISE = 0.12
 """Standard deviation of the noise on the latents, relative to their own."""
 
@@ -134,7 +134,8 @@ def psnr(vae: WanVAE, generator: torch.Generator, device: torch.device | str) ->
     latents = encode(vae, video)
     error = (decode(vae, latents).clamp(-1, 1) - video).square()
     heavy = (weight > 3).expand_as(error) & (torch.arange(error.shape[2], device=error.device) > 0).view(-1, 1, 1)
-    return tuple(float(-10 * torch.log10(e.mean() / 4)) for e in (error, error[heavy])) + (float(latents.std()),)
+    everything, mouths = (float(-10 * torch.log10(e.mean() / 4)) for e in (error, error[heavy]))
+    return everything, mouths, float(latents.std())
 
 
 def main() -> None:
