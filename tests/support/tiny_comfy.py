@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from wanvideo_infinitetalk.tiny import DIM, TinySet, make_tiny
+from wanvideo_infinitetalk.tiny import TinySet, make_tiny
+from wanvideo_infinitetalk.wanvideo.checkpoints import inspect_dit
 
 from support.make_workflows import REAL, TINY
 from support.workflows import ROOT
@@ -28,9 +29,8 @@ FOLDERS = {
 
 def fill(base: Path) -> None:
     """Write models and inputs below `base`."""
-    lora = base / "lora.safetensors"
-    for names, random in ((REAL, True), (TINY, False)):  # the LoRA fits the random set
-        sources = _sources(make_tiny(base / f"tiny-{random}", random=random), lora)
+    sources = _sources(make_tiny(base / "tiny"), base / "lora.safetensors")
+    for names in (REAL, TINY):
         for kind, name in names.items():
             folder = base / "models" / FOLDERS[kind]
             folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,12 @@ def fill(base: Path) -> None:
 
 def _sources(tiny: TinySet, lora: Path) -> dict[str, Path]:
     generator = torch.Generator().manual_seed(0)
+    dim = inspect_dit(tiny.model).dim
     pairs = {}
     for block in range(2):
         stem = f"diffusion_model.blocks.{block}.self_attn.q"
-        pairs[f"{stem}.lora_A.weight"] = torch.randn(4, DIM, generator=generator) * 0.1
-        pairs[f"{stem}.lora_B.weight"] = torch.randn(DIM, 4, generator=generator) * 0.1
+        pairs[f"{stem}.lora_A.weight"] = torch.randn(4, dim, generator=generator) * 0.1
+        pairs[f"{stem}.lora_B.weight"] = torch.randn(dim, 4, generator=generator) * 0.1
     save_file(pairs, lora)
     return {
         "dit": tiny.model,

@@ -116,8 +116,10 @@ def _consume(
         mbarrier.wait(turn.index(GROUP), i & 1)
         s = warpgroup_mma(q, k_smem.index(k_stage).permute((1, 0)), start, is_async=True)
         f = warpgroup_mma(p, v_smem.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # Q·K is done; the other group's products queue up behind this one's P·V.
+        scores = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(turn.index(1 - GROUP), count=1)
-        scores, fresh = warpgroup_mma_wait(0, deps=(s, f))
+        fresh = warpgroup_mma_wait(0, deps=(f,))
         mbarrier.arrive(empty.index(v_stage), count=1)
         o = _rescale(o, alpha, fresh, OUT)
         scale = next_scale
