@@ -215,7 +215,7 @@ def _run_job(job: Job) -> None:
 
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (15 MB; 39 MB with --random)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (14 MB; 39 MB with --random)")
     parser.add_argument(
         "--random", action="store_true", help="random weights, which paint noise, in place of the trained"
     )
