@@ -105,7 +105,7 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
 
 
 def _trained(name: str) -> bytes:
-    return files(__package__).joinpath("assets", "talking", f"{name}.safetensors").read_bytes()
+    return files(__package__).joinpath("assets").joinpath("talking").joinpath(f"{name}.safetensors").read_bytes()
 
 
 class _Weights:

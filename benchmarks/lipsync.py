@@ -257,7 +257,7 @@ def main() -> int:
     quantizations = given.quantizations
     if given.small:
         given.seconds, modes, quantizations = 1.0, modes[:1], quantizations[:1]
-    sentence = files("wanvideo_infinitetalk").joinpath("assets", "speech.wav")
+    sentence = files("wanvideo_infinitetalk").joinpath("assets").joinpath("speech.wav")
     with tempfile.TemporaryDirectory(prefix="lipsync-") as temporary, as_file(sentence) as demo:
         if given.speakers:
             cases = [(tuple(given.speakers), seed) for seed in range(given.faces)]

@@ -108,9 +108,8 @@ class Bank:
             width = torch.where(first[:, None], ramp * width + (1 - ramp) * 0.5, width)
             still = random_motion(opening, width, generator, still_start=True)
             moving = random_motion(opening, width, generator)
-            motion = Motion(
-                *(torch.where(first[:, None], *pair) for pair in zip(*map(_values, (still, moving)), strict=True))
-            )
+            both = zip(_values(still), _values(moving), strict=True)
+            motion = Motion(*(torch.where(first[:, None], a, b) for a, b in both))
             faces.append(random_faces(count, generator, middle))
             motions.append(motion)
             pictures.append(rest(count, start))

@@ -14,6 +14,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ BATCH = 8
 RATE = 2e-3
 
 
-def features(model: nn.Module, speech: Tensor, frames: int) -> Tensor:
+def features(model: Any, speech: Tensor, frames: int) -> Tensor:
     """All layers' outputs [B, frames, layers, hidden] of samples [B, n], with gradients."""
     rows = model.feature_extractor(speech)
     rows = F.interpolate(rows, size=frames, mode="linear", align_corners=True).transpose(1, 2)

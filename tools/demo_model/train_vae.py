@@ -14,6 +14,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,8 @@ def whiten(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Ten
     """
     from diffusers import AutoencoderKLWan
 
-    public: dict[str, list[float]] = AutoencoderKLWan().config  # the constants that stand in every Wan pipeline
-    centre, spread = (torch.tensor(public[name]).to(mean) for name in ("latents_mean", "latents_std"))
+    public: Any = AutoencoderKLWan()  # its constants stand in every Wan pipeline
+    centre, spread = (torch.tensor(x).to(mean) for x in (public.config.latents_mean, public.config.latents_std))
     out = dict(state)
     # public latents are spread * z + centre; they become spread * (z - mean) / std + centre
     factor = 1 / std

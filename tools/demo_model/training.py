@@ -68,7 +68,7 @@ class Trainer:
         capture: bool = True,
     ) -> None:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
+        self.parameters: list[Tensor] = list(self.named.values())
         self.device = self.parameters[0].device
         self.loss, self.decay, self.clip = loss, average, clip
         self.capture = capture and self.device.type == "cuda"
