@@ -99,6 +99,7 @@ def _steps() -> dict[str, Step]:
         _benchmark("attention", seconds=60, limit=200),
         _benchmark("linear", seconds=30, limit=150),
         _benchmark("vram", seconds=60, limit=200),
+        _benchmark("lipsync", seconds=210, limit=400),
         _benchmark("block_swap", "--rounds", "3", seconds=150, limit=300),
         Step(
             "doctor",

@@ -78,7 +78,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
     code = """
 import runpy, sys
-for name, *options in (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"), ("linear", "--rounds=1"), ("vram",)):
+runs = (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"), ("linear", "--rounds=1"), ("vram",), ("lipsync",))
+for name, *options in runs:
     sys.argv = [name, "--small", *options, "--json", f"{sys.argv[-1].rpartition('/')[0]}/{name}.json"]
     try:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
@@ -91,6 +92,14 @@ for name, *options in (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+def test_lip_sync_is_read_from_a_video(reports: dict[str, dict]) -> None:
+    ((row,),) = (table["rows"] for table in reports["lipsync"]["tables"])
+    assert (row["mode"], row["quantisation"]) == ("sdpa", "disabled")
+    assert row["correlation"] > 0.7
+    assert row["identity, dB"] > 22
+    assert "sdpa, disabled: correlation lost" in {goal["what"] for goal in reports["lipsync"]["goals"]}
 
 
 def test_guards_are_compared_and_counted(reports: dict[str, dict]) -> None:
