@@ -34,7 +34,7 @@ from wanvideo_infinitetalk.multitalk.audio import load_speech, read_audio
 from wanvideo_infinitetalk.multitalk.video import VideoFrames
 from wanvideo_infinitetalk.tools.demo_model.faces import draw, mouth_boxes, random_faces, rest
 from wanvideo_infinitetalk.tools.demo_model.rule import mouth_of
-from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, serves
+from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, mode_serves
 
 from .common import Report, parser
 
@@ -253,7 +253,7 @@ def main() -> int:
     given = options.parse_args()
     device = choose_device(given.device)
     report = Report("lipsync", "Lip-sync", device, given.small)
-    modes = given.modes or [mode for mode in ATTENTION_MODES if serves(mode, device)]
+    modes = given.modes or [mode for mode in ATTENTION_MODES if mode_serves(mode, device)]
     quantizations = given.quantizations
     if given.small:
         given.seconds, modes, quantizations = 1.0, modes[:1], quantizations[:1]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ import torch
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
 from ..wanvideo.modules.attention import AttentionMode
+from ..wanvideo.policy import SAFER
 from ..wanvideo.schedulers import Scheduler, make_scheduler
 from .color import match_colors
 from .guidance import Guidance, Pass, per_step
@@ -212,19 +213,18 @@ def generate(
     conditioning: Conditioning,
     config: GenerateConfig,
     callbacks: Callbacks | None = None,
-    fallback: Sequence[AttentionPolicy] | None = None,
+    fallback: Mapping[str, str] = SAFER,
 ) -> Iterator[FinishedWindow]:
     """Finished windows, in order; their frames make the video, exactly `total_frames` of them.
 
     Args:
         clip: None for models without picture tokens.
-        fallback: attention modes from less to more safe; None: those of `safer.SAFER` that run here. When a step gives
-            non-finite values, its window starts over, with the same random numbers, in the next of them, and later
-            windows stay there.
+        fallback: attention mode -> the next safer one. When a step gives non-finite values, its window starts over,
+            with the same random numbers, in the next one that this device runs, and later windows stay there.
 
     Raises:
         InputError: at once, for settings and inputs that do not fit.
-        InfiniteTalkError: while it runs, when the last fallback gives non-finite values too, or the VAE does.
+        InfiniteTalkError: while it runs, when the safest mode gives non-finite values too, or the VAE does.
     """
     return _Run(model, vae, clip, conditioning, config, callbacks or Callbacks(), fallback).windows()
 
@@ -251,7 +251,7 @@ class _Run:
         conditioning: Conditioning,
         config: GenerateConfig,
         callbacks: Callbacks,
-        fallback: Sequence[AttentionPolicy] | None,
+        fallback: Mapping[str, str],
     ) -> None:
         self.model, self.vae, self.clip = model, vae, clip
         self.given, self.config, self.callbacks = conditioning, config, callbacks

@@ -1,23 +1,24 @@
 """No black frames: what a step with non-finite values leads to.
 
-A window whose model gives NaN or infinity starts over in the next safer attention mode of a ladder, and what follows
-stays there. The check is one reduction and one synchronisation a step; the look for the block and the kernels costs a
-second evaluation, and only then.
+A window whose model gives NaN or infinity starts over in the next safer attention mode of a table (`policy.SAFER`),
+and what follows stays there. The check is one reduction and one synchronisation a step; the look for the block and the
+kernels costs a second evaluation, and only then.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from ..wanvideo.errors import InfiniteTalkError
-from ..wanvideo.modules.attention import AttentionMode, count_kernels, serves
+from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_serves
+from ..wanvideo.policy import safer_modes
 from .guidance import PASSES, Pass
 
-__all__ = ["SAFER", "AttentionPolicy", "Ladder", "NonFinite", "refuse_non_finite", "safer_modes"]
+__all__ = ["AttentionPolicy", "Ladder", "NonFinite", "refuse_non_finite"]
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +26,6 @@ T = TypeVar("T")
 
 AttentionPolicy = str | Callable[[int, int], AttentionMode]
 """One attention mode for all steps, or (step, steps) -> the mode of that step."""
-
-
-SAFER: dict[str, tuple[str, ...]] = {
-    "sageattn_3": ("sageattn_3_fp8", "sdpa"),
-    "sageattn_3_fp4": ("sageattn_3_fp8", "sdpa"),
-    "sdpa": (),
-}
-"""Attention mode -> what comes after it when it gave non-finite values, one after the other. For the others, sdpa."""
-
-
-def safer_modes(mode: str, device: torch.device) -> list[str]:
-    """The rungs below `mode` that can run on `device`."""
-    return [safer for safer in SAFER.get(mode, ("sdpa",)) if serves(safer, device)]
 
 
 class NonFinite(Exception):
@@ -53,40 +41,58 @@ class NonFinite(Exception):
 
 
 class Ladder:
-    """Attention policies from less to more safe, and the rung that the run stands on.
+    """The attention mode of each step, and from the first strike on the least safe mode still allowed (`floor`).
+
+    A mode that gave non-finite values is followed by the next one of `fallback` that runs on `device`, for every step
+    and block whose mode is not safer anyway: an FP4 run with 16-bit ends keeps its ends when FP8 takes FP4's place.
 
     Args:
-        policy: to begin with; None leaves the mode to the model.
-        fallback: what comes after it, without what `policy` gives in every step anyway; None: `safer_modes` of the
-            mode that failed.
+        policy: to begin with; None leaves the mode to the model (its `attention_mode`, or sdpa where it names none).
+        fallback: mode -> the next safer one, such as `policy.SAFER`.
         steps: of the whole schedule.
-        device: where the model runs.
     """
 
     def __init__(
         self,
         model: object,
         policy: AttentionPolicy | None,
-        fallback: Sequence[AttentionPolicy] | None,
+        fallback: Mapping[str, str],
         steps: int,
         device: torch.device,
     ) -> None:
-        self.model, self.steps, self.device = model, steps, device
-        self._policy = policy
-        same = {self.name(step) for step in range(steps)}
-        self._rungs = None if fallback is None else [safer for safer in fallback if same != {safer}]
+        self.model, self.policy, self.fallback, self.steps, self.device = model, policy, fallback, steps, device
+        self.floor: str | None = None
 
     def mode(self, step: int) -> AttentionMode | None:
         """What the model is given in this step."""
-        policy = self._policy
-        return policy(step, self.steps) if callable(policy) else policy
+        mode = self.policy(step, self.steps) if callable(self.policy) else self.policy
+        if self.floor is None:
+            return mode
+        if mode is None:
+            mode = self._models_own()
+        if not callable(mode):
+            return self._raised(mode)
+        asked = mode
+        return lambda block, role: self._raised(asked(block, role))
 
-    def name(self, step: int) -> str:
-        """What serves self-attention in this step, for people."""
+    def _models_own(self) -> AttentionMode:
+        mode: AttentionMode = getattr(self.model, "attention_mode", "sdpa")
+        return mode
+
+    def _raised(self, mode: str) -> str:
+        """`mode`, or the floor where that is safer."""
+        mode = canonical_mode(mode)
+        return self.floor if self.floor is not None and self.floor in safer_modes(mode, self.fallback) else mode
+
+    def name(self, step: int, block: int | None = None) -> str:
+        """What serves self-attention in this step and block; the least safe of all blocks where none is named."""
         mode = self.mode(step)
         if mode is None:
-            mode = getattr(self.model, "attention_mode", "of the model")
-        return mode(0, "self") if callable(mode) else str(mode)
+            mode = self._models_own()
+        if not callable(mode):
+            return str(mode)
+        blocks = range(len(getattr(self.model, "blocks", ())) or 1) if block is None else (block,)
+        return max((mode(index, "self") for index in blocks), key=lambda name: len(safer_modes(name, self.fallback)))
 
     def climb(self, attempt: Callable[[], T], generator: torch.Generator, place: str = "") -> T:
         """What `attempt` returns; while it raises NonFinite it starts over, one rung safer, with the same randomness.
@@ -107,19 +113,19 @@ class Ladder:
                 generator.set_state(state)
 
     def _step_up(self, strike: NonFinite, place: str) -> None:
+        struck = self.name(strike.step, strike.block)
         found = (
             f"{place}step {strike.step + 1} of {self.steps}: the model gave non-finite values with attention mode "
-            f"{self.name(strike.step)}{strike}"
+            f"{struck}{strike}"
         )
-        if self._rungs is None:
-            self._rungs = list(safer_modes(self.name(strike.step), self.device))
-        if not self._rungs:
+        safer = next((mode for mode in safer_modes(struck, self.fallback) if mode_serves(mode, self.device)), None)
+        if safer is None:
             raise InfiniteTalkError(
                 f"In {found}, and there is no safer mode left: the weights, the adapter or the embeddings hold "
                 "values that this precision cannot carry; try another file or bf16 weights."
             ) from None
-        self._policy = self._rungs.pop(0)
-        log.warning("In %s. The window starts over with %s.", found, self.name(strike.step))
+        self.floor = safer
+        log.warning("In %s. The window starts over with %s.", found, safer)
 
 
 def refuse_non_finite(

@@ -6,7 +6,7 @@ Long videos are made by `pipeline`; this serves text to video, picture to video,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import AttentionMode
+from ..wanvideo.policy import SAFER
 from ..wanvideo.schedulers import Scheduler
 from .guidance import Guidance, Pass
 from .safer import AttentionPolicy, Ladder, refuse_non_finite
@@ -178,7 +179,7 @@ def denoise(
     start_step: int = 0,
     end_step: int | None = None,
     attention_policy: AttentionPolicy | None = None,
-    fallback: Sequence[AttentionPolicy] | None = None,
+    fallback: Mapping[str, str] = SAFER,
     report: Callable[[StepReport], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -189,10 +190,10 @@ def denoise(
         cfg, audio_cfg: one scale per step of the whole schedule.
         guidance: a new one, since APG remembers the steps before.
         attention_policy: attention mode, or (step, steps) -> mode of that step; None leaves it to the model.
-        fallback: attention modes from less to more safe; None: those of `safer.SAFER` that run here. When a step gives
-            non-finite values, all steps are run again, with the same random numbers, in the next of them.
+        fallback: attention mode -> the next safer one. When a step gives non-finite values, all steps are run again,
+            with the same random numbers, in the next one that this device runs.
 
-    Raises InfiniteTalkError when the last fallback gives non-finite values too.
+    Raises InfiniteTalkError when the safest mode gives non-finite values too.
     """
     steps = len(scheduler)
     end = steps if end_step is None else min(end_step, steps)

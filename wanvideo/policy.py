@@ -7,11 +7,11 @@ picture has few keys, where low precision is slower and less accurate: it stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .errors import InputError
-from .modules.attention import AttentionMode, mode_for_role
+from .modules.attention import MODE_ALIASES, AttentionMode, mode_for_role
 
 CHOSEN = "chosen"
 """In a rule's `mode`: the mode that the user chose, as `mode_for_role` turns it for the role."""
@@ -69,6 +69,29 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
     "uniform": (Rule(CHOSEN),),
 }
 """The named policies; what the `attention_policy` option of the command and the node offers."""
+
+
+SAFER: dict[str, str] = {
+    "sageattn_3": "sageattn_3_fp8",
+    "sageattn_3_fp4": "sageattn_3_fp8",
+    "sageattn_3_fp8": "sdpa",
+    "sageattn": "sdpa",
+    "flash_attn_2": "sdpa",
+    "flash_attn_3": "sdpa",
+    "comfy": "sdpa",
+    "auto": "sdpa",
+    "sdpa": "eager",
+}
+"""Mode -> the next safer one, for a window whose values were not finite. The float32 reference has none."""
+
+
+def safer_modes(mode: str, table: Mapping[str, str] = SAFER) -> tuple[str, ...]:
+    """All modes safer than `mode`, the nearest first."""
+    found: list[str] = []
+    mode = MODE_ALIASES.get(mode, mode)
+    while (mode := table.get(mode, "")) and mode not in found:
+        found.append(mode)
+    return tuple(found)
 
 
 def select(policy: str, chosen: str, *, step: int, steps: int, block: int, blocks: int, role: str) -> str:

@@ -128,7 +128,7 @@ def run(given: Prepared, mode: str, quantization: str, policy: str = "default") 
     model = load_dit(files.model, files.adapter, base_dtype=given.dtype, quantization=quantization, device=device)
     config = replace(given.config, attention_policy=bind(policy, mode, model.config.num_layers))
     with count_guards() as guards:
-        windows = list(generate(model, given.vae, given.clip, given.conditioning, config, fallback=()))
+        windows = list(generate(model, given.vae, given.clip, given.conditioning, config, fallback={}))
     return Made(windows, guards)
 
 

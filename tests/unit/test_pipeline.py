@@ -18,8 +18,8 @@ from wanvideo_infinitetalk.multitalk import safer
 from wanvideo_infinitetalk.multitalk.pipeline import Callbacks, Conditioning, GenerateConfig, generate
 from wanvideo_infinitetalk.multitalk.video import VideoFrames, VideoWriter
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
-from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
+from wanvideo_infinitetalk.wanvideo.policy import bind
 from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
 
 LAYERS, HIDDEN = 2, 3
@@ -363,75 +363,41 @@ def test_an_interrupt_keeps_what_is_finished() -> None:
 
 @pytest.mark.parametrize("broken_from", [0, 1, 2])
 def test_non_finite_values_start_the_window_over_in_the_safer_mode(caplog, broken_from) -> None:
-    safe = _video(_run(replace(CONFIG, attention_policy="safe")))
-    model = FakeModel(broken={"fast": 9 * broken_from})  # three steps of three passes in each window
-    config = replace(CONFIG, attention_policy="fast")
-    windows = _run(config, model=model, fallback=["safe"])
+    safe = _video(_run(replace(CONFIG, attention_policy="sageattn_3_fp8")))
+    model = FakeModel(broken={"sageattn_3_fp4": 9 * broken_from})  # three steps of three passes in each window
+    windows = _run(replace(CONFIG, attention_policy="sageattn_3_fp4"), model=model)
     assert torch.equal(_video(windows), safe)
     assert f"In window {broken_from + 1}, step 1 of 3" in caplog.text
-    assert "attention mode fast, first in block 1" in caplog.text
-    assert "starts over with safe" in caplog.text
+    assert "attention mode sageattn_3_fp4, first in block 1" in caplog.text
+    assert "starts over with sageattn_3_fp8" in caplog.text
     modes = [call["mode"] for call in model.calls]
-    first_safe = modes.index("safe")
-    assert set(modes[first_safe:]) == {"safe"}  # and stays there
-    assert modes[:first_safe].count("fast") >= 9 * broken_from + 3
+    first_safe = modes.index("sageattn_3_fp8")
+    assert set(modes[first_safe:]) == {"sageattn_3_fp8"}  # and stays there
+    assert modes[:first_safe].count("sageattn_3_fp4") >= 9 * broken_from + 3
 
 
-def test_a_strike_in_a_later_step_and_a_longer_ladder(caplog) -> None:
-    """Every mode but the last breaks, the first in its second step only."""
+def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
+    """Each rung but the last breaks: FP4 in its second step only, FP8 and sdpa at once."""
 
     def policy(step: int, steps: int) -> str:
-        return "worst" if step == 1 else "safe"
+        return "sageattn_3_fp4" if step == 1 else "eager"
 
-    config = replace(CONFIG, attention_policy=policy)
-    windows = _run(config, model=FakeModel(broken={"worst": 0, "bad": 0}), fallback=["bad", "safe"])
-    assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="safe"))))
-    assert "step 2 of 3: the model gave non-finite values with attention mode worst" in caplog.text
-    assert "step 1 of 3: the model gave non-finite values with attention mode bad" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("mode", "broken", "ends_in"),
-    [
-        ("sageattn_3_fp4", {"sageattn_3_fp4"}, "sageattn_3_fp8"),
-        ("sageattn_3", {"sageattn_3", "sageattn_3_fp8"}, "sdpa"),
-        ("sageattn_3_fp8", {"sageattn_3_fp8"}, "sdpa"),
-        ("sageattn", {"sageattn"}, "sdpa"),
-        ("eager", {"eager"}, "sdpa"),
-    ],
-)
-def test_by_default_the_next_safer_mode_takes_over(mode, broken, ends_in, caplog) -> None:
-    model = FakeModel(broken=dict.fromkeys(broken, 9))  # from the second window on
-    windows = _run(replace(CONFIG, attention_policy=mode), model=model)
-    assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))  # a fake does not mind
-    assert model.calls[-1]["mode"] == ends_in
-    assert "In window 2, step 1 of 3" in caplog.text
-    assert f"The window starts over with {ends_in}" in caplog.text
-    assert caplog.text.count("starts over") == len(broken)
+    broken = {"sageattn_3_fp4": 0, "sageattn_3_fp8": 0, "sdpa": 0}
+    windows = _run(replace(CONFIG, attention_policy=policy), model=FakeModel(broken=broken))
+    assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="eager"))))
+    starts = ["sageattn_3_fp4, first in block 1. The window starts over with sageattn_3_fp8",
+              "sageattn_3_fp8, first in block 1. The window starts over with sdpa",
+              "sdpa, first in block 1. The window starts over with eager"]  # fmt: skip
+    assert [r.getMessage().split("attention mode ")[1].rstrip(".") for r in caplog.records] == starts
+    assert all("In window 1, step 2 of 3" in r.getMessage() for r in caplog.records)
 
 
-def test_a_strike_in_an_8_bit_step_of_the_fp4_policy_leads_past_8_bits() -> None:
-    model = FakeModel(broken={"sageattn_3_fp8": 0})
-    _run(
-        replace(CONFIG, attention_policy=lambda step, steps: ["sageattn_3_fp8", "sageattn_3_fp4"][step == 1]),
-        model=model,
-    )
-    assert model.calls[-1]["mode"] == "sdpa"
-    assert "sageattn_3_fp4" not in [call["mode"] for call in model.calls]
-
-
-def test_a_rung_that_cannot_run_here_is_skipped(monkeypatch) -> None:
-    monkeypatch.setattr(safer, "serves", lambda mode, device: mode != "sageattn_3_fp8")
-    model = FakeModel(broken={"sageattn_3_fp4": 0})
-    _run(replace(CONFIG, attention_policy="sageattn_3_fp4"), model=model)
-    assert {call["mode"] for call in model.calls} == {"sageattn_3_fp4", "sdpa"}
-
-
-def test_every_rung_is_a_mode_and_the_ladder_ends() -> None:
-    for mode, rungs in safer.SAFER.items():
-        assert {mode, *rungs} <= set(ATTENTION_MODES)
-        assert mode not in rungs
-        assert rungs[-1:] in ((), ("sdpa",))
+def test_a_rung_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(safer, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
+    config = replace(CONFIG, attention_policy="sageattn_3_fp4")
+    windows = _run(config, model=FakeModel(broken={"sageattn_3_fp4": 0}))
+    assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))
+    assert "starts over with sdpa" in caplog.text
 
 
 def test_one_check_a_step(monkeypatch) -> None:
@@ -445,40 +411,92 @@ def test_one_check_a_step(monkeypatch) -> None:
 
 
 def test_without_a_safer_mode_there_is_one_sentence() -> None:
-    model = FakeModel(broken={"sdpa": 9})
-    windows = generate(
-        model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"), fallback=["sdpa"]
-    )
+    model = FakeModel(broken={"sdpa": 9, "eager": 0})
+    windows = generate(model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"))
     assert len(next(windows).frames) == 9  # what was finished stays
-    with pytest.raises(InfiniteTalkError, match=r"window 2, step 1 of 3.*sdpa.*block 1.*no safer mode left"):
+    with pytest.raises(InfiniteTalkError, match=r"window 2, step 1 of 3.*eager.*block 1.*no safer mode left"):
         next(windows)
 
 
-def test_nan_in_one_block_of_the_real_model_gives_the_video_of_the_safe_mode(caplog) -> None:
+class Poison:
+    """A forward hook that spoils the block's output when its mode of self-attention is named, `times` calls long."""
+
+    def __init__(self, **times: int) -> None:
+        self.left = times
+
+    def __call__(self, module, args, output):
+        _, _, modes = args
+        left = self.left.get(modes.self_attention, 0)
+        self.left[modes.self_attention] = left - 1
+        return output * torch.nan if left in (1, 2) else output  # the strike, and the look for the block after it
+
+
+def _real_model() -> WanModel:
     torch.manual_seed(0)
-    model = WanModel(
+    return WanModel(
         model_type="i2v", text_len=8, in_dim=36, dim=32, ffn_dim=32, freq_dim=16, text_dim=8, out_dim=16, num_heads=2,
         num_layers=3, audio_window=5, intermediate_dim=8, output_dim=8, context_tokens=4, vae_scale=4, blocks=LAYERS,
         channels=HIDDEN, clip_dim=8,
     ).eval()  # fmt: skip
-    config = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
-    safe = _video(_run(replace(config, attention_policy="sdpa"), model=model))
-    calls = 0  # the second step's, and the look for the block that follows it
 
-    def poison(module, args, output):
-        nonlocal calls
-        calls += 1
-        _, _, modes = args
-        return output * torch.nan if modes.self_attention == "eager" and calls in (2, 3) else output
 
+ONE_PASS = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen", "struck", "safe"),
+    [
+        ("uniform", "sageattn_3_fp4", {"sageattn_3_fp4": 3}, "sageattn_3_fp8"),
+        ("default", "sageattn_3_fp4", {"sageattn_3_fp4": 2}, "sageattn_3_fp8"),
+        ("ends_16bit", "sageattn_3_fp4", {"sageattn_3_fp4": 2}, "sageattn_3_fp8"),
+        # In FP8 at the first step of an FP4 run: that step would strike again in FP8, so FP4 goes to sdpa as well.
+        ("default", "sageattn_3_fp4", {"sageattn_3_fp8": 2}, "sdpa"),
+        ("uniform", "sageattn_3_fp8", {"sageattn_3_fp8": 3}, "sdpa"),
+        ("uniform", "sageattn_3_fp4", {"sageattn_3_fp4": 3, "sageattn_3_fp8": 2}, "sdpa"),
+        ("uniform", "sdpa", {"sdpa": 3}, "eager"),
+        ("uniform", "sage3_fp4", {"sageattn_3_fp4": 2, "sageattn_3_fp8": 2, "sdpa": 2}, "eager"),
+    ],
+)
+def test_nan_in_one_block_of_one_step_gives_the_video_of_the_safe_mode(policy, chosen, struck, safe) -> None:
+    model = _real_model()
+    expected = _video(_run(replace(ONE_PASS, attention_policy=bind(policy, safe, 3)), model=model))
+    poison = Poison(**struck)
     handle = model.blocks[1].register_forward_hook(poison)
-    spoilt = _video(_run(replace(config, attention_policy="eager"), model=model, fallback=["sdpa"]))
+    got = _video(_run(replace(ONE_PASS, attention_policy=bind(policy, chosen, 3)), model=model))
     handle.remove()
-    assert "In window 1, step 2 of 3" in caplog.text
+    assert torch.equal(got, expected)
+    assert all(poison.left[mode] <= 0 for mode in struck)  # each of them did strike
+
+
+def test_the_log_names_window_step_block_and_kernel(caplog) -> None:
+    model = _real_model()
+    model.blocks[1].register_forward_hook(Poison(sageattn_3_fp8=3))
+    _run(replace(ONE_PASS, attention_policy=bind("uniform", "sageattn_3_fp8", 3)), model=model)
     assert (
-        "attention mode eager, first in block 1 (attention by eager). The window starts over with sdpa" in caplog.text
+        "In window 1, step 2 of 3: the model gave non-finite values with attention mode sageattn_3_fp8, first in "
+        "block 1 (attention by emulated_fp8, sdpa). The window starts over with sdpa." in caplog.text
     )
-    assert torch.equal(spoilt, safe)
+
+
+def test_nan_in_every_mode_is_one_sentence_after_the_last_rung(caplog) -> None:
+    model = _real_model()
+    model.blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
+    with pytest.raises(InfiniteTalkError, match=r"step 1 of 3.*mode eager, first in block 1.*no safer mode left"):
+        _run(replace(ONE_PASS, attention_policy=bind("default", "sageattn_3_fp4", 3)), model=model)
+    assert [r.getMessage().split("over with ")[1] for r in caplog.records if "over with" in r.getMessage()] == [
+        "sdpa.",  # the first step of an FP4 run is FP8
+        "eager.",
+    ]
+
+
+def test_a_mode_that_the_model_was_made_with_has_a_ladder_too(caplog) -> None:
+    model = _real_model()
+    model.attention_mode = "sageattn_3_fp8"
+    model.blocks[1].register_forward_hook(Poison(sageattn_3_fp8=2))
+    got = _video(_run(ONE_PASS, model=model))
+    assert "mode sageattn_3_fp8, first in block 1" in caplog.text
+    model.attention_mode = "sdpa"
+    assert torch.equal(got, _video(_run(ONE_PASS, model=model)))
 
 
 def test_non_finite_frames_of_the_vae_are_an_error() -> None:

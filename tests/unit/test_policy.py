@@ -1,8 +1,10 @@
 """The policy table: which mode serves which step, block and role."""
 
 import pytest
+import torch
 from wanvideo_infinitetalk.wanvideo import policy
 from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.modules import attention
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
 
 
@@ -64,3 +66,36 @@ def test_block_ranges_count_from_both_ends(monkeypatch):
 def test_an_unknown_policy_is_refused_when_bound():
     with pytest.raises(InputError, match=r"no attention policy 'fast'.*default"):
         policy.bind("fast", "sdpa", blocks=2)
+
+
+# --- the ladder of safer modes
+
+
+@pytest.mark.parametrize("mode", ATTENTION_MODES)
+def test_every_mode_has_a_way_down_to_the_float32_reference(mode):
+    below = policy.safer_modes(mode)
+    assert mode not in below
+    assert set(below) <= set(ATTENTION_MODES)
+    assert mode == "eager" or below[-2:] in (("sdpa", "eager"), ("eager",))
+
+
+def test_the_ladder_of_fp4():
+    assert policy.safer_modes("sageattn_3_fp4") == ("sageattn_3_fp8", "sdpa", "eager")
+    assert policy.safer_modes("sage3_fp4") == policy.safer_modes("sageattn_3_fp4")
+    assert policy.safer_modes("eager") == ()
+
+
+def test_a_table_that_goes_round_ends():
+    assert policy.safer_modes("a", {"a": "b", "b": "c", "c": "b"}) == ("b", "c")
+
+
+def test_emulations_are_no_rung_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(
+        attention,
+        "unavailable_reasons",
+        lambda name, device: () if name in (*attention.EMULATIONS, "sdpa") else ("no",),
+    )
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention.mode_serves("sdpa", gpu)
+    assert not attention.mode_serves("sageattn_3_fp8", gpu)
+    assert attention.mode_serves("sageattn_3_fp8", cpu)

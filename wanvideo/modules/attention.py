@@ -32,10 +32,10 @@ __all__ = [
     "count_kernels",
     "mode_for_role",
     "mode_reasons",
+    "mode_serves",
     "reasons_against",
     "resolve_mode",
     "run_backend",
-    "serves",
     "set_auto_chooser",
 ]
 
@@ -78,6 +78,9 @@ FOREIGN_MODES = {
     "sageattn_ultravico": "it is for lengths beyond the training length, windows do that here; choose sageattn",
 }
 """Modes that other programs know and this one does not run."""
+
+EMULATIONS = frozenset({"emulated_fp8", "emulated_nvfp4", "emulated_nvfp4_plain"})
+"""Backends that compute a kernel's numbers without the kernel."""
 
 LOW_PRECISION_MODES = frozenset({"sageattn", "sageattn_3", "sageattn_3_fp4", "sageattn_3_fp8"})
 
@@ -230,9 +233,10 @@ def mode_reasons(device: torch.device) -> dict[str, dict[str, tuple[str, ...]]]:
     return {mode: {name: unavailable_reasons(name, device) for name in names} for mode, names in MODE_BACKENDS.items()}
 
 
-def serves(mode: str, device: torch.device) -> bool:
-    """Whether any backend of `mode` can run on `device`."""
-    return any(not unavailable_reasons(name, device) for name in MODE_BACKENDS[mode])
+def mode_serves(mode: str, device: torch.device) -> bool:
+    """Whether `mode` has a kernel on `device`; on a GPU the emulations in plain torch, which take minutes, are none."""
+    names = [name for name in MODE_BACKENDS[canonical_mode(mode)] if device.type == "cpu" or name not in EMULATIONS]
+    return any(not unavailable_reasons(name, device) for name in names)
 
 
 def attention(
