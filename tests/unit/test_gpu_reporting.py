@@ -78,8 +78,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
     code = """
 import runpy, sys
-runs = (("guard_cost", "--rounds=2"), ("block_swap", "--rounds=2"), ("linear", "--rounds=1"), ("vram",), ("lipsync",))
-for name, *options in runs:
+runs = {"guard_cost": 2, "block_swap": 2, "linear": 1, "fused": 1, "vram": 0, "lipsync": 0}
+for name, rounds in runs.items():
+    options = [f"--rounds={rounds}"] if rounds else []
     sys.argv = [name, "--small", *options, "--json", f"{sys.argv[-1].rpartition('/')[0]}/{name}.json"]
     try:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
@@ -121,6 +122,13 @@ def test_linears_are_measured_in_every_quantisation(reports: dict[str, dict]) ->
     for table in reports["linear"]["tables"]:
         errors = {row["linear"]: row["relative L2"] for row in table["rows"]}
         assert errors["bf16"] < 0.003 < errors["fp8_e4m3fn"] < errors["fp8_e5m2"] < errors["fp4_scaled"] < 0.2
+
+
+def test_elementwise_groups_are_measured_and_a_block_with_them(reports: dict[str, dict]) -> None:
+    *groups, block = (table["rows"] for table in reports["fused"]["tables"])
+    assert len(groups) == 5
+    assert all(row["form"] == "eager" and 0.5 < row["ulp, normal"] <= 1 for rows in groups for row in rows)
+    assert [row["relative L2 between them"] for row in block] == [0.0, 0.0]  # no kernel of ours runs on a CPU
 
 
 def test_the_vae_is_measured_whole_in_tiles_and_by_length(reports: dict[str, dict]) -> None:

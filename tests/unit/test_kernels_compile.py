@@ -29,6 +29,9 @@ FLOATS = {"k_sums", "k_lows", "k_highs", "v_peaks", "k_mean", "q_mean", "q_scale
 FLOATS |= {"q_outer", "k_outer", "v_outer"}
 INTS = {"q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"}
 INTS |= {"queries", "keys", "heads", "run", "runs", "tiles"}
+INTS |= {"rows_per_batch", "factor_batch", "offset_batch", "gate_batch", "length"}
+FLOATS |= {"factor", "offset", "gate", "cos", "sin"}
+SCALARS = {"logit_scale", "eps"}
 
 
 def triton_module(name: str) -> Any:
@@ -44,7 +47,7 @@ def compiled(function: Any, arch: int, constants: dict[str, Any], types: dict[st
     signature = {name: types.get(name, "*bf16") for name in function.arg_names if name not in constants}
     signature |= {name: "*fp32" for name in signature if name in FLOATS}
     signature |= {name: "i32" for name in signature if name in INTS}
-    signature |= {name: "fp32" for name in signature if name == "logit_scale"}
+    signature |= {name: "fp32" for name in signature if name in SCALARS}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)
@@ -156,6 +159,20 @@ def test_fp4_quantisers_compile(native: bool) -> None:
             assert "div.rn.f32" in ptx  # IEEE division, as in the reference
 
 
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "qk_norm_rope", "gated_residual"])
+def test_fused_groups_read_and_write_16_bytes_at_a_time(name: str, arch: int) -> None:
+    function = getattr(triton_module("_fused_triton"), name)
+    constants = {"C": 5120, "BLOCK": 8192}
+    constants |= {"layer_norm": {"ADD_ONE": True}, "qk_norm_rope": {"HALF": 64}}.get(name, {})
+    kernel = compiled(function, arch, constants, {}, num_warps=8)
+    ptx = kernel.asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
+    assert not re.search(r"\.local\.[a-z0-9]*32", ptx)  # the row stays in registers
+    assert shared_kib(kernel) <= (33 if name == "qk_norm_rope" else 1)
+
+
 # ------------------------------------------------------------------------------------------- run by the interpreter
 
 
@@ -261,7 +278,37 @@ def interpret_fp4_attention(queries: int, keys: int, head_dim: int) -> None:
         assert relative_l2(out, emulated) < 0.08
 
 
+def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
+    """Every group against its eager form, in fp16, and in float32, where only the order of sums differs."""
+    from wanvideo_infinitetalk.wanvideo.kernels import fused as own
+    from wanvideo_infinitetalk.wanvideo.modules.fused import FORMS
+    from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation
+
+    width = heads * head_dim
+    angles = torch.randn(length, 1, head_dim // 2)
+    given = torch.randn(batch, 6, width).split(1, dim=1)  # as the model's modulation: strided by batch
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        x, y = (3 + 2 * torch.randn(batch, length, width)).to(dtype), torch.randn(batch, length, width).to(dtype)
+        weight, bias = (torch.randn(width).to(dtype) for _ in range(2))
+        calls: dict[str, tuple[Any, ...]] = {
+            "modulated_norm": (x, given[0], given[1], 1e-6),
+            "affine_norm": (x, weight, bias, 1e-6),
+            "rms_norm": (x, weight, 1e-6),
+            "qk_norm_rope": (x, y, weight, bias, Rotation(angles.cos(), angles.sin()), heads, 1e-6),
+            "gated_residual": (x, y, given[2]),
+        }
+        assert set(calls) == set(FORMS)
+        for group, call in calls.items():
+            before = [t.clone() for t in call if isinstance(t, torch.Tensor)]
+            got, wanted = getattr(own, group)(*call), FORMS[group]["eager"].run(*call)
+            torch.testing.assert_close(got, wanted, atol=bound, rtol=bound)
+            assert all(
+                torch.equal(a, b) for a, b in zip(before, (t for t in call if isinstance(t, torch.Tensor)), strict=True)
+            )
+
+
 CASES = {
+    "fused": (interpret_fused, [(2, 3, 2, 64), (1, 2, 3, 96), (1, 1, 1, 8)]),
     "fp8": (interpret_fp8, [(70, 200, 64), (5, 1, 128), (3, 257, 96)]),
     "fp4_operands": (interpret_fp4, [(70, 200, 64), (130, 129, 128)]),
     "fp4": (interpret_fp4_attention, [(5, 1, 128), (130, 129, 64)]),

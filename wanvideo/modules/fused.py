@@ -1,28 +1,180 @@
 """The elementwise groups of a transformer block, each as one function (and the two norms that carry weights).
 
-These are the eager forms, and the reference of every fused kernel that takes their place. All of them compute in
-float32, round once to the dtype of their first argument, and write to none of their arguments.
+Each group has several forms with the same arguments: the eager one, which is the reference; our Triton kernel; and
+comfy-kitchen's where it has one. All compute in float32, round once to the dtype of their first argument, and write to
+none of their arguments. `PREFERRED` says which form serves a group; where it cannot, in a compiled graph (which fuses
+the eager form itself) and under autograd, the eager one does.
 """
 
 from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import fused as own
+from .backends import packages
 from .rope import Rotation, rotate
 
 __all__ = [
+    "FORMS",
+    "PREFERRED",
     "AffineNorm",
+    "Form",
     "GeluTanh",
     "RMSNorm",
     "affine_norm",
     "gated_residual",
     "gelu_tanh",
     "modulated_norm",
+    "preferring",
     "qk_norm_rope",
     "rms_norm",
 ]
+
+EAGER, OWN, KITCHEN = "eager", "own", "comfy-kitchen"
+
+
+# ------------------------------------------------------------------------------------------------------ eager forms
+
+
+def _eager_modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+
+def _eager_affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def _rms_norm_float(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _eager_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _rms_norm_float(x, weight, eps).to(x.dtype)
+
+
+def _eager_qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotation: Rotation,
+    num_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        heads = _rms_norm_float(x, weight, eps).unflatten(-1, (num_heads, -1))
+        return rotate(heads, rotation).to(x.dtype)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+def _eager_gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(x, branch, gate).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------- comfy-kitchen's forms
+
+
+def _kitchen_modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    out: torch.Tensor = packages.load("comfy_kitchen").adaln(x, scale, shift, eps)
+    return out
+
+
+@functools.lru_cache(maxsize=1)
+def _kitchen_reasons() -> list[str]:
+    return packages.package_reasons("comfy-kitchen", ">=0.2.30,<1", "comfy_kitchen", ("adaln",))
+
+
+def _kitchen_serves(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> bool:
+    # Its kernel reads 16 bytes at a time; nothing here depends on what it does with other addresses.
+    return (
+        own.serves_modulated_norm(x, shift, scale, eps)
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, shift, scale))
+        and not _kitchen_reasons()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+class Form(NamedTuple):
+    """One way to compute a group: the function, and whether it serves a call of these arguments, by host data only."""
+
+    run: Callable[..., Any]
+    serves: Callable[..., bool]
+
+
+def _always(*call: Any) -> bool:
+    return True
+
+
+FORMS: dict[str, dict[str, Form]] = {
+    "modulated_norm": {
+        EAGER: Form(_eager_modulated_norm, _always),
+        OWN: Form(own.modulated_norm, own.serves_modulated_norm),
+        KITCHEN: Form(_kitchen_modulated_norm, _kitchen_serves),
+    },
+    "affine_norm": {
+        EAGER: Form(_eager_affine_norm, _always),
+        OWN: Form(own.affine_norm, own.serves_affine_norm),
+    },
+    "rms_norm": {
+        EAGER: Form(_eager_rms_norm, _always),
+        OWN: Form(own.rms_norm, own.serves_rms_norm),
+    },
+    "qk_norm_rope": {
+        EAGER: Form(_eager_qk_norm_rope, _always),
+        OWN: Form(own.qk_norm_rope, own.serves_qk_norm_rope),
+    },
+    "gated_residual": {
+        EAGER: Form(_eager_gated_residual, _always),
+        OWN: Form(own.gated_residual, own.serves_gated_residual),
+    },
+}
+"""Group -> form -> how it is computed."""
+
+PREFERRED: dict[str, str] = dict.fromkeys(FORMS, EAGER)
+"""Group -> the form that serves it. Another than the eager one stands here only when `python -m benchmarks.fused` found
+it the fastest of its run and no further from float64 than one rounding allows."""
+
+
+@contextlib.contextmanager
+def preferring(**forms: str) -> Iterator[None]:
+    """For measurements and tests: inside the `with` block these groups are served by these forms."""
+    before = dict(PREFERRED)
+    unknown = [f"{group}={form}" for group, form in forms.items() if form not in FORMS.get(group, {})]
+    if unknown:
+        raise ValueError(f"there is no such form: {', '.join(unknown)}")
+    PREFERRED.update(forms)
+    try:
+        yield
+    finally:
+        PREFERRED.update(before)
+
+
+def _run(group: str, *call: Any) -> Any:
+    forms = FORMS[group]
+    if not torch.compiler.is_compiling() and PREFERRED[group] != EAGER and not _differentiated(call):
+        chosen = forms[PREFERRED[group]]
+        if chosen.serves(*call):
+            return chosen.run(*call)
+    return forms[EAGER].run(*call)
+
+
+def _differentiated(call: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in call)
+
+
+# ---------------------------------------------------------------------------------------------------------- the groups
 
 
 def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
@@ -33,18 +185,20 @@ def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, ep
         shift, scale: [B, 1, C] float32.
         eps: added to the variance.
     """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    out: torch.Tensor = _run("modulated_norm", x, shift, scale, eps)
+    return out
 
 
 def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """LayerNorm over the last axis with weight and bias [C] of any float dtype. x [..., C]."""
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+    out: torch.Tensor = _run("affine_norm", x, weight, bias, eps)
+    return out
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467). x [..., C], weight [C]."""
-    return _rms_norm_float(x, weight, eps).to(x.dtype)
+    out: torch.Tensor = _run("rms_norm", x, weight, eps)
+    return out
 
 
 def qk_norm_rope(
@@ -66,27 +220,19 @@ def qk_norm_rope(
     Returns:
         q and k, each [B, L, H, D], contiguous.
     """
-
-    def one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        heads = _rms_norm_float(x, weight, eps).unflatten(-1, (num_heads, -1))
-        return rotate(heads, rotation).to(x.dtype)
-
-    return one(q, q_weight), one(k, k_weight)
+    out: tuple[torch.Tensor, torch.Tensor] = _run("qk_norm_rope", q, k, q_weight, k_weight, rotation, num_heads, eps)
+    return out
 
 
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + gate * branch. x, branch [B, L, C]; gate [B, 1, C] float32 (the sum is promoted to it)."""
-    return torch.addcmul(x, branch, gate).to(x.dtype)
+    out: torch.Tensor = _run("gated_residual", x, branch, gate)
+    return out
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh approximation (arXiv 1606.08415, section 2)."""
     return F.gelu(x, approximate="tanh")
-
-
-def _rms_norm_float(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
 class AffineNorm(nn.LayerNorm):

@@ -1,0 +1,209 @@
+"""The elementwise groups of a block: eager, our kernel, comfy-kitchen's and the compiled eager form side by side.
+
+    python -m benchmarks.fused [--json F]
+
+Times are medians of calls that took turns. "ulp" is the largest error against float64 over what one rounding allows, on
+normal values, with outlier channels, and with a mean far from zero: a form above 1 rounds twice, or sums less exactly,
+and may not take the place of the eager one. At last one whole block of the 14B model, all groups eager against all of
+ours. Run from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from wanvideo_infinitetalk.wanvideo.modules import fused
+from wanvideo_infinitetalk.wanvideo.modules.fused_reference import excess
+from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation, rotation_3d
+
+from .common import (
+    PUBLIC_14B,
+    PUBLIC_GRID,
+    SMALL,
+    SMALL_GRID,
+    Report,
+    choose_device,
+    interleaved,
+    parser,
+    ratio,
+)
+from .guard_cost import ONE_BLOCK, one_block
+
+KINDS = ("normal", "outlier channels", "large mean")
+EPS = 1e-6
+COMPILED, TWO_STEPS = "eager, compiled", "torch rms_norm + comfy-kitchen rope"
+MEASURED_ROWS = 2048
+MODES = (("sdpa", "disabled"), ("sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"))
+
+Call = tuple[Any, ...]
+
+
+def given(kind: str, grid: tuple[int, int, int], heads: int, head_dim: int, device: torch.device) -> dict[str, Call]:
+    """group -> arguments, as one block of a model gives them, in bf16."""
+    length, width = math.prod(grid), heads * head_dim
+
+    def rows() -> Tensor:
+        x = torch.randn(1, length, width, device=device)
+        if kind == "outlier channels":
+            x[..., ::97] *= 100
+        if kind == "large mean":
+            x += 30
+        return x.bfloat16()
+
+    weight, bias = (torch.randn(width, device=device).bfloat16() for _ in range(2))
+    shift, scale, gate = torch.randn(1, 6, width, device=device).split(1, dim=1)[:3]
+    rotation = rotation_3d(grid, head_dim, device)
+    return {
+        "modulated_norm": (rows(), shift, scale, EPS),
+        "affine_norm": (rows(), weight, bias, EPS),
+        "rms_norm": (rows(), weight, EPS),
+        "qk_norm_rope": (rows(), rows(), weight, bias, rotation, heads, EPS),
+        "gated_residual": (rows(), rows(), gate),
+    }
+
+
+def first_rows(call: Call, rows: int) -> Call:
+    """The same call on fewer tokens, whose exact result fits into memory."""
+
+    def part(x: Any) -> Any:
+        if isinstance(x, Rotation):
+            return Rotation(x.cos[:rows], x.sin[:rows])
+        return x[:, :rows].contiguous() if isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] > 1 else x
+
+    return tuple(part(x) for x in call)
+
+
+def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Every form of a group that serves this call, and what else could: named with its reason where it cannot."""
+    served: dict[str, Callable[..., Any]] = {}
+    for name, (run, serves) in fused.FORMS[group].items():
+        if serves(*call):
+            served[name] = run
+        elif name != fused.EAGER:
+            print(f"not measured: {name} of {group} does not serve this call here")
+    if device.type == "cuda":
+        served[COMPILED] = torch.compile(fused.FORMS[group][fused.EAGER].run, dynamic=False)
+        if group == "qk_norm_rope":
+            served[TWO_STEPS] = _two_steps
+    for name in list(served):
+        try:
+            served[name](*call)
+        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
+            print(f"not measured: {name} of {group} ({type(error).__name__}: {str(error).splitlines()[:1]})")
+            del served[name]
+    return served
+
+
+def _two_steps(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotation: Rotation, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What other programs do: the norm rounded to bf16, then comfy-kitchen's rotation."""
+    cos, sin = rotation
+    matrices = torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))  # [L, 1, D/2, 2, 2]
+    q, k = (
+        F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (num_heads, -1))
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    out: tuple[Tensor, Tensor] = importlib.import_module("comfy_kitchen").apply_rope(q, k, matrices.unsqueeze(0))
+    return out
+
+
+def traffic(call: Call, results: Any) -> int:
+    """Bytes that must be read and written at least: every argument and every result once."""
+
+    def size(x: Any) -> int:
+        if isinstance(x, tuple):
+            return sum(size(part) for part in x)
+        return x.numel() * x.element_size() if isinstance(x, Tensor) else 0
+
+    return size(call) + size(results)
+
+
+def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: int, rounds: int) -> None:
+    timed = given("normal", grid, heads, head_dim, report.device)
+    checked = {kind: given(kind, grid, heads, head_dim, report.device) for kind in KINDS}
+    for group, call in timed.items():
+        served = forms(group, call, report.device)
+        times = interleaved({n: functools.partial(f, *call) for n, f in served.items()}, rounds, report.device, 3)
+        rows: list[dict[str, str | int | float]] = []
+        for name, form in served.items():
+            ms = statistics.median(times[name])
+            row: dict[str, str | int | float] = {
+                "form": name,
+                "ms": ms,
+                "times eager": 1 / ratio(times, name, fused.EAGER),
+                "GB/s": traffic(call, form(*call)) / ms / 1e6,
+            }
+            for kind in KINDS:
+                few = first_rows(checked[kind][group], MEASURED_ROWS)
+                row[f"ulp, {kind}"] = excess(group, form(*few), few)
+            rows.append(row)
+        title = f"{group}: [1, {math.prod(grid)}, {heads * head_dim}] bf16, medians of {rounds} rounds"
+        report.table(title, rows)
+        if fused.OWN in served:
+            worst = max(float(row[f"ulp, {kind}"]) for row in rows if row["form"] == fused.OWN for kind in KINDS)
+            report.goal(f"ulp of our {group}", worst, 1.0)
+            report.goal(f"time of our {group} over eager", ratio(times, fused.OWN, fused.EAGER), 1.0)
+
+
+def whole_block(report: Report, small: bool, rounds: int) -> None:
+    """One block with every group eager, and with each of ours that serves."""
+    config, grid = (dataclasses.replace(SMALL, num_layers=1), SMALL_GRID) if small else (ONE_BLOCK, PUBLIC_GRID)
+    rows: list[dict[str, str | int | float]] = []
+    own: Callable[[], AbstractContextManager[Any]] = functools.partial(
+        fused.preferring, **dict.fromkeys(fused.FORMS, fused.OWN)
+    )
+    eager: Callable[[], AbstractContextManager[Any]] = functools.partial(
+        fused.preferring, **dict.fromkeys(fused.FORMS, fused.EAGER)
+    )
+    for mode, quantization in MODES:
+        block, arguments = one_block(config, grid, mode, quantization, report.device)
+        run = functools.partial(block, *arguments)
+        with eager():
+            expected = run().float()
+        with own():
+            moved = float((run().float() - expected).norm() / expected.norm())
+        calls = {"eager": run, "own": run}
+        times = interleaved(calls, rounds, report.device, warmup=3, within={"eager": eager, "own": own})
+        rows.append(
+            {
+                "attention, linears": f"{mode}, quantization {quantization}",
+                "eager, ms": statistics.median(times["eager"]),
+                "own, ms": statistics.median(times["own"]),
+                "own / eager": ratio(times, "own", "eager"),
+                "relative L2 between them": moved,
+            }
+        )
+        torch._dynamo.reset()
+    report.table(f"One block, {config.dim} wide, {math.prod(grid)} tokens, bf16: medians of {rounds} rounds", rows)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=20, help="of timing (%(default)s)")
+    arguments = options.parse_args()
+    small = arguments.small
+    report = Report("fused", "Elementwise groups", choose_device(small), small)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        grid, heads, head_dim = (
+            ((2, 3, 4), 2, 32) if small else (PUBLIC_GRID, PUBLIC_14B.num_heads, PUBLIC_14B.head_dim)
+        )
+        compare(report, grid, heads, head_dim, arguments.rounds)
+        whole_block(report, small, arguments.rounds)
+    return report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

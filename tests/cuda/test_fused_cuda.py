@@ -1,0 +1,133 @@
+"""The fused elementwise groups on the GPU: as near to float64 as one rounding allows, whatever the address and size.
+
+"Numerically unchanged" is this bound: half a unit in the last place of the result's dtype, which the eager forms keep
+too (`modules/fused_reference.py`), so that a fused form differs from the eager one by at most one unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.fused_cases import KINDS, calls
+from torch import Tensor
+from wanvideo_infinitetalk.wanvideo.modules import fused
+from wanvideo_infinitetalk.wanvideo.modules.fused_reference import excess
+from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
+from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+
+pytestmark = pytest.mark.cuda
+
+GPU = torch.device("cuda")
+OWN = {group: fused.OWN for group in fused.FORMS}
+SHAPES = [(1, 33, 40, 128), (2, 9, 12, 128), (3, 5, 2, 64), (2, 4, 3, 96), (1, 1, 1, 8), (1, 3, 128, 128)]
+"""Batch, length, heads, head_dim; 5120 and 1536 channels are those of Wan 14B and 1.3B."""
+
+
+def tensors(call: tuple[Any, ...]) -> list[Tensor]:
+    return [x for part in call for x in (part if isinstance(part, tuple) else (part,)) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("group", fused.FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_every_form_rounds_once(group: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        call = calls(*shape, GPU, dtype, kind)[group]
+        before = [x.clone() for x in tensors(call)]
+        for form in (fused.EAGER, fused.OWN):
+            run, serves = fused.FORMS[group][form]
+            assert serves(*call), f"{form} does not serve {shape}"
+            assert excess(group, run(*call), call) <= 1.0, f"{form}, {kind}"
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors(call), strict=True)), "an input changed"
+
+
+@torch.no_grad()
+def test_the_preferred_forms_round_once_too() -> None:
+    """Whatever the table says: a form that rounds more often may not stand in it."""
+    for kind in KINDS:
+        for group, call in calls(2, 9, 12, 128, GPU, torch.bfloat16, kind).items():
+            run, serves = fused.FORMS[group][fused.PREFERRED[group]]
+            assert serves(*call)
+            assert excess(group, run(*call), call) <= 1.0, f"{group}, {kind}"
+
+
+@torch.no_grad()
+def test_comfy_kitchens_adaln_is_right_where_it_serves() -> None:
+    call = calls(1, 33, 40, 128, GPU, torch.bfloat16, "normal")["modulated_norm"]
+    run, serves = fused.FORMS["modulated_norm"][fused.KITCHEN]
+    if not serves(*call):
+        pytest.skip("comfy-kitchen is not installed, or not in a version that is known")
+    assert relative_l2(run(*call), fused.FORMS["modulated_norm"][fused.EAGER].run(*call)) < 0.004
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 7])
+@torch.no_grad()
+def test_any_address(offset: int) -> None:
+    """Contiguous tensors that begin anywhere: Triton loads as narrowly as it must."""
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return type(part)(*(moved(x) for x in part))
+        if not isinstance(part, Tensor) or not part.is_contiguous():
+            return part
+        room = torch.empty(part.numel() + offset, dtype=part.dtype, device=part.device)
+        return room[offset:].view(part.shape).copy_(part)
+
+    for group, call in calls(2, 9, 12, 128, GPU, torch.bfloat16, "normal").items():
+        given = tuple(moved(part) for part in call)
+        run, serves = fused.FORMS[group][fused.OWN]
+        assert serves(*given)
+        assert excess(group, run(*given), call) <= 1.0, group
+
+
+@torch.no_grad()
+def test_non_finite_values_stay_in_their_row() -> None:
+    for group, call in calls(1, 9, 12, 128, GPU, torch.bfloat16, "normal").items():
+        call[0][0, 4, 100] = torch.nan
+        results = fused.FORMS[group][fused.OWN].run(*call)
+        out = (results[0] if isinstance(results, tuple) else results).flatten(2)
+        assert out[0, 4].isnan().any()
+        assert out[0, :4].isfinite().all()
+        assert out[0, 5:].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_captured_graph_replays() -> None:
+    for group, call in calls(1, 33, 12, 128, GPU, torch.bfloat16, "normal").items():
+        run = fused.FORMS[group][fused.OWN].run
+        expected = run(*call)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run(*call)
+        graph.replay()
+        torch.testing.assert_close(got, expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_a_model_gives_the_same_with_fused_groups() -> None:
+    """Two forwards that round at the same places lie apart as two summation orders do, and no more."""
+    torch.manual_seed(0)
+    audio = AudioConfig(intermediate_dim=32, output_dim=32, context_tokens=4, blocks=2, channels=16)
+    config = WanConfig(
+        text_len=16, dim=256, ffn_dim=512, text_dim=32, num_heads=2, num_layers=3, clip_dim=32, audio=audio
+    )
+    model = WanModel(config).to(GPU, torch.bfloat16).eval()
+    exact = WanModel(config).to(GPU).eval()
+    exact.load_state_dict(model.state_dict())
+    given = {
+        "x": torch.randn(16, 3, 16, 16, device=GPU),
+        "t": torch.tensor([700.0], device=GPU),
+        "context": torch.randn(16, 32, device=GPU),
+        "y": torch.randn(1, 20, 3, 16, 16, device=GPU),
+        "clip_fea": torch.randn(1, 257, 32, device=GPU),
+        "audio": torch.randn(1, 9, 5, 2, 16, device=GPU),
+    }
+    wanted = exact(**given)
+    eager = model(**given)
+    with fused.preferring(**OWN):
+        own = model(**given)
+    assert relative_l2(own, wanted) <= 1.1 * relative_l2(eager, wanted)

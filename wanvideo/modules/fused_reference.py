@@ -1,0 +1,69 @@
+"""What the elementwise groups of `fused` should give, in float64, and how far from it one rounding may be.
+
+The measure by which a form may take the place of an eager one; tests and the benchmark read it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["SLACK", "exact", "excess"]
+
+SLACK = 2.0**-18
+"""Of the sum of all magnitudes in a result: what float32 arithmetic and another order of sums may add before the
+rounding (float32 keeps 24 bits; a sum over a row in any order costs a few of them)."""
+
+
+def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+def exact(group: str, call: tuple[Any, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each result: (its value, the sum of the magnitudes that it is made of), both float64."""
+    if group in ("modulated_norm", "affine_norm"):
+        x, first, second, eps = call
+        shift, factor = (first, 1 + second.double()) if group == "modulated_norm" else (second, first.double())
+        x = x.double()
+        normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+        # The mean is subtracted: its own rounding counts in units of what it is subtracted from.
+        spread = torch.rsqrt(x.var(-1, keepdim=True, correction=0) + eps) * x.abs().amax(-1, keepdim=True)
+        size = (normed.abs() + spread) * factor.abs() + shift.double().abs()
+        return [(normed * factor + shift.double(), size)]
+    if group == "rms_norm":
+        out = _rms(*call)
+        return [(out, out.abs())]
+    if group == "qk_norm_rope":
+        q, k, q_weight, k_weight, rotation, heads, eps = call
+        results = []
+        for x, weight in ((q, q_weight), (k, k_weight)):
+            a, b = _rms(x, weight, eps).unflatten(-1, (heads, -1, 2)).unbind(-1)
+            cos, sin = (t.double() for t in rotation)
+            turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+            size = torch.stack([(a * cos).abs() + (b * sin).abs(), (a * sin).abs() + (b * cos).abs()], -1).flatten(-2)
+            results.append((turned, size))
+        return results
+    x, branch, gate = (t.double() for t in call)
+    return [(x + gate * branch, x.abs() + (gate * branch).abs())]
+
+
+def excess(group: str, result: Any, call: tuple[Any, ...]) -> float:
+    """The largest error over what one rounding to the result's dtype and float32 arithmetic allow; at most 1 is right.
+
+    One rounding errs by at most half a unit in the last place, that is 2^-9 of the value in bf16 and 2^-12 in fp16 (of
+    the power of two above it).
+    """
+    results = result if isinstance(result, tuple) else (result,)
+    worst = 0.0
+    for got, (wanted, size) in zip(results, exact(group, call), strict=True):
+        if not bool(torch.isfinite(got).all()):
+            return float("inf")
+        info = torch.finfo(got.dtype)
+        _, exponent = torch.frexp(wanted.abs() + SLACK * size)  # value < 2 ** exponent
+        half_ulp = info.eps / 4 * torch.exp2(exponent.double())
+        allowed = half_ulp.clamp_min(info.tiny * info.eps / 2) + SLACK * size
+        worst = max(worst, float(((got.double() - wanted).abs() / allowed).max()))
+    return worst
