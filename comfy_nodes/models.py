@@ -396,7 +396,7 @@ class VisionModel:
             return cls(clip, host.Resident(clip.model, host.device()))
 
     def hidden_states(self, image: Tensor, crop: str) -> Tensor:
-        """[B, H, W, 3] in [0, 1] -> [B, 257, 1280], float32 in host memory."""
+        """[B, H, W, 3] in [0, 1] -> [B, 257, width (1280 in the public files)], float32 in host memory."""
         self.resident.load()
         pixels = image[..., :3].movedim(-1, 1) * 2 - 1
         if crop == "center":

@@ -25,6 +25,7 @@ from wanvideo_infinitetalk.wanvideo.modules.backends import (
     unavailable_reasons,
 )
 from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
+from wanvideo_infinitetalk.wanvideo.policy import SAFER
 
 # backend -> (the fake package, the compute capability it serves, relative L2 against float64)
 ADAPTERS = {
@@ -412,7 +413,7 @@ def test_an_unknown_backend_is_named() -> None:
 
 def test_the_document_names_every_mode_and_backend_in_order() -> None:
     text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
-    modes = text.split("## Contracts")[0]
+    modes, ladder = text.split("## Contracts")[0].split("**The ladder.**")
     rows = {line.split("|")[1].split("`")[1]: line for line in modes.splitlines() if line.startswith("| `")}
     for mode, names in door.MODE_BACKENDS.items():
         assert re.findall(r"`(\w+)`", rows[mode].split("|")[3])[: len(names)] == list(names), mode
@@ -420,6 +421,15 @@ def test_the_document_names_every_mode_and_backend_in_order() -> None:
         assert f"`{backend.name}`" in text
         if backend.contract.package:
             assert backend.contract.package in text
+    named = re.compile(r"`(\w+)`")
+    documented = {}
+    for line in ladder.splitlines():
+        if line.startswith("| `"):
+            _, modes, after, _ = line.split("|")
+            documented.update(dict.fromkeys(named.findall(modes), after))
+    assert documented.keys() == {*SAFER, "eager"}
+    for mode, safer in SAFER.items():
+        assert named.findall(documented[mode]) == [safer]
 
 
 def test_kernels_are_reached_through_the_door_only() -> None:

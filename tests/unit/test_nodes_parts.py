@@ -167,7 +167,7 @@ def look(host: Host, clip: Any, **changes: Any) -> Any:
 def test_pictures_are_combined(host: Host, clip) -> None:
     second = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(2))
     one, two = look(host, clip).positive, look(host, clip, image_1=second).positive
-    assert one.shape == (1, 257, 1280)
+    assert one.shape == (1, 257, clip.clip.hidden_size)
     combine = {"image_2": second, "strength_2": 0.5}
     torch.testing.assert_close(look(host, clip, **combine).positive, (one + 0.5 * two) / 2)
     torch.testing.assert_close(look(host, clip, **combine, combine_embeds="sum").positive, one + 0.5 * two)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...wanvideo.modules.attention import attention
 from ...wanvideo.vae import WanVAE
 
 __all__ = ["decode", "encode"]
@@ -89,11 +90,11 @@ def _residual(layer: Any, x: Tensor, batch: int) -> Tensor:
 def _middle(block: Any, x: Tensor, batch: int) -> Tensor:
     """Two residual blocks with attention among the positions of each frame between them."""
     x = _residual(block.resnets[0], x, batch)
-    for attention, after in zip(block.attentions, block.resnets[1:], strict=True):
-        qkv = attention.to_qkv(_norm(attention.norm, x)).flatten(2).transpose(1, 2).unsqueeze(1)
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B * F, 1, H * W, C]
-        out = out.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-        x = _residual(after, x + attention.proj(out), batch)
+    for layer, after in zip(block.attentions, block.resnets[1:], strict=True):
+        qkv = layer.to_qkv(_norm(layer.norm, x)).flatten(2).transpose(1, 2).unsqueeze(2)
+        q, k, v = qkv.chunk(3, dim=-1)  # [B * F, H * W, 1, C] each
+        out = attention(q, k, v, "sdpa").squeeze(2).transpose(1, 2).unflatten(2, x.shape[2:])
+        x = _residual(after, x + layer.proj(out), batch)
     return x
 
 
