@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from wanvideo_infinitetalk.benchmarks.lipsync import (
     allowed_loss,
+    border_excess,
     border_jumps,
     correlation,
     identity,
@@ -99,6 +100,18 @@ def test_a_jump_at_a_border_is_seen_and_one_elsewhere_is_not_taken_for_it() -> N
     jumped = video.clone()
     jumped[:, 40:] += 0.3
     assert border_jumps(jumped, 33, 9)[0] < 5
+
+
+def test_what_the_speech_does_at_a_border_is_not_held_against_the_border() -> None:
+    video, _, _ = drawn([babble(FRAMES / FPS, 7)], 7)
+    opened = video.clone()
+    opened[:, 33:] += 0.3  # the speech's doing: it is in both videos
+    assert border_jumps(opened, 33, 9)[0] > 10
+    assert border_excess(opened, opened, 33, 9) == pytest.approx([1.0, 1.0], abs=0.5)
+    assert border_excess(opened, video, 33, 9)[0] > 5
+    still = video[:, :1].expand(-1, FRAMES, -1, -1).clone()
+    still[:, ::2] += 0.01  # where the other does not move, its median counts
+    assert max(border_excess(still, still, 33, 9)) <= 1
 
 
 def test_a_mouth_that_gapes_in_silence_is_seen() -> None:
