@@ -252,6 +252,20 @@ def test_an_export_is_what_make_tiny_reads(tmp_path: Path, monkeypatch: pytest.M
         assert made == shipped
 
 
+def test_without_a_synthesiser_there_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wanvideo_infinitetalk.tools.demo_model import recordings
+
+    monkeypatch.setattr("sys.argv", ["recordings", str(tmp_path / "new" / "out.npz")])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        recordings.main()
+    assert ended.value.code == 2
+    assert "espeak-ng, which speaks the sentences, is not on the PATH" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng, which speaks the training data, is not here")
 def test_recordings_are_spoken_alike_from_the_same_seed(tmp_path: Path) -> None:
     from wanvideo_infinitetalk.tools.demo_model.recordings import make_recordings, read_recordings

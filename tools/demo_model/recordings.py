@@ -10,6 +10,7 @@ OUT.npz holds `speech` int16 [samples], all recordings end to end at 16 kHz, eac
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=48.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if shutil.which("espeak-ng") is None:
+        parser.error("the program espeak-ng, which speaks the sentences, is not on the PATH; install it first")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     make_recordings(given.out, given.minutes, given.seed)
 
