@@ -425,8 +425,8 @@ def test_the_document_names_every_mode_and_backend_in_order() -> None:
     documented = {}
     for line in ladder.splitlines():
         if line.startswith("| `"):
-            _, modes, after, _ = line.split("|")
-            documented.update(dict.fromkeys(named.findall(modes), after))
+            _, struck, after, _ = line.split("|")
+            documented.update(dict.fromkeys(named.findall(struck), after))
     assert documented.keys() == {*SAFER, "eager"}
     for mode, safer in SAFER.items():
         assert named.findall(documented[mode]) == [safer]

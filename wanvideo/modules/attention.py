@@ -24,6 +24,7 @@ from .layout import aligned_contiguous, private_copy
 
 __all__ = [
     "ATTENTION_MODES",
+    "EMULATIONS",
     "MODE_BACKENDS",
     "ROLES",
     "AttentionMode",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import reasons_against, run_backend, set_auto_chooser
+from .attention import EMULATIONS, reasons_against, run_backend, set_auto_chooser
 from .backends import backends
 
 __all__ = ["MAX_RELATIVE_L2", "MIN_TOKENS", "Measurement", "choose", "measure"]
@@ -27,7 +27,7 @@ MIN_TOKENS = 2048
 
 REPEATS = 3
 
-NOT_CANDIDATES = ("eager", "emulated_fp8", "emulated_nvfp4", "emulated_nvfp4_plain", "comfy", "comfy_kitchen_int8")
+NOT_CANDIDATES = EMULATIONS | {"eager", "comfy", "comfy_kitchen_int8"}
 """The reference, what stands in for kernels, what another program chooses, and what is not finite for every input."""
 
 _chosen: dict[tuple[object, ...], str] = {}
