@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from wanvideo_infinitetalk.wanvideo.modules import fused
-from wanvideo_infinitetalk.wanvideo.modules.fused_reference import excess
-from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation, rotation_3d
+from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation
 
 from .common import (
     PUBLIC_14B,
@@ -38,50 +37,14 @@ from .common import (
     parser,
     ratio,
 )
+from .fused_cases import Call, calls, excess
 from .guard_cost import ONE_BLOCK, one_block
 
-KINDS = ("normal", "outlier channels", "large mean")
-EPS = 1e-6
+JUDGED = ("normal", "outlier channels", "large mean")
+"""Kinds of values whose errors stand in the tables."""
 COMPILED, TWO_STEPS = "eager, compiled", "torch rms_norm + comfy-kitchen rope"
 MEASURED_ROWS = 2048
 MODES = (("sdpa", "disabled"), ("sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"))
-
-Call = tuple[Any, ...]
-
-
-def given(kind: str, grid: tuple[int, int, int], heads: int, head_dim: int, device: torch.device) -> dict[str, Call]:
-    """group -> arguments, as one block of a model gives them, in bf16."""
-    length, width = math.prod(grid), heads * head_dim
-
-    def rows() -> Tensor:
-        x = torch.randn(1, length, width, device=device)
-        if kind == "outlier channels":
-            x[..., ::97] *= 100
-        if kind == "large mean":
-            x += 30
-        return x.bfloat16()
-
-    weight, bias = (torch.randn(width, device=device).bfloat16() for _ in range(2))
-    shift, scale, gate = torch.randn(1, 6, width, device=device).split(1, dim=1)[:3]
-    rotation = rotation_3d(grid, head_dim, device)
-    return {
-        "modulated_norm": (rows(), shift, scale, EPS),
-        "affine_norm": (rows(), weight, bias, EPS),
-        "rms_norm": (rows(), weight, EPS),
-        "qk_norm_rope": (rows(), rows(), weight, bias, rotation, heads, EPS),
-        "gated_residual": (rows(), rows(), gate),
-    }
-
-
-def first_rows(call: Call, rows: int) -> Call:
-    """The same call on fewer tokens, whose exact result fits into memory."""
-
-    def part(x: Any) -> Any:
-        if isinstance(x, Rotation):
-            return Rotation(x.cos[:rows], x.sin[:rows])
-        return x[:, :rows].contiguous() if isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] > 1 else x
-
-    return tuple(part(x) for x in call)
 
 
 def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..., Any]]:
@@ -131,8 +94,9 @@ def traffic(call: Call, results: Any) -> int:
 
 
 def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: int, rounds: int) -> None:
-    timed = given("normal", grid, heads, head_dim, report.device)
-    checked = {kind: given(kind, grid, heads, head_dim, report.device) for kind in KINDS}
+    length, sizes = math.prod(grid), (heads, head_dim, report.device, torch.bfloat16)
+    timed = calls(1, length, *sizes, "normal")
+    judged = {kind: calls(1, min(length, MEASURED_ROWS), *sizes, kind) for kind in JUDGED}
     for group, call in timed.items():
         served = forms(group, call, report.device)
         times = interleaved({n: functools.partial(f, *call) for n, f in served.items()}, rounds, report.device, 3)
@@ -145,14 +109,14 @@ def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: in
                 "times eager": 1 / ratio(times, name, fused.EAGER),
                 "GB/s": traffic(call, form(*call)) / ms / 1e6,
             }
-            for kind in KINDS:
-                few = first_rows(checked[kind][group], MEASURED_ROWS)
+            for kind in JUDGED:
+                few = judged[kind][group]
                 row[f"ulp, {kind}"] = excess(group, form(*few), few)
             rows.append(row)
-        title = f"{group}: [1, {math.prod(grid)}, {heads * head_dim}] bf16, medians of {rounds} rounds"
+        title = f"{group}: [1, {length}, {heads * head_dim}] bf16, medians of {rounds} rounds"
         report.table(title, rows)
         if fused.OWN in served:
-            worst = max(float(row[f"ulp, {kind}"]) for row in rows if row["form"] == fused.OWN for kind in KINDS)
+            worst = max(float(row[f"ulp, {kind}"]) for row in rows if row["form"] == fused.OWN for kind in JUDGED)
             report.goal(f"ulp of our {group}", worst, 1.0)
             report.goal(f"time of our {group} over eager", ratio(times, fused.OWN, fused.EAGER), 1.0)
 
@@ -174,8 +138,8 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
             expected = run().float()
         with own():
             moved = float((run().float() - expected).norm() / expected.norm())
-        calls = {"eager": run, "own": run}
-        times = interleaved(calls, rounds, report.device, warmup=3, within={"eager": eager, "own": own})
+        both = {"eager": run, "own": run}
+        times = interleaved(both, rounds, report.device, warmup=3, within={"eager": eager, "own": own})
         rows.append(
             {
                 "attention, linears": f"{mode}, quantization {quantization}",

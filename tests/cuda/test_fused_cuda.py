@@ -1,7 +1,7 @@
 """The fused elementwise groups on the GPU: as near to float64 as one rounding allows, whatever the address and size.
 
 "Numerically unchanged" is this bound: half a unit in the last place of the result's dtype, which the eager forms keep
-too (`modules/fused_reference.py`), so that a fused form differs from the eager one by at most one unit.
+too (`benchmarks/fused_cases.py`), so that a fused form differs from the eager one by at most one unit.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.fused_cases import KINDS, calls
 from torch import Tensor
+from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
 from wanvideo_infinitetalk.wanvideo.modules import fused
-from wanvideo_infinitetalk.wanvideo.modules.fused_reference import excess
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 

@@ -1,6 +1,6 @@
 """The elementwise groups: which form serves a call, and how far the eager forms are from float64.
 
-The bound that every form is held to, on a GPU the fused ones too, is in `modules/fused_reference.py`.
+The bound that every form is held to, on a GPU the fused ones too, is in `benchmarks/fused_cases.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.fused_cases import KINDS, calls
 from torch import Tensor
+from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
 from wanvideo_infinitetalk.wanvideo.modules import fused
-from wanvideo_infinitetalk.wanvideo.modules.fused_reference import excess
 
 
 @pytest.mark.parametrize("group", fused.FORMS)

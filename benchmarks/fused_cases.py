@@ -1,4 +1,4 @@
-"""What the elementwise groups of `fused` should give, in float64, and how far from it one rounding may be.
+"""Calls of the elementwise groups of `fused`, what they should give in float64, and how far off one rounding may be.
 
 The measure by which a form may take the place of an eager one; tests and the benchmark read it.
 """
@@ -9,20 +9,65 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation
 
-__all__ = ["SLACK", "exact", "excess"]
+__all__ = ["KINDS", "SLACK", "Call", "calls", "exact", "excess"]
+
+Call = tuple[Any, ...]
+"""Arguments of one group."""
+
+KINDS = ("normal", "outlier channels", "large mean", "large", "constant rows", "zeros")
+"""Values that are hard to sum."""
+
+EPS = 1e-6
+
+
+def _rows(shape: tuple[int, ...], kind: str, device: torch.device) -> Tensor:
+    x = torch.randn(shape, device=device)
+    if kind == "outlier channels":
+        x[..., ::17] *= 100
+    elif kind == "large mean":
+        x += 30
+    elif kind == "large":
+        x *= 1e3
+    elif kind == "constant rows":
+        x = x[..., :1].expand(shape).clone()
+    elif kind == "zeros":
+        x = torch.zeros(shape, device=device)
+    return x
+
+
+def calls(
+    batch: int, length: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, kind: str
+) -> dict[str, Call]:
+    """group -> arguments, laid out as the model gives them (modulation as slices of one tensor)."""
+    width = heads * head_dim
+    x, y = (_rows((batch, length, width), kind, device).to(dtype) for _ in range(2))
+    angles = 6.3 * torch.rand(length, 1, head_dim // 2, device=device)
+    rotation = Rotation(angles.cos(), angles.sin())
+    weight, bias = (torch.randn(width, device=device).to(dtype) for _ in range(2))
+    shift, scale, gate = torch.randn(batch, 6, width, device=device).split(1, dim=1)[:3]
+    return {
+        "modulated_norm": (x, shift, scale, EPS),
+        "affine_norm": (x, weight, bias, EPS),
+        "rms_norm": (x, weight, EPS),
+        "qk_norm_rope": (x, y, weight, bias, rotation, heads, EPS),
+        "gated_residual": (x, y, gate),
+    }
+
 
 SLACK = 2.0**-18
 """Of the sum of all magnitudes in a result: what float32 arithmetic and another order of sums may add before the
 rounding (float32 keeps 24 bits; a sum over a row in any order costs a few of them)."""
 
 
-def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.double()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
 
 
-def exact(group: str, call: tuple[Any, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def exact(group: str, call: Call) -> list[tuple[Tensor, Tensor]]:
     """For each result: (its value, the sum of the magnitudes that it is made of), both float64."""
     if group in ("modulated_norm", "affine_norm"):
         x, first, second, eps = call
@@ -50,7 +95,7 @@ def exact(group: str, call: tuple[Any, ...]) -> list[tuple[torch.Tensor, torch.T
     return [(x + gate * branch, x.abs() + (gate * branch).abs())]
 
 
-def excess(group: str, result: Any, call: tuple[Any, ...]) -> float:
+def excess(group: str, result: Any, call: Call) -> float:
     """The largest error over what one rounding to the result's dtype and float32 arithmetic allow; at most 1 is right.
 
     One rounding errs by at most half a unit in the last place, that is 2^-9 of the value in bf16 and 2^-12 in fp16 (of
