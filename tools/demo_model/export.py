@@ -38,7 +38,7 @@ def export(vae: Path, vae_dim: int, dit: Path, ears: Path, out: Path) -> int:
     total = 0
     for name in TALKING_PARTS:
         state, facts = parts[name]
-        halves = {key: value.half().contiguous() for key, value in state.items()}
+        halves = {key: value.half().contiguous() for key, value in state.items()}  # as safetensors asks
         lost = [key for key, value in halves.items() if not torch.isfinite(value).all()]
         if lost:
             raise ValueError(f"{name}: {lost[0]} does not fit into float16")

@@ -114,6 +114,7 @@ def train(
                 loss.item(),
             )
     report(model, reader, pieces_of(recordings, 16, seed + 1), device)
+    # contiguous, as safetensors asks
     return {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
 
 

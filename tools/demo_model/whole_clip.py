@@ -72,7 +72,7 @@ def _taps(conv: Any, x: Tensor) -> tuple[Tensor, ...]:
     """What each tap in time makes of each frame, without the bias."""
     weight = conv.weight  # [O, C, time, rows, columns]
     count, rows, columns = (int(n) for n in weight.shape[2:])
-    flat = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    flat = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # like x
     return F.conv2d(x, flat, padding=(rows // 2, columns // 2)).chunk(count, dim=1)
 
 
