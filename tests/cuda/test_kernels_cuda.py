@@ -182,17 +182,39 @@ def _hopper_or_skip() -> None:
         pytest.skip("this GPU or Triton runs the Triton kernel only")
 
 
-@pytest.mark.parametrize("kernel", ["hopper", "triton", "triton, 16-bit P and V"])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (129, 127), (257, 513), (64, 1500)])
-def test_every_fp8_kernel_writes_every_element(kernel: str, queries: int, keys: int) -> None:
-    q, k, v = random(2, queries, 3, 128), random(2, keys, 3, 128), random(2, keys, 3, 128)
+FP8_KERNELS = ["hopper", "triton", "triton, 16-bit P and V"]
+
+
+def run_fp8(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One of `FP8_KERNELS` on an output that holds NaN before."""
     out = torch.full_like(q, float("nan"))
-    operands = sage_fp8.quantize(q, k, v, 128**-0.5, e4m3_v="16-bit" not in kernel)
+    operands = sage_fp8.quantize(q, k, v, q.shape[-1] ** -0.5, e4m3_v="16-bit" not in kernel)
     if kernel == "hopper":
         _hopper_or_skip()
         sage_fp8.attend_hopper(operands, out)
     else:
         sage_fp8.attend_portable(operands, out)
+    return out
+
+
+@pytest.mark.parametrize("kernel", FP8_KERNELS)
+@pytest.mark.parametrize("size", [300.0, 3e4])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_large_scores_in_every_fp8_kernel(kernel: str, size: float, head_dim: int) -> None:
+    """Scores of 1e9, many logits per step of int8: P and its sum must round alike, or the output is no mean of V."""
+    if kernel == "hopper" and head_dim not in sage_fp8.HOPPER_HEAD_DIMS:
+        pytest.skip("head_dim 96 runs on the Triton kernel")
+    q, k, v = random(2, 200, 3, head_dim) * size, random(2, 500, 3, head_dim) * size, random(2, 500, 3, head_dim)
+    out = run_fp8(kernel, q, k, v)
+    assert out.isfinite().all()
+    assert out.abs().max() <= v.abs().max() * 1.1
+
+
+@pytest.mark.parametrize("kernel", FP8_KERNELS)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (129, 127), (257, 513), (64, 1500)])
+def test_every_fp8_kernel_writes_every_element(kernel: str, queries: int, keys: int) -> None:
+    q, k, v = random(2, queries, 3, 128), random(2, keys, 3, 128), random(2, keys, 3, 128)
+    out = run_fp8(kernel, q, k, v)
     wanted = exact(q, k, v)
     plain = relative_l2(int8_fp8_attention(q, k, v), wanted)
     assert relative_l2(out, wanted) <= (0.5 if "16-bit" in kernel else NO_WORSE) * plain + ROUNDING

@@ -7,8 +7,7 @@ products on the tensor cores, the other computes its softmax (the ping-pong of F
 Within a group Q·K of the next tile is issued together with P·V of this one.
 
 Numerics are those of `_sage_fp8_triton`, with one difference: score = bits * scale - shift is one fused multiply-add on
-the raw accumulator, whose rounding moves the exponents of a row by up to 0.75 * scale. So scale is held below
-`MAX_SCALE`: steps of the integer score beyond that are far below what int8 resolves.
+the raw accumulator, whose rounding moves the exponents of a row by up to 0.75 * scale, which is held below `MAX_SCALE`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 # P is stored as e4m3 times 448, its largest number; in the exponent that is an addition.
 LOG2_E4M3_MAX = tl.constexpr(8.807354922057604)
+# Logits per step of the integer score. A larger one says nothing more, because int8 does not resolve scores that
+# finely, and times 2^21 it leaves the exponents of a row off by many powers of two: weights beyond what P can hold.
+MAX_SCALE = tl.constexpr(0.125)
 
 
 @triton.jit
@@ -29,7 +32,8 @@ def _attend_tile(
         k = tl.load(k_place)
     start = tl.full([BLOCK_M, BLOCK_N], MAGIC_BITS, tl.int32)
     s = tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
-    s *= (q_scale * tl.load(k_scale + tile * BLOCK_N // KEYS_PER_SCALE))[:, None]
+    scale = q_scale * tl.load(k_scale + tile * BLOCK_N // KEYS_PER_SCALE)
+    s *= tl.where(scale > MAX_SCALE, MAX_SCALE, scale)[:, None]  # a comparison lets NaN through
     if MASKED:
         s = tl.where((key < keys)[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
