@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from support.attention_cases import case, faults, tensors
-from support.raw_calls import OUTCOMES, outcomes
+from support.raw_calls import LOST, OUTCOMES, outcomes
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
 
 pytestmark = pytest.mark.cuda
 
-CASES = int(os.environ.get("ATTENTION_CASES", "480"))
+CASES = int(os.environ.get("RAW_CASES", "160"))
+"""Few, because a sixth of them fault: after 77 faults in three minutes an H200 took no process any more."""
 
 
 def test_the_same_calls_without_the_guard() -> None:
@@ -22,6 +23,7 @@ def test_the_same_calls_without_the_guard() -> None:
     counts = collections.Counter(found.values())
     sys.stdout.write(f"\nSDPA without the guard, {CASES} cases: {', '.join(f'{counts[o]} {o}' for o in OUTCOMES)}\n")
     assert set(found) == set(range(CASES))
+    assert not counts[LOST], "the GPU took no more processes: set it right (nvidia-smi -q) and try fewer RAW_CASES"
     assert counts["right"] > CASES // 4
     bad = [number for number, outcome in found.items() if outcome != "right"]
     assert bad, "this GPU reads any address: the suite proves nothing here"

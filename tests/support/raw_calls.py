@@ -11,22 +11,28 @@ import torch.nn.functional as F
 from support.attention_cases import case, reference, relative_error, tensors
 from support.children import FAULT, Answer, ask, serve
 
-RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
-OUTCOMES = (RIGHT, WRONG, REFUSED, FAULT)
+RIGHT, WRONG, REFUSED, LOST = "right", "wrong", "refused", "GPU lost"
+OUTCOMES = (RIGHT, WRONG, REFUSED, FAULT, LOST)
+"""`LOST`: the child could not even make its inputs, which says nothing about the call."""
+
+WORKERS = 8
 
 
 def outcomes(numbers: Sequence[int]) -> dict[int, str]:
     """number -> one of `OUTCOMES`."""
-    answers = ask(Path(__file__), list(numbers))
+    answers = ask(Path(__file__), list(numbers), workers=WORKERS)
     return {number: answer["outcome"] for number, answer in zip(numbers, answers, strict=True)}
 
 
 def raw(number: int) -> Answer:
     """What SDPA does with the case as it lies."""
     one = case(number)
-    q, k, v = tensors(one, "cuda")
-    want = reference(q, k, v, one.scale)
-    torch.cuda.synchronize()
+    try:
+        q, k, v = tensors(one, "cuda")
+        want = reference(q, k, v, one.scale)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return {"outcome": LOST, "error": str(error).splitlines()[0]}
     try:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=one.scale).transpose(1, 2)
         torch.cuda.synchronize()
