@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
-from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
+from wanvideo_infinitetalk.wanvideo.kernels import _common, sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.kernels._common import triton_version
 from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
@@ -100,7 +100,7 @@ def test_fp8_uses_hoppers_own_instructions(head_dim: int) -> None:
         "v_desc": descriptor("fp8e4nv", gl.float8e4nv, [head_dim, 128]),
     }
     function = triton_module("_sage_fp8_hopper").attend
-    kernel = compiled(function, 90, {"D": head_dim, "STAGES": 3}, types, num_warps=4, maxnreg=168)
+    kernel = compiled(function, 90, {"D": head_dim, "STAGES": sage_fp8.HOPPER_STAGES}, types, num_warps=4, maxnreg=168)
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in ptx
     assert f"wgmma.mma_async.sync.aligned.m64n{head_dim}k32.f32.e4m3.e4m3" in ptx
@@ -360,6 +360,28 @@ def test_the_fake_is_contiguous_whatever_the_strides(module: Any) -> None:
         assert out.shape == q.shape
         assert out.is_contiguous()
         assert out.dtype == q.dtype
+
+
+def test_a_machine_that_cannot_build_kernels_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton imports without a C compiler, and fails at the first launch. Here the launch fails for want of a GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, on which kernels are built")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    _common._triton_build_reason.cache_clear()
+    try:
+        reasons = [_common.triton_reasons("cuda:0") for _ in range(2)]
+    finally:
+        _common._triton_build_reason.cache_clear()
+    assert reasons[0] == reasons[1]
+    assert len(reasons[0]) == 1
+    assert reasons[0][0].startswith("Triton cannot build a kernel here (")
+    assert "install a C compiler" in reasons[0][0]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from ..errors import InputError
 
 __all__ = ["check_qkv", "next_power_of_two", "stride_unit", "stride_units", "triton_reasons", "triton_version"]
+
+logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)
 """The first compute capability with bf16 tensor cores."""
@@ -23,6 +26,24 @@ def _triton_import_reason() -> str | None:
         importlib.import_module("triton.language")
     except (ImportError, OSError) as error:  # OSError: its shared library does not load
         return f"Triton cannot be imported ({error}); install the triton package that fits this PyTorch"
+    return None
+
+
+@lru_cache(maxsize=16)
+def _triton_build_reason(device: torch.device) -> str | None:
+    """Why no kernel can be built and launched, asked once: Triton needs a C compiler and Python's headers for that."""
+    from . import _probe_triton
+
+    try:
+        with torch.cuda.device(device):
+            _probe_triton.store_one[1,](torch.empty(1, dtype=torch.int32, device=device))
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver says is the reason
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (
+            f"Triton cannot build a kernel here ({said}); install a C compiler (gcc) and the headers of this Python"
+        )
+        logger.warning("%s.", reason[0].upper() + reason[1:])
+        return reason
     return None
 
 
@@ -46,6 +67,8 @@ def triton_reasons(device: torch.device | str | int) -> list[str]:
         found, wanted = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         reasons.append(f"compute capability {found} has no bf16 tensor cores ({wanted} has)")
     missing = _triton_import_reason()
+    if missing is None and not reasons:
+        missing = _triton_build_reason(device)
     if missing is not None:
         reasons.append(missing)
     return reasons

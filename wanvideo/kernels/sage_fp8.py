@@ -34,7 +34,7 @@ HOPPER_HEAD_DIMS = (64, 128)
 HOPPER_TRITON = ((3, 6), (3, 10))
 """From, and below: the versions whose Gluon the Hopper kernel has been compiled with. Others run the Triton kernel."""
 HOPPER_ROWS = 64
-HOPPER_STAGES = 3
+HOPPER_STAGES = 4
 
 LARGE_SHARED_MEMORY = ((9, 0), (10, 0), (10, 3))
 """Capabilities with 227 KiB of shared memory per block; the rest have 99."""
