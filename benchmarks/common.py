@@ -124,19 +124,21 @@ def random_inputs(config: WanConfig, grid: tuple[int, int, int], device: torch.d
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call that begins on an idle device, its launches included."""
+def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Milliseconds of one call of `times` in a row that begin on an idle device, its launches included."""
     if device.type != "cuda":
         begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - begin) * 1e3 / times
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
-    call()
+    for _ in range(times):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / times
 
 
 def interleaved(
@@ -145,19 +147,23 @@ def interleaved(
     device: torch.device,
     warmup: int = 1,
     within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    last: float = 0.0,
 ) -> dict[str, list[float]]:
     """name -> milliseconds per round; in every round each call once, the order turned around every other round.
 
     Args:
-        warmup: rounds before those that count.
+        warmup: rounds before those that count, at least one when `last` is given.
         within: name -> the context in which that call is timed; entering and leaving it is not.
+        last: milliseconds for which each call is repeated before the next has its turn. A GPU under load runs at other
+            clocks than one that comes from idling, and launches hide behind the work before them.
     """
     contexts = within or {}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
             with contexts.get(name, nullcontext)():
-                times[name].append(timed(calls[name], device))
+                repeats = max(1, round(last / times[name][-1])) if last and times[name] else 1
+                times[name].append(timed(calls[name], device, repeats))
     return {name: measured[warmup:] for name, measured in times.items()}
 
 

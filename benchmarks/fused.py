@@ -43,6 +43,7 @@ from .guard_cost import ONE_BLOCK, one_block
 JUDGED = ("normal", "outlier channels", "large mean")
 """Kinds of values whose errors stand in the tables."""
 COMPILED, TWO_STEPS = "eager, compiled", "torch rms_norm + comfy-kitchen rope"
+ADALN = "comfy-kitchen adaln, modulation rounded"
 MEASURED_ROWS = 2048
 MODES = (("sdpa", "disabled"), ("sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"))
 
@@ -59,6 +60,8 @@ def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..
         served[COMPILED] = torch.compile(fused.FORMS[group][fused.EAGER].run, dynamic=False)
         if group == "qk_norm_rope":
             served[TWO_STEPS] = _two_steps
+        if group == "modulated_norm":
+            served[ADALN] = _adaln
     for name in list(served):
         try:
             served[name](*call)
@@ -66,6 +69,12 @@ def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..
             print(f"not measured: {name} of {group} ({type(error).__name__}: {str(error).splitlines()[:1]})")
             del served[name]
     return served
+
+
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """comfy-kitchen's kernel, which takes scale and shift for numbers of x's dtype."""
+    out: Tensor = importlib.import_module("comfy_kitchen").adaln(x, scale.to(x.dtype), shift.to(x.dtype), eps)
+    return out
 
 
 def _two_steps(

@@ -79,7 +79,8 @@ SUITE_SECONDS = {
 def _steps() -> dict[str, Step]:
     files = sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests/cuda").glob("test_*.py"))
     steps = [
-        _tests("tests", seconds=450, limit=570),
+        # Files side by side: their many small kernels leave a GPU idle most of the time.
+        _tests("tests", "-n", "4", "--dist", "loadfile", seconds=200, limit=570),
         *(
             _tests(f"tests:{name}", f"tests/cuda/test_{name}.py", seconds=SUITE_SECONDS.get(name, 60), limit=400)
             for name in files

@@ -53,15 +53,6 @@ def test_the_preferred_forms_round_once_too() -> None:
             assert excess(group, run(*call), call) <= 1.0, f"{group}, {kind}"
 
 
-@torch.no_grad()
-def test_comfy_kitchens_adaln_is_right_where_it_serves() -> None:
-    call = calls(1, 33, 40, 128, GPU, torch.bfloat16, "normal")["modulated_norm"]
-    run, serves = fused.FORMS["modulated_norm"][fused.KITCHEN]
-    if not serves(*call):
-        pytest.skip("comfy-kitchen is not installed, or not in a version that is known")
-    assert relative_l2(run(*call), fused.FORMS["modulated_norm"][fused.EAGER].run(*call)) < 0.004
-
-
 @pytest.mark.parametrize("offset", [1, 2, 4, 7])
 @torch.no_grad()
 def test_any_address(offset: int) -> None:

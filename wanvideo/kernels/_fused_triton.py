@@ -1,6 +1,9 @@
 """Triton: the elementwise groups of a transformer block, one row of channels per program.
 
 All of them compute in float32 and round once, as the eager forms do, so that both are as far from the exact result.
+
+The strides of modulation are specialised, that is, compiled anew where one is no multiple of 16: only a compiler that
+knows them to be multiples reads 16 bytes at a time, which more than doubles the speed of a norm.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ def _inverse_root(mean_square, eps):
     return 1.0 / tl.sqrt_rn(mean_square + eps)
 
 
-@triton.jit(do_not_specialize=["rows_per_batch", "factor_batch", "offset_batch"])
+@triton.jit(do_not_specialize=["rows_per_batch"])
 def layer_norm(
     x, factor, offset, out, rows_per_batch, factor_batch, offset_batch, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ADD_ONE: tl.constexpr,
@@ -85,7 +88,7 @@ def qk_norm_rope(
         _rms_norm_rope(k, k_weight, cos, sin, k_out, row, position, eps, C, HALF, BLOCK)
 
 
-@triton.jit(do_not_specialize=["rows_per_batch", "gate_batch"])
+@triton.jit(do_not_specialize=["rows_per_batch"])
 def gated_residual(x, branch, gate, out, rows_per_batch, gate_batch, C: tl.constexpr, BLOCK: tl.constexpr):
     """x + gate * branch, one row of gate per batch."""
     row = tl.program_id(0)

@@ -70,7 +70,7 @@ def _on(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 def _sizes(x: torch.Tensor) -> dict[str, int]:
     block = next_power_of_two(x.shape[-1])
-    return {"C": x.shape[-1], "BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+    return {"C": x.shape[-1], "BLOCK": block, "num_warps": min(8, max(1, block // 2048))}
 
 
 def serves_modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> bool:

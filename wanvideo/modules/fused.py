@@ -1,15 +1,18 @@
 """The elementwise groups of a transformer block, each as one function (and the two norms that carry weights).
 
-Each group has several forms with the same arguments: the eager one, which is the reference; our Triton kernel; and
-comfy-kitchen's where it has one. All compute in float32, round once to the dtype of their first argument, and write to
-none of their arguments. `PREFERRED` says which form serves a group; where it cannot, in a compiled graph (which fuses
-the eager form itself) and under autograd, the eager one does.
+Each group has two forms with the same arguments: the eager one, which is the reference, and our Triton kernel. Both
+compute in float32, round once to the dtype of their first argument, and write to none of their arguments. `PREFERRED`
+says which form serves a group; where it cannot, in a compiled graph (which fuses the eager form itself) and under
+autograd, the eager one does.
+
+comfy-kitchen's `adaln` is no form of ours: it reads scale and shift in x's dtype whatever theirs is, so that the
+float32 modulation of a bf16 model gives numbers of 1e29 without an error. `python -m benchmarks.fused` times it on a
+rounded copy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import fused as own
-from .backends import packages
 from .rope import Rotation, rotate
 
 __all__ = [
@@ -37,7 +39,7 @@ __all__ = [
     "rms_norm",
 ]
 
-EAGER, OWN, KITCHEN = "eager", "own", "comfy-kitchen"
+EAGER, OWN = "eager", "own"
 
 
 # ------------------------------------------------------------------------------------------------------ eager forms
@@ -81,28 +83,6 @@ def _eager_gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Ten
     return torch.addcmul(x, branch, gate).to(x.dtype)
 
 
-# --------------------------------------------------------------------------------------------- comfy-kitchen's forms
-
-
-def _kitchen_modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    out: torch.Tensor = packages.load("comfy_kitchen").adaln(x, scale, shift, eps)
-    return out
-
-
-@functools.lru_cache(maxsize=1)
-def _kitchen_reasons() -> list[str]:
-    return packages.package_reasons("comfy-kitchen", ">=0.2.30,<1", "comfy_kitchen", ("adaln",))
-
-
-def _kitchen_serves(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> bool:
-    # Its kernel reads 16 bytes at a time; nothing here depends on what it does with other addresses.
-    return (
-        own.serves_modulated_norm(x, shift, scale, eps)
-        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, shift, scale))
-        and not _kitchen_reasons()
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------- the choice
 
 
@@ -121,7 +101,6 @@ FORMS: dict[str, dict[str, Form]] = {
     "modulated_norm": {
         EAGER: Form(_eager_modulated_norm, _always),
         OWN: Form(own.modulated_norm, own.serves_modulated_norm),
-        KITCHEN: Form(_kitchen_modulated_norm, _kitchen_serves),
     },
     "affine_norm": {
         EAGER: Form(_eager_affine_norm, _always),
@@ -142,9 +121,9 @@ FORMS: dict[str, dict[str, Form]] = {
 }
 """Group -> form -> how it is computed."""
 
-PREFERRED: dict[str, str] = dict.fromkeys(FORMS, EAGER)
+PREFERRED: dict[str, str] = dict.fromkeys(FORMS, OWN)
 """Group -> the form that serves it. Another than the eager one stands here only when `python -m benchmarks.fused` found
-it the fastest of its run and no further from float64 than one rounding allows."""
+it faster and no further from float64 than one rounding allows: docs/kernels.md has the figures."""
 
 
 @contextlib.contextmanager
