@@ -10,7 +10,6 @@ import functools
 import logging
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from .wanvideo.modules.backends import lookup, unavailable_reasons
 from .wanvideo.modules.backends.packages import installed_version
 from .wanvideo.nvfp4 import nvfp4_matmul_violations
 from .wanvideo.quantized_linear import relative_l2
+from .wanvideo.timing import milliseconds
 
 __all__ = ["PRECISIONS", "KernelRow", "LinearRow", "Report", "examine"]
 
@@ -96,19 +96,10 @@ class Report:
         return asdict(self) | {"healthy": self.healthy}
 
 
-def _median_ms(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median milliseconds of `call`, warmed up."""
+def _median_ms(call: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """Median milliseconds of `call` among others, warmed up."""
     call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return statistics.median(milliseconds(call, device) for _ in range(repeats))
 
 
 def _errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

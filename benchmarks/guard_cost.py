@@ -55,8 +55,8 @@ def _identity(x: torch.Tensor, *args: Any) -> torch.Tensor:
 def replaced_guards(by_nothing: bool) -> Iterator[None]:
     """Replace the guards wherever they were imported, and the reading of contracts by a look into a dictionary.
 
-    With `by_nothing` False they are replaced by themselves: what is timed with them begins after the same pause, in which
-    a GPU that was throttled by its power limit recovers.
+    With `by_nothing` False they are replaced by themselves: what is timed with them begins after the same pause, in
+    which a GPU that was throttled by its power limit recovers.
     """
     replaced: list[tuple[Any, str, Any]] = []
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "wanvideo_infinitetalk"]

@@ -1,12 +1,14 @@
 """Mode "auto": what it measures and what it takes."""
 
 import math
+import time
 
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules import auto
 from wanvideo_infinitetalk.wanvideo.modules.auto import MAX_RELATIVE_L2, Measurement, fastest
+from wanvideo_infinitetalk.wanvideo.timing import MOST, milliseconds
 
 
 def test_the_fastest_of_the_accurate_wins():
@@ -22,6 +24,27 @@ def test_the_fastest_of_the_accurate_wins():
 
 def test_nothing_accurate_leaves_sdpa():
     assert fastest([Measurement("own_fp4", 20.0, 1.0)]) == "sdpa"
+
+
+def test_short_calls_are_timed_in_a_row_and_long_ones_once():
+    calls = []
+    spent = milliseconds(lambda: calls.append(time.sleep(0.002)), torch.device("cpu"), lasting=10.0)
+    assert spent >= 2.0
+    assert 3 <= len(calls) <= 6
+    calls.clear()
+    milliseconds(lambda: calls.append(time.sleep(0.02)), torch.device("cpu"), lasting=10.0)
+    assert len(calls) == 1
+    calls.clear()
+    milliseconds(lambda: calls.append(None), torch.device("cpu"))
+    assert len(calls) == 1 + MOST
+
+
+def test_every_candidate_is_measured_against_sdpa():
+    q, k, v = (torch.randn(1, 64, 2, 64) for _ in range(3))
+    found = {m.backend: m for m in auto.measure(["sdpa", "emulated_fp8"], q, k, v)}
+    assert found["sdpa"].relative_l2 == 0.0
+    assert 0.005 < found["emulated_fp8"].relative_l2 < MAX_RELATIVE_L2
+    assert all(m.milliseconds > 0 for m in found.values())
 
 
 @pytest.mark.parametrize("keys", [1, auto.MIN_TOKENS, 3 * auto.MIN_TOKENS])

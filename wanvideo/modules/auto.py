@@ -5,12 +5,14 @@ Once per shape, on the tensors of the first call; the answer is kept for the pro
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 from dataclasses import dataclass
 
 import torch
 
+from ..timing import milliseconds
 from .attention import EMULATIONS, reasons_against, run_backend, set_auto_chooser
 from .backends import backends
 
@@ -43,11 +45,11 @@ class Measurement:
 
 
 def measure(names: list[str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Measurement]:
-    """Time backends side by side on a GPU, in turns, so that a drifting clock hits all alike.
+    """Time backends side by side, in turns, so that a drifting clock hits all alike.
 
     Args:
         names: of backends that can serve the call, "sdpa" among them.
-        q: [B, Lq, H, D]. k, v: [B, Lk, H, D], on a CUDA device.
+        q: [B, Lq, H, D]. k, v: [B, Lk, H, D].
     """
     expected = run_backend("sdpa", q, k, v)
     norm = expected.float().norm().clamp_min(1e-12)
@@ -56,12 +58,7 @@ def measure(names: list[str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(REPEATS):
         for name in names:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run_backend(name, q, k, v)
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            times[name].append(milliseconds(functools.partial(run_backend, name, q, k, v), q.device))
     return [Measurement(name, statistics.median(times[name]), errors[name]) for name in names]
 
 
