@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .wanvideo.errors import InputError
+from .wanvideo.kernels import linear as own
 from .wanvideo.modules.layout import aligned_contiguous
 from .wanvideo.nvfp4 import NVFP4Linear
 from .wanvideo.quantized_linear import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
@@ -109,8 +110,15 @@ class Quantization:
 def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] float -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale, largest value 448 per row.
 
-    A row with a NaN or an infinity gets a non-finite scale, so that the product shows it. One fused pass when compiled.
+    A row with a NaN or an infinity gets a non-finite scale, so that the product shows it. One pass over memory on a
+    GPU: by our kernel, or fused by the compiler.
     """
+    if not torch.compiler.is_compiling() and own.serves_quantize_rows(x):
+        return own.quantize_rows(x)
+    return _eager_quantize_rows(x)
+
+
+def _eager_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest_value = torch.finfo(torch.float8_e4m3fn).max
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     # The lower bound keeps a row of zeros from dividing by zero; clamp_min passes NaN on.
@@ -216,8 +224,19 @@ def _apply_scales(
     product: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """product [M, N] float32 times rows [M, 1] and columns [1, 1] or [1, N], plus bias [N], rounded once to `dtype`."""
-    product = product * (rows if columns is None else rows * columns)
-    return (product if bias is None else product + bias.to(dtype).float()).to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    if columns is None:
+        columns = torch.ones((1, 1), device=product.device)
+    if not torch.compiler.is_compiling() and own.serves_scale_product(product, rows, columns, bias, dtype):
+        return own.scale_product(product, rows, columns, bias, dtype)
+    return _eager_apply_scales(product, rows, columns, bias, dtype)
+
+
+def _eager_apply_scales(
+    product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    product = product * (rows * columns)
+    return (product if bias is None else product + bias.float()).to(dtype)
 
 
 def _tensorwise_matmul(values: Tensor, weight: Tensor) -> Tensor:

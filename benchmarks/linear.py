@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from wanvideo_infinitetalk import fp8_optimization as fp8
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, fp8_matmul_violations, quantize_linears
+from wanvideo_infinitetalk.wanvideo.kernels import linear as own
 from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 from .common import Report, choose_device, interleaved, parser, ratio
@@ -29,6 +32,9 @@ SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
 TOKENS = 32_760
 MEASURED_ROWS = 4096
 """Rows whose error is measured; float32 products of all would take longer than everything else."""
+
+ROWS_OF_CALLS, LASTING = 4, 50.0
+"""Of the calls in a row: rounds, and milliseconds for each layer in a round."""
 
 OUTLIERS, OUTLIER_SIZE = 8, 100.0
 PLAIN = "bf16"
@@ -81,7 +87,9 @@ def compare(report: Report, in_features: int, out_features: int, rows: int, roun
     few = min(rows, MEASURED_ROWS)
     normal, hard = (errors(forms, plain, activations(few, in_features, report.device, o)) for o in (False, True))
     x = activations(rows, in_features, report.device, outliers=False)
-    times = interleaved({n: functools.partial(form, x) for n, form in forms.items()}, rounds, report.device, warmup=3)
+    calls = {n: functools.partial(form, x) for n, form in forms.items()}
+    times = interleaved(calls, rounds, report.device, warmup=3)
+    in_a_row = interleaved(calls, ROWS_OF_CALLS, report.device, last=LASTING)
     report.table(
         f"{in_features} -> {out_features}, {rows} rows, bf16 in and out: medians of {rounds} rounds",
         [
@@ -89,6 +97,7 @@ def compare(report: Report, in_features: int, out_features: int, rows: int, roun
                 "linear": name,
                 "ms": statistics.median(times[name]),
                 "ratio to bf16": ratio(times, name, PLAIN),
+                "in a row": ratio(in_a_row, name, PLAIN),
                 "TFLOP/s": 2e-9 * rows * in_features * out_features / statistics.median(times[name]),
                 "relative L2": normal[name],
                 "with outlier channels": hard[name],
@@ -96,6 +105,48 @@ def compare(report: Report, in_features: int, out_features: int, rows: int, roun
             for name in forms
         ],
     )
+
+
+def around(report: Report, features: int, rows: int, rounds: int) -> None:
+    """What lies around the matmul of a fast layer: quantising its input, scaling a product that has no scales yet."""
+    x = activations(rows, features, report.device, outliers=False)
+    product, row_scale, column_scale = (
+        torch.rand(shape, device=report.device) for shape in ((rows, features), (rows, 1), (1, features))
+    )
+    scaling = (product, row_scale, column_scale, torch.randn_like(x[0]), torch.bfloat16)
+    parts: dict[str, dict[str, Callable[[], object]]] = {
+        "input to e4m3": {"eager": functools.partial(fp8._eager_quantize_rows, x)},
+        "scales to product": {"eager": functools.partial(fp8._eager_apply_scales, *scaling)},
+    }
+    if own.serves_quantize_rows(x):
+        parts["input to e4m3"]["own"] = functools.partial(own.quantize_rows, x)
+        parts["input to e4m3"]["comfy-kitchen, one scale per tensor"] = functools.partial(_kitchen_quantize, x)
+        parts["scales to product"]["own"] = functools.partial(own.scale_product, *scaling)
+    moved = {"input to e4m3": 3 * x.numel(), "scales to product": 6 * x.numel()}
+    for what, forms in parts.items():
+        if report.device.type == "cuda":
+            compiled = torch.compile(forms["eager"].func, dynamic=False)  # type: ignore[attr-defined]
+            forms["eager, compiled"] = functools.partial(compiled, *forms["eager"].args)  # type: ignore[attr-defined]
+        times = interleaved(forms, rounds, report.device, warmup=3)
+        report.table(
+            f"{what}: [{rows}, {features}], medians of {rounds} rounds",
+            [
+                {
+                    "form": name,
+                    "ms": statistics.median(times[name]),
+                    "times eager": 1 / ratio(times, name, "eager"),
+                    "GB/s": moved[what] / statistics.median(times[name]) / 1e6,
+                }
+                for name in forms
+            ],
+        )
+        if "own" in forms:
+            report.goal(f"time of ours over eager, {what}", ratio(times, "own", "eager"), 1.0)
+
+
+def _kitchen_quantize(x: Tensor) -> object:
+    kitchen = importlib.import_module("comfy_kitchen")
+    return kitchen.quantize_per_tensor_fp8(x, x.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max)
 
 
 def main() -> int:
@@ -108,6 +159,7 @@ def main() -> int:
     with torch.inference_mode():
         for in_features, out_features in ((64, 64), (64, 128), (128, 64)) if small else SHAPES:
             compare(report, in_features, out_features, 80 if small else TOKENS, arguments.rounds)
+        around(report, *((64, 80) if small else (SHAPES[0][0], TOKENS)), arguments.rounds)
     return report.finish(arguments.json)
 
 

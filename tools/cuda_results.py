@@ -74,7 +74,7 @@ def _test(case: ET.Element) -> Test:
             outcome, message = called, found.get("message", "")
     return Test(
         # A file that is skipped as a whole has a name alone.
-        file=(case.get("classname") or case.get("name", "")).split(".")[-1],
+        file=(case.get("classname") or case.get("name") or "").split(".")[-1],
         name=case.get("name", ""),
         outcome=outcome,
         seconds=float(case.get("time", 0)),
@@ -107,7 +107,10 @@ def page(suites: Sequence[Suite], benchmarks: Sequence[tuple[str, Mapping[str, A
         table([{"": name, "value": value} for name, value in machine.items()]) if machine else "",
     ]
     if suites:
-        parts += ["## Tests", *_tests([t for suite in suites for t in suite.tests], sum(suite.seconds for suite in suites))]
+        parts += [
+            "## Tests",
+            *_tests([t for suite in suites for t in suite.tests], sum(suite.seconds for suite in suites)),
+        ]
     if sanitizer:
         parts += ["## Memory checker", *(_sanitizer(log) for log in sanitizer)]
     if benchmarks:

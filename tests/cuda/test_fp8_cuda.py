@@ -12,6 +12,7 @@ import torch
 from support.layer_cases import exact_linear, linear_bound
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo.kernels import linear as own
 from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear
 from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
@@ -131,6 +132,63 @@ def test_gpu_and_cpu_agree(name, base):
     on_gpu = linear(x).cpu()
     on_cpu = linear.cpu()(x.cpu())
     assert relative_l2(on_gpu, on_cpu) < 4e-3  # the tensor cores add with 14 bits
+
+
+def rows_of(kind: str, m: int, k: int, base: torch.dtype) -> torch.Tensor:
+    x = torch.randn(m, k, device=device())
+    if kind == "outlier channels":
+        x[:, ::17] *= 100
+    elif kind == "tiny":
+        x *= 1e-6
+    elif kind == "zeros":
+        x[::2] = 0.0
+    return x.to(base)
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "outlier channels", "tiny", "zeros"])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 16), (257, 100), (33, 5120), (9, 13824), (3, 16384)])
+def test_our_row_quantiser_is_bit_equal_to_eager(kind, m, k, base):
+    x = rows_of(kind, m, k, base)
+    before = x.clone()
+    assert own.serves_quantize_rows(x)
+    values, scale = own.quantize_rows(x)
+    wanted_values, wanted_scale = fp8._eager_quantize_rows(x)
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(values.view(torch.uint8), wanted_values.view(torch.uint8))
+    assert torch.equal(x, before), "the input changed"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_our_row_quantiser_hides_nothing(poison):
+    x = torch.randn(9, 128, device=device()).bfloat16()
+    x[4, 100] = poison
+    values, scale = own.quantize_rows(x)
+    products = values.float().sum(1) * scale[:, 0]
+    assert not torch.isfinite(products[4])
+    assert torch.isfinite(products[[0, 1, 2, 3, 5, 6, 7, 8]]).all()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 7])
+def test_our_row_quantiser_reads_any_address(offset):
+    x = torch.randn(33, 128, device=device()).bfloat16()
+    moved = x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x)
+    for got, wanted in zip(own.quantize_rows(moved), own.quantize_rows(x), strict=True):
+        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("per_column", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(1, 16), (33, 1000), (7, 1024), (5, 5120)])
+def test_our_scaling_of_a_product_is_bit_equal_to_eager(m, n, biased, per_column, base):
+    product = 100 * torch.randn(m, n, device=device())
+    rows = torch.rand(m, 1, device=device())
+    columns = torch.rand(1, n if per_column else 1, device=device())
+    bias = torch.randn(n, device=device()).to(base) if biased else None
+    call = (product, rows, columns, bias, base)
+    assert own.serves_scale_product(*call)
+    assert torch.equal(own.scale_product(*call), fp8._eager_apply_scales(*call))
 
 
 @pytest.mark.parametrize("base", BASES, ids=str)

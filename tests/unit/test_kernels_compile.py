@@ -29,6 +29,8 @@ FLOATS = {"k_sums", "k_lows", "k_highs", "v_peaks", "k_mean", "q_mean", "q_scale
 FLOATS |= {"q_outer", "k_outer", "v_outer"}
 INTS = {"q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"}
 INTS |= {"queries", "keys", "heads", "run", "runs", "tiles"}
+INTS |= {"columns"}
+FLOATS |= {"product", "row_scale", "column_scale", "scale"}
 INTS |= {"rows_per_batch", "factor_batch", "offset_batch", "gate_batch", "length"}
 FLOATS |= {"factor", "offset", "gate", "cos", "sin"}
 SCALARS = {"logit_scale", "eps"}
@@ -117,6 +119,18 @@ def test_fp8_quantiser_reads_and_writes_16_bytes_at_a_time() -> None:
     assert "ld.global.v4.b32" in ptx
     assert "st.global.v4.b32" in ptx
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+def test_the_kernels_of_fp8_linears_compile_on_every_gpu_that_multiplies_fp8(arch: int) -> None:
+    module = triton_module("_linear_triton")
+    types = {"values": "*fp8e4nv"}
+    ptx = compiled(module.quantize_rows, arch, {"K": 5120, "BLOCK": 8192}, types, num_warps=4).asm["ptx"]
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert "ld.global.v4.b32" in ptx
+    constants = {"PER_COLUMN": True, "BIASED": True, "BLOCK": 1024}
+    ptx = compiled(module.scale_product, arch, constants, {}, num_warps=4, enable_fp_fusion=False).asm["ptx"]
+    assert "fma" not in ptx
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
@@ -307,7 +321,26 @@ def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
             )
 
 
+def interpret_linear(rows: int, channels: int) -> None:
+    """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal; the
+    interpreter cuts e4m3 off instead of rounding."""
+    from wanvideo_infinitetalk import fp8_optimization as fp8
+    from wanvideo_infinitetalk.wanvideo.kernels import linear as own
+
+    x = torch.randn(rows, channels).half()
+    x[0] = 0.0
+    values, scale = own.quantize_rows(x)
+    wanted_values, wanted_scale = fp8._eager_quantize_rows(x)
+    torch.testing.assert_close(scale, wanted_scale, atol=0, rtol=2e-7)
+    assert relative_l2(values.float() * scale, wanted_values.float() * wanted_scale) < 0.07
+    for bias in (None, torch.randn(channels).half()):
+        for columns in (torch.rand(1, 1), torch.rand(1, channels)):
+            call = (torch.randn(rows, channels), torch.rand(rows, 1), columns, bias, torch.float16)
+            assert torch.equal(own.scale_product(*call), fp8._eager_apply_scales(*call))
+
+
 CASES = {
+    "linear": (interpret_linear, [(3, 64), (2, 1100), (1, 1)]),
     "fused": (interpret_fused, [(2, 3, 2, 64), (1, 2, 3, 96), (1, 1, 1, 8)]),
     "fp8": (interpret_fp8, [(70, 200, 64), (5, 1, 128), (3, 257, 96)]),
     "fp4_operands": (interpret_fp4, [(70, 200, 64), (130, 129, 128)]),

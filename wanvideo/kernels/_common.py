@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+from contextlib import AbstractContextManager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 
-__all__ = ["check_qkv", "next_power_of_two", "stride_unit", "stride_units", "triton_reasons", "triton_version"]
+__all__ = [
+    "check_qkv",
+    "next_power_of_two",
+    "on_device_of",
+    "stride_unit",
+    "stride_units",
+    "triton_reasons",
+    "triton_version",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +105,11 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dims: tupl
             raise InputError(f"q is {q.dtype} and {name} {x.dtype}; bring them to one dtype.")
         if x.device != q.device:
             raise InputError(f"q is on {q.device} and {name} on {x.device}; move them to one device.")
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """x's GPU as the current one, which Triton launches on; nothing on the CPU, where only its interpreter runs."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def next_power_of_two(n: int) -> int:

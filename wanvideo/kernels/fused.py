@@ -6,15 +6,12 @@ from host data alone whether the kernel serves a call. Any address is right: Tri
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from ..modules.rope import Rotation
-from ._common import next_power_of_two, triton_reasons
+from ._common import next_power_of_two, on_device_of, triton_reasons
 
 __all__ = ["MAX_CHANNELS", "unavailable_reasons"]
 
@@ -64,10 +61,6 @@ def _batch_stride(m: torch.Tensor) -> int:
     return m.stride(0) if m.shape[0] > 1 else 0
 
 
-def _on(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _sizes(x: torch.Tensor) -> dict[str, int]:
     block = next_power_of_two(x.shape[-1])
     return {"C": x.shape[-1], "BLOCK": block, "num_warps": min(8, max(1, block // 2048))}
@@ -81,7 +74,7 @@ def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, ep
     from . import _fused_triton as kernels
 
     out = torch.empty_like(x)
-    with _on(x):
+    with on_device_of(x):
         kernels.layer_norm[x.numel() // x.shape[-1],](
             x, scale, shift, out, x.shape[1], _batch_stride(scale), _batch_stride(shift), eps, ADD_ONE=True, **_sizes(x)
         )  # fmt: skip
@@ -97,7 +90,7 @@ def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: 
 
     out = torch.empty_like(x)
     rows = x.numel() // x.shape[-1]
-    with _on(x):
+    with on_device_of(x):
         kernels.layer_norm[rows,](x, weight, bias, out, rows, 0, 0, eps, ADD_ONE=False, **_sizes(x))
     return out
 
@@ -110,7 +103,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     from . import _fused_triton as kernels
 
     out = torch.empty_like(x)
-    with _on(x):
+    with on_device_of(x):
         kernels.rms_norm[x.numel() // x.shape[-1],](x, weight, out, eps, **_sizes(x))
     return out
 
@@ -153,7 +146,7 @@ def qk_norm_rope(
 
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     batch, length, _ = q.shape
-    with _on(q):
+    with on_device_of(q):
         kernels.qk_norm_rope[batch * length, 2](
             q, k, q_weight, k_weight, rotation.cos, rotation.sin, q_out, k_out, length, eps,
             HALF=rotation.cos.shape[-1], **_sizes(q),
@@ -176,7 +169,7 @@ def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) ->
     from . import _fused_triton as kernels
 
     out = torch.empty_like(x)
-    with _on(x):
+    with on_device_of(x):
         kernels.gated_residual[x.numel() // x.shape[-1],](
             x, branch, gate, out, x.shape[1], _batch_stride(gate), **_sizes(x)
         )

@@ -1,0 +1,47 @@
+"""Triton: what lies around the fp8 matmul of a linear layer, each in one pass over memory and bit-equal to eager."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# PyTorch multiplies by the float32 reciprocal where a CUDA tensor is divided by a number.
+INVERSE_E4M3_MAX = tl.constexpr(1.0 / 448.0)
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row of x [M, K]: values e4m3 [M, K] and scale float32 [M], x ~ values * scale."""
+    row = tl.program_id(0)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < K
+    place = row.to(tl.int64) * K + channel
+    tile = tl.load(x + place, inside, other=0.0).to(tl.float32)
+    # A maximum drops NaN; the difference is 0, or NaN where a value is not finite.
+    largest = tl.max(tl.abs(tile), 0) + tl.sum(tile - tile, 0)
+    factor = largest * INVERSE_E4M3_MAX
+    factor = tl.where(factor < TINY, TINY, factor)
+    tl.store(scale + row, factor)
+    tl.store(values + place, tl.div_rn(tile, factor).to(tl.float8e4nv), inside)
+
+
+@triton.jit(do_not_specialize=["columns"])
+def scale_product(
+    product, row_scale, column_scale, bias, out, columns,
+    PER_COLUMN: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block of product [M, N] float32: out = product * (row scale * column scale) + bias."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    place = row.to(tl.int64) * columns + column
+    by = tl.load(row_scale + row)
+    if PER_COLUMN:
+        by *= tl.load(column_scale + column, inside, other=0.0)
+    else:
+        by *= tl.load(column_scale)
+    scaled = tl.load(product + place, inside, other=0.0) * by
+    if BIASED:
+        scaled += tl.load(bias + column, inside, other=0.0).to(tl.float32)
+    tl.store(out + place, scaled.to(out.dtype.element_ty), inside)
