@@ -2,10 +2,10 @@
 
     python -m benchmarks.fused [--json F]
 
-Times are medians of calls that took turns. "ulp" is the largest error against float64 over what one rounding allows, on
-normal values, with outlier channels, and with a mean far from zero: a form above 1 rounds twice, or sums less exactly,
-and may not take the place of the eager one. At last one whole block of the 14B model, all groups eager against all of
-ours. Run from the root of the repository.
+Times are medians of rows of calls that took turns. "ulp" is the largest error against float64 over what one rounding
+allows, on normal values, with outlier channels, and with a mean far from zero: a form above 1 rounds twice, or sums less
+exactly, and may not take the place of the eager one. At last one whole block of the 14B model, all groups eager against
+all of ours. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ JUDGED = ("normal", "outlier channels", "large mean")
 COMPILED, TWO_STEPS = "eager, compiled", "torch rms_norm + comfy-kitchen rope"
 ADALN = "comfy-kitchen adaln, modulation rounded"
 MEASURED_ROWS = 2048
+LASTING, LASTING_BLOCK = 10.0, 250.0
+"""Milliseconds of calls in a row, of one group and of a whole block, each time that a form has its turn."""
 MODES = (("sdpa", "disabled"), ("sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"))
 
 
@@ -108,7 +110,8 @@ def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: in
     judged = {kind: calls(1, min(length, MEASURED_ROWS), *sizes, kind) for kind in JUDGED}
     for group, call in timed.items():
         served = forms(group, call, report.device)
-        times = interleaved({n: functools.partial(f, *call) for n, f in served.items()}, rounds, report.device, 3)
+        forms_of_call = {n: functools.partial(f, *call) for n, f in served.items()}
+        times = interleaved(forms_of_call, rounds, report.device, warmup=3, last=LASTING)
         rows: list[dict[str, str | int | float]] = []
         for name, form in served.items():
             ms = statistics.median(times[name])
@@ -122,7 +125,7 @@ def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: in
                 few = judged[kind][group]
                 row[f"ulp, {kind}"] = excess(group, form(*few), few)
             rows.append(row)
-        title = f"{group}: [1, {length}, {heads * head_dim}] bf16, medians of {rounds} rounds"
+        title = f"{group}: [1, {length}, {heads * head_dim}] bf16, medians of {rounds} rounds of calls in a row"
         report.table(title, rows)
         if fused.OWN in served:
             worst = max(float(row[f"ulp, {kind}"]) for row in rows if row["form"] == fused.OWN for kind in JUDGED)
@@ -148,7 +151,9 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
         with own():
             moved = float((run().float() - expected).norm() / expected.norm())
         both = {"eager": run, "own": run}
-        times = interleaved(both, rounds, report.device, warmup=3, within={"eager": eager, "own": own})
+        times = interleaved(
+            both, rounds, report.device, warmup=3, within={"eager": eager, "own": own}, last=LASTING_BLOCK
+        )
         rows.append(
             {
                 "attention, linears": f"{mode}, quantization {quantization}",

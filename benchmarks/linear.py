@@ -36,6 +36,9 @@ MEASURED_ROWS = 4096
 ROWS_OF_CALLS, LASTING = 4, 50.0
 """Of the calls in a row: rounds, and milliseconds for each layer in a round."""
 
+SHORT = 10.0
+"""The same for what is no matmul."""
+
 OUTLIERS, OUTLIER_SIZE = 8, 100.0
 PLAIN = "bf16"
 STATIC = "fp8, static scale 1"
@@ -127,9 +130,9 @@ def around(report: Report, features: int, rows: int, rounds: int) -> None:
         if report.device.type == "cuda":
             compiled = torch.compile(forms["eager"].func, dynamic=False)  # type: ignore[attr-defined]
             forms["eager, compiled"] = functools.partial(compiled, *forms["eager"].args)  # type: ignore[attr-defined]
-        times = interleaved(forms, rounds, report.device, warmup=3)
+        times = interleaved(forms, rounds, report.device, warmup=3, last=SHORT)
         report.table(
-            f"{what}: [{rows}, {features}], medians of {rounds} rounds",
+            f"{what}: [{rows}, {features}], medians of {rounds} rounds of calls in a row",
             [
                 {
                     "form": name,

@@ -147,7 +147,7 @@ def rows_of(kind: str, m: int, k: int, base: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("base", BASES, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "outlier channels", "tiny", "zeros"])
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 16), (257, 100), (33, 5120), (9, 13824), (3, 16384)])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 16), (257, 100), (2000, 5120), (9, 13824), (3, 16384)])
 def test_our_row_quantiser_is_bit_equal_to_eager(kind, m, k, base):
     x = rows_of(kind, m, k, base)
     before = x.clone()

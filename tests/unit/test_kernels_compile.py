@@ -322,8 +322,10 @@ def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
 
 
 def interpret_linear(rows: int, channels: int) -> None:
-    """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal; the
-    interpreter cuts e4m3 off instead of rounding."""
+    """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal.
+
+    The interpreter loses the carry where rounding to e4m3 reaches the next power of two, so some values differ.
+    """
     from wanvideo_infinitetalk import fp8_optimization as fp8
     from wanvideo_infinitetalk.wanvideo.kernels import linear as own
 
@@ -332,7 +334,7 @@ def interpret_linear(rows: int, channels: int) -> None:
     values, scale = own.quantize_rows(x)
     wanted_values, wanted_scale = fp8._eager_quantize_rows(x)
     torch.testing.assert_close(scale, wanted_scale, atol=0, rtol=2e-7)
-    assert relative_l2(values.float() * scale, wanted_values.float() * wanted_scale) < 0.07
+    assert float((values.float() == wanted_values.float()).float().mean()) > 0.9
     for bias in (None, torch.randn(channels).half()):
         for columns in (torch.rand(1, 1), torch.rand(1, channels)):
             call = (torch.randn(rows, channels), torch.rand(rows, 1), columns, bias, torch.float16)

@@ -23,10 +23,16 @@ def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr):
     factor = largest * INVERSE_E4M3_MAX
     factor = tl.where(factor < TINY, TINY, factor)
     tl.store(scale + row, factor)
-    tl.store(values + place, tl.div_rn(tile, factor).to(tl.float8e4nv), inside)
+    # tile / factor, rounded as a division rounds: with the nearest float to 1 / factor, one correction of the quotient by
+    # its exact remainder is enough (Markstein, IBM Journal of R&D 34, 1990).
+    inverse = tl.div_rn(1.0, factor)
+    quotient = tile * inverse
+    quotient = tl.fma(tl.fma(-quotient, factor, tile), inverse, quotient)
+    tl.store(values + place, quotient.to(tl.float8e4nv), inside)
 
 
-@triton.jit(do_not_specialize=["columns"])
+# `columns` is specialised, so that a multiple of 16 is read 16 bytes at a time.
+@triton.jit
 def scale_product(
     product, row_scale, column_scale, bias, out, columns,
     PER_COLUMN: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
