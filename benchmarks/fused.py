@@ -3,9 +3,9 @@
     python -m benchmarks.fused [--json F]
 
 Times are medians of rows of calls that took turns. "ulp" is the largest error against float64 over what one rounding
-allows, on normal values, with outlier channels, and with a mean far from zero: a form above 1 rounds twice, or sums less
-exactly, and may not take the place of the eager one. At last one whole block of the 14B model, all groups eager against
-all of ours. Run from the root of the repository.
+allows, on normal values, with outlier channels, and with a mean far from zero: a form above 1 rounds twice, or sums
+less exactly, and may not take the place of the eager one. At last one whole block of the 14B model, all groups eager
+against all of ours. Run from the root of the repository.
 """
 
 from __future__ import annotations

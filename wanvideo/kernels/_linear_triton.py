@@ -23,12 +23,12 @@ def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr):
     factor = largest * INVERSE_E4M3_MAX
     factor = tl.where(factor < TINY, TINY, factor)
     tl.store(scale + row, factor)
-    # tile / factor, rounded as a division rounds: with the nearest float to 1 / factor, one correction of the quotient by
-    # its exact remainder is enough (Markstein, IBM Journal of R&D 34, 1990).
+    # tile / factor, rounded as a division rounds: with the float nearest to 1 / factor, one correction of the quotient
+    # by its exact remainder is enough (Markstein, IBM Journal of R&D 34, 1990). It would drop the sign of a zero.
     inverse = tl.div_rn(1.0, factor)
-    quotient = tile * inverse
-    quotient = tl.fma(tl.fma(-quotient, factor, tile), inverse, quotient)
-    tl.store(values + place, quotient.to(tl.float8e4nv), inside)
+    rough = tile * inverse
+    quotient = tl.fma(tl.fma(-rough, factor, tile), inverse, rough)
+    tl.store(values + place, tl.where(quotient == 0.0, rough, quotient).to(tl.float8e4nv), inside)
 
 
 # `columns` is specialised, so that a multiple of 16 is read 16 bytes at a time.
