@@ -21,8 +21,8 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/infinitetalk demo --out out/demo.mp4
 
-# One process per core, each with one thread; one process in all where the GPU is shared (-m cuda).
-JOBS ?= $(if $(findstring cuda,$(PYTEST_ARGS)),0,auto)
+# One process per core, each with one thread; four that share the GPU, a file of tests each (-m cuda).
+JOBS ?= $(if $(findstring cuda,$(PYTEST_ARGS)),4 --dist loadfile,auto)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -7,6 +7,7 @@ import importlib
 import logging
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _triton_build_reason(device: torch.device) -> str | None:
         with torch.cuda.device(device):
             _probe_triton.store_one[1,](torch.empty(1, dtype=torch.int32, device=device))
     except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver says is the reason
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 120, placeholder=" ...")
         reason = (
             f"Triton cannot build a kernel here ({said}); install a C compiler (gcc) and the headers of this Python"
         )
