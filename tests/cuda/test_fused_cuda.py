@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
+from wanvideo_infinitetalk.wanvideo.kernels import _agreement
 from wanvideo_infinitetalk.wanvideo.modules import fused
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
@@ -51,6 +52,12 @@ def test_the_preferred_forms_round_once_too() -> None:
             run, serves = fused.FORMS[group][fused.PREFERRED[group]]
             assert serves(*call)
             assert excess(group, run(*call), call) <= 1.0, f"{group}, {kind}"
+
+
+def test_a_gpu_that_is_asked_agrees() -> None:
+    """The comparison that decides on GPUs which this suite has not run on."""
+    _agreement.disagreements.cache_clear()
+    assert _agreement.disagreements(torch.device("cuda", torch.cuda.current_device())) == ()
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 7])

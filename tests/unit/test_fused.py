@@ -5,12 +5,14 @@ The bound that every form is held to, on a GPU the fused ones too, is in `benchm
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
+from wanvideo_infinitetalk.wanvideo.kernels import _agreement
 from wanvideo_infinitetalk.wanvideo.modules import fused
 
 
@@ -79,6 +81,57 @@ def test_kernels_leave_the_cpu_to_the_eager_form(group: str) -> None:
     call = calls(1, 3, 2, 8, torch.device("cpu"), torch.bfloat16, "normal")[group]
     for form, (_, serves) in fused.FORMS[group].items():
         assert serves(*call) == (form == "eager")
+
+
+@pytest.fixture
+def another_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that the suite has not run on, where Triton builds kernels."""
+    device = torch.device("cuda", 5)
+    monkeypatch.setattr(fused.own, "_installation_reasons", lambda device: ())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for cached in (fused.own._suite_ran_on, _agreement.disagreements):
+        cached.cache_clear()
+    yield device
+    for cached in (fused.own._suite_ran_on, _agreement.disagreements):
+        cached.cache_clear()
+
+
+def pairs(ours: float) -> Any:
+    return lambda device: iter([("rms_norm", torch.full((2,), ours), torch.ones(2))])
+
+
+def test_a_gpu_that_the_suite_did_not_run_on_is_asked_once(
+    another_gpu: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_agreement, "_pairs", pairs(1.001))
+    assert fused.own.unavailable_reasons(another_gpu) == ()
+    monkeypatch.setattr(_agreement, "_pairs", pairs(2.0))
+    assert fused.own.unavailable_reasons(another_gpu) == ()
+    _agreement.disagreements.cache_clear()
+    (reason,) = fused.own.unavailable_reasons(another_gpu)
+    assert "do not give PyTorch's numbers on this GPU (rms_norm)" in reason
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_kernels_that_fail_there_are_no_error(another_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> Any:
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(_agreement, "_pairs", fail)
+    (reason,) = fused.own.unavailable_reasons(another_gpu)
+    assert reason.endswith("(no kernel image is available)")
+
+
+def test_nothing_is_compared_while_a_graph_is_captured_nor_where_the_suite_ran(
+    another_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_agreement, "_pairs", lambda device: pytest.fail("compared"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "captured" in fused.own.unavailable_reasons(another_gpu)[0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fused.own._suite_ran_on.cache_clear()
+    assert fused.own.unavailable_reasons(another_gpu) == ()
 
 
 class OnGpu(Tensor):

@@ -341,7 +341,20 @@ def interpret_linear(rows: int, channels: int) -> None:
             assert torch.equal(own.scale_product(*call), fp8._eager_apply_scales(*call))
 
 
+def interpret_agreement() -> None:
+    """The comparison that other GPUs begin with; the interpreter's e4m3 is the one that it finds (see above)."""
+    from wanvideo_infinitetalk.wanvideo.kernels import _agreement
+
+    found = {name: _agreement._equal(ours, eager) for name, ours, eager in _agreement._pairs(torch.device("cpu"))}
+    assert found.pop("quantize_rows") is False
+    assert len(found) == 6
+    assert all(found.values()), found
+    (reason,) = _agreement.disagreements(torch.device("cpu"))
+    assert reason.endswith("(quantize_rows)")
+
+
 CASES = {
+    "agreement": (interpret_agreement, [()]),
     "linear": (interpret_linear, [(3, 64), (2, 1100), (1, 1)]),
     "fused": (interpret_fused, [(2, 3, 2, 64), (1, 2, 3, 96), (1, 1, 1, 8)]),
     "fp8": (interpret_fp8, [(70, 200, 64), (5, 1, 128), (3, 257, 96)]),

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from ..modules.rope import Rotation
+from ._agreement import disagreements
 from ._common import next_power_of_two, on_device_of, triton_reasons
 
 __all__ = ["MAX_CHANNELS", "unavailable_reasons"]
@@ -24,10 +25,28 @@ MAX_CHANNELS = 16384
 MAX_ROWS = 2**31 - 1
 
 
+SUITE_RAN_ON = ((9, 0),)
+"""Compute capabilities on which tests/cuda has passed. On others the kernels are compared with PyTorch first."""
+
+
 @lru_cache(maxsize=16)
+def _installation_reasons(device: torch.device) -> tuple[str, ...]:
+    return tuple(triton_reasons(device))
+
+
+@lru_cache(maxsize=16)
+def _suite_ran_on(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in SUITE_RAN_ON
+
+
 def unavailable_reasons(device: torch.device) -> tuple[str, ...]:
     """All the reasons why these kernels cannot run on `device`; empty when they can. Kept after the first question."""
-    return tuple(triton_reasons(device))
+    reasons = _installation_reasons(device)
+    if reasons or _suite_ran_on(device):
+        return reasons
+    if torch.cuda.is_current_stream_capturing():
+        return ("they were not tried on this GPU before a CUDA graph was captured",)  # a comparison waits for the GPU
+    return disagreements(device)
 
 
 def _rows_fit(x: torch.Tensor) -> bool:
