@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
 from wanvideo_infinitetalk.wanvideo import trial
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
+from wanvideo_infinitetalk.wanvideo.timing import per_call
 
 __all__ = [
     "PUBLIC_14B",
@@ -38,7 +38,6 @@ __all__ = [
     "random_inputs",
     "random_model",
     "ratio",
-    "timed",
 ]
 
 PUBLIC_14B = WanConfig(audio=AudioConfig())
@@ -124,23 +123,6 @@ def random_inputs(config: WanConfig, grid: tuple[int, int, int], device: torch.d
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
-def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Milliseconds of one call of `times` in a row that begin on an idle device, its launches included."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - begin) * 1e3 / times
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    for _ in range(times):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times
-
-
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -163,7 +145,7 @@ def interleaved(
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
             with contexts.get(name, nullcontext)():
                 repeats = max(1, round(last / times[name][-1])) if last and times[name] else 1
-                times[name].append(timed(calls[name], device, repeats))
+                times[name].append(per_call(calls[name], device, repeats))
     return {name: measured[warmup:] for name, measured in times.items()}
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from wanvideo_infinitetalk.wanvideo.timing import per_call
 from wanvideo_infinitetalk.wanvideo.vae import VaeConfig, WanVAE
 
-from .common import Report, choose_device, parser, timed
+from .common import Report, choose_device, parser
 
 PUBLIC_VAE = VaeConfig(base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal=(False, True, True))
 SMALL_VAE = VaeConfig(base_dim=8, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal=(False, True, True))
@@ -46,7 +47,7 @@ def measured(call: Callable[[], object], device: torch.device) -> tuple[float, f
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    spent = timed(call, device)
+    spent = per_call(call, device)
     return (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0), spent
 
 

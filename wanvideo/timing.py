@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["milliseconds"]
+__all__ = ["milliseconds", "per_call"]
 
 LASTING = 25.0
 MOST = 100
@@ -19,12 +19,13 @@ def milliseconds(call: Callable[[], object], device: torch.device, lasting: floa
     In a row, because between the layers of a model a GPU never idles: launches hide behind earlier work, and clocks are
     those that the power limit allows under load. Call it once more before, if it compiles something.
     """
-    spent = _per_call(call, device, 1)
+    spent = per_call(call, device, 1)
     times = min(MOST, round(lasting / max(spent, 1e-3)))
-    return _per_call(call, device, times) if times > 1 else spent
+    return per_call(call, device, times) if times > 1 else spent
 
 
-def _per_call(call: Callable[[], object], device: torch.device, times: int) -> float:
+def per_call(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Milliseconds of one call of `times` in a row that begin on an idle device, its launches included."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(times):
