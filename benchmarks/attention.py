@@ -158,7 +158,10 @@ def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int,
     attends = usable(report, contenders(report.device), q, k, v)
     times = interleaved({n: functools.partial(a, q, k, v) for n, a in attends.items()}, rounds, report.device, warmup=2)
     in_a_row = interleaved(
-        {n: functools.partial(a, q, k, v) for n, a in attends.items()}, ROWS_OF_CALLS, report.device, last=LASTING
+        {n: functools.partial(a, q, k, v) for n, a in attends.items()},
+        ROWS_OF_CALLS,
+        report.device,
+        last=report.lasting(LASTING),
     )
     # Where cuDNN has no kernel, the first that runs is what the others are compared with.
     baseline = CUDNN if CUDNN in attends else next(iter(attends))

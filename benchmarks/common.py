@@ -214,6 +214,10 @@ class Report:
         print(f"\n{title}\n")
         print(markdown_table(rows), flush=True)
 
+    def lasting(self, milliseconds: float) -> float:
+        """For how long `interleaved` repeats a call: a small run calls once."""
+        return 0.0 if self.small else milliseconds
+
     def goal(self, what: str, value: float, limit: float) -> None:
         """Print and keep whether `value` is at most `limit`."""
         met = None if self.small else value <= limit

@@ -111,7 +111,7 @@ def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: in
     for group, call in timed.items():
         served = forms(group, call, report.device)
         forms_of_call = {n: functools.partial(f, *call) for n, f in served.items()}
-        times = interleaved(forms_of_call, rounds, report.device, warmup=3, last=LASTING)
+        times = interleaved(forms_of_call, rounds, report.device, warmup=3, last=report.lasting(LASTING))
         rows: list[dict[str, str | int | float]] = []
         for name, form in served.items():
             ms = statistics.median(times[name])
@@ -152,7 +152,12 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
             moved = float((run().float() - expected).norm() / expected.norm())
         both = {"eager": run, "own": run}
         times = interleaved(
-            both, rounds, report.device, warmup=3, within={"eager": eager, "own": own}, last=LASTING_BLOCK
+            both,
+            rounds,
+            report.device,
+            warmup=3,
+            within={"eager": eager, "own": own},
+            last=report.lasting(LASTING_BLOCK),
         )
         rows.append(
             {

@@ -106,7 +106,7 @@ def compare(report: Report, config: WanConfig, grid: tuple[int, int, int], round
             sys.exit("The block gives other numbers without its guards, so there is nothing to compare.")
         calls = {"with": run, "without": run, "with, again": run}
         within = {name: functools.partial(replaced_guards, by_nothing=name == "without") for name in calls}
-        times = interleaved(calls, rounds, report.device, warmup=3, within=within, last=LASTING)
+        times = interleaved(calls, rounds, report.device, warmup=3, within=within, last=report.lasting(LASTING))
         rows.append(
             {
                 "attention, linears": what,

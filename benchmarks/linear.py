@@ -92,7 +92,7 @@ def compare(report: Report, in_features: int, out_features: int, rows: int, roun
     x = activations(rows, in_features, report.device, outliers=False)
     calls = {n: functools.partial(form, x) for n, form in forms.items()}
     times = interleaved(calls, rounds, report.device, warmup=3)
-    in_a_row = interleaved(calls, ROWS_OF_CALLS, report.device, last=LASTING)
+    in_a_row = interleaved(calls, ROWS_OF_CALLS, report.device, last=report.lasting(LASTING))
     report.table(
         f"{in_features} -> {out_features}, {rows} rows, bf16 in and out: medians of {rounds} rounds",
         [
@@ -130,7 +130,7 @@ def around(report: Report, features: int, rows: int, rounds: int) -> None:
         if report.device.type == "cuda":
             compiled = torch.compile(forms["eager"].func, dynamic=False)  # type: ignore[attr-defined]
             forms["eager, compiled"] = functools.partial(compiled, *forms["eager"].args)  # type: ignore[attr-defined]
-        times = interleaved(forms, rounds, report.device, warmup=3, last=SHORT)
+        times = interleaved(forms, rounds, report.device, warmup=3, last=report.lasting(SHORT))
         report.table(
             f"{what}: [{rows}, {features}], medians of {rounds} rounds of calls in a row",
             [

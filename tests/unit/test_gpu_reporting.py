@@ -47,6 +47,12 @@ def test_the_page_tells_what_the_suite_did(tmp_path: Path) -> None:
     assert "44 passed, 3 skipped in 93.1s\n========= ERROR SUMMARY: 0 errors" in page
 
 
+def test_the_page_tells_how_long_it_took_side_by_side(tmp_path: Path) -> None:
+    (tmp_path / "cuda.xml").write_text(JUNIT.replace('name="pytest"', 'name="pytest" time="1.2"'))
+    page = write_page(tmp_path, "--junit", str(tmp_path / "cuda.xml"))
+    assert "4 tests in 1 s (2 s of tests, several at a time): 2 passed" in page
+
+
 def test_the_page_takes_benchmarks_and_any_other_json(tmp_path: Path) -> None:
     known = {
         "title": "Guards",
@@ -119,9 +125,15 @@ def test_block_swap_changes_no_latents(reports: dict[str, dict]) -> None:
 
 
 def test_linears_are_measured_in_every_quantisation(reports: dict[str, dict]) -> None:
-    for table in reports["linear"]["tables"]:
+    *layers, quantising, scaling = reports["linear"]["tables"]
+    assert len(layers) == 3
+    for table in layers:
         errors = {row["linear"]: row["relative L2"] for row in table["rows"]}
         assert errors["bf16"] < 0.003 < errors["fp8_e4m3fn"] < errors["fp8_e5m2"] < errors["fp4_scaled"] < 0.2
+        assert all(row["in a row"] > 0 for row in table["rows"])
+    assert quantising["title"].startswith("input to e4m3")
+    assert scaling["title"].startswith("scales to product")
+    assert [row["form"] for table in (quantising, scaling) for row in table["rows"]] == ["eager", "eager"]
 
 
 def test_elementwise_groups_are_measured_and_a_block_with_them(reports: dict[str, dict]) -> None:
