@@ -123,6 +123,17 @@ def test_kernels_that_fail_there_are_no_error(another_gpu: torch.device, monkeyp
     assert reason.endswith("(no kernel image is available)")
 
 
+def test_a_full_gpu_is_not_kept_as_a_verdict(another_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(_agreement, "_pairs", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.own.unavailable_reasons(another_gpu)
+    monkeypatch.setattr(_agreement, "_pairs", pairs(1.0))
+    assert fused.own.unavailable_reasons(another_gpu) == ()
+
+
 def test_nothing_is_compared_while_a_graph_is_captured_nor_where_the_suite_ran(
     another_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

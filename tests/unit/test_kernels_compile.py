@@ -432,6 +432,20 @@ def test_a_machine_that_cannot_build_kernels_is_named_once(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_a_full_gpu_is_not_kept_as_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def full(device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", full)
+    _common._triton_build_reason.cache_clear()
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            _common._triton_build_reason(torch.device("cuda", 0))
+    assert _common._triton_build_reason.cache_info().currsize == 0
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     run, shapes = CASES[sys.argv[1]]

@@ -66,6 +66,8 @@ def disagreements(device: torch.device) -> tuple[str, ...]:
     """One reason, that these kernels give other numbers than PyTorch on this GPU or fail; empty when all agree."""
     try:
         wrong = [name for name, ours, eager in _pairs(device) if not _equal(ours, eager)]
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernels, and must not be kept as their answer
     except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver says is the reason
         wrong = [(str(error).strip().splitlines() or [type(error).__name__])[0][:120]]
     if not wrong:

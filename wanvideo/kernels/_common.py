@@ -1,4 +1,4 @@
-"""What the attention kernels share: whether they can run here, and whether q, k and v fit together."""
+"""What the kernels share: whether they can run here, how they are launched, whether q, k and v fit together."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def _triton_build_reason(device: torch.device) -> str | None:
     try:
         with torch.cuda.device(device):
             _probe_triton.store_one[1,](torch.empty(1, dtype=torch.int32, device=device))
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the compiler, and must not be kept as its answer
     except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver says is the reason
         said = shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 120, placeholder=" ...")
         reason = (
