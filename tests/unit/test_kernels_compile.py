@@ -342,15 +342,15 @@ def interpret_linear(rows: int, channels: int) -> None:
 
 
 def interpret_agreement() -> None:
-    """The comparison that other GPUs begin with; the interpreter's e4m3 is the one that it finds (see above)."""
+    """The comparison that other GPUs begin with; all that it may find is the interpreter's e4m3 (see above)."""
     from wanvideo_infinitetalk.wanvideo.kernels import _agreement
 
     found = {name: _agreement._equal(ours, eager) for name, ours, eager in _agreement._pairs(torch.device("cpu"))}
-    assert found.pop("quantize_rows") is False
-    assert len(found) == 6
-    assert all(found.values()), found
-    (reason,) = _agreement.disagreements(torch.device("cpu"))
-    assert reason.endswith("(quantize_rows)")
+    wrong = [name for name, equal in found.items() if not equal]
+    assert len(found) == 7
+    assert set(wrong) <= {"quantize_rows"}
+    reasons = _agreement.disagreements(torch.device("cpu"))
+    assert [reason.rpartition("(")[2] for reason in reasons] == [f"{name})" for name in wrong]
 
 
 CASES = {
