@@ -96,10 +96,13 @@ class Report:
         return asdict(self) | {"healthy": self.healthy}
 
 
-def _median_ms(call: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Median milliseconds of `call` among others, warmed up."""
+def _beside(
+    call: Callable[[], object], baseline: Callable[[], object], device: torch.device, rounds: int = 3
+) -> tuple[float, float]:
+    """(median milliseconds of `call`, how many times as fast as `baseline`), in turns, because clocks drift."""
     call()
-    return statistics.median(milliseconds(call, device) for _ in range(repeats))
+    times = [(milliseconds(baseline, device), milliseconds(call, device)) for _ in range(rounds)]
+    return statistics.median(own for _, own in times), statistics.median(base / own for base, own in times)
 
 
 def _errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
@@ -132,7 +135,8 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
     parts = trial.like_activations(shape, torch.Generator().manual_seed(0))
     q, k, v = (x.to(device, torch.bfloat16) for x in parts)
     expected = run_backend("eager", q.float(), k.float(), v.float())
-    baseline = _median_ms(lambda: run_backend("sdpa", q, k, v), device)
+    sdpa = functools.partial(run_backend, "sdpa", q, k, v)
+    sdpa()
     measured: dict[str, KernelRow] = {}
 
     def measure(name: str) -> KernelRow:
@@ -142,14 +146,12 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
             return row
         try:
             cosine, relative_l2 = _errors(run_backend(name, q, k, v), expected)
-            spent = _median_ms(lambda: run_backend(name, q, k, v), device)
+            spent, speedup = _beside(functools.partial(run_backend, name, q, k, v), sdpa, device)
         except InfiniteTalkError as error:
             return KernelRow("", name, row.version, False, False, (str(error),))
         except RuntimeError as error:  # whatever a kernel raises is a line of the report, not its end
             return KernelRow("", name, row.version, False, False, (f"it fails: {_first_line(error)}",))
-        return KernelRow(
-            "", name, row.version, True, False, (), cosine, relative_l2, spent, baseline / spent if spent else None
-        )
+        return KernelRow("", name, row.version, True, False, (), cosine, relative_l2, spent, speedup)
 
     rows = []
     for mode, names in MODE_BACKENDS.items():
@@ -196,7 +198,8 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
     x = torch.randn(rows, features).to(device, torch.bfloat16)
     torch.random.set_rng_state(torch_state)
     expected = nn.functional.linear(x.float(), reference.weight.float(), reference.bias.float())
-    baseline = _median_ms(lambda: reference(x), device)
+    plain = functools.partial(reference, x)
+    plain()
     found = []
     for quantization in QUANTIZATIONS:
         linear = nn.Linear(features, features, device=device, dtype=torch.bfloat16).requires_grad_(False)
@@ -208,8 +211,8 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
                 quantize_linears(model, quantization, torch.bfloat16)
             layer = model["blocks"][0]  # type: ignore[index]
             error = _errors(layer(x), expected)[1]
-            spent = _median_ms(functools.partial(layer, x), device)
-            found.append(LinearRow(quantization, how, error, baseline / spent))
+            _, speedup = _beside(functools.partial(layer, x), plain, device)
+            found.append(LinearRow(quantization, how, error, speedup))
         except InfiniteTalkError as failure:
             found.append(LinearRow(quantization, str(failure), None, None, serves=False))
     return found
