@@ -49,7 +49,7 @@ def decode(vae: WanVAE, latents: Tensor) -> Tensor:
 
 
 def _frames(clip: Tensor) -> Tensor:
-    """[B, C, F, H, W] -> [F * B, C, H, W]"""
+    """[B, C, F, H, W] -> [F * B, C, H, W], channels last as every input of a convolution here."""
     return clip.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -118,5 +118,6 @@ def _up(layer: Any, x: Tensor, batch: int) -> Tensor:
     if hasattr(layer, "time_conv") and x.shape[0] > batch:
         twice = _conv(layer.time_conv, x[batch:], batch)  # [(F - 1) * B, 2 C, H, W]
         twice = twice.unflatten(0, (-1, batch)).unflatten(2, (2, -1)).transpose(1, 2)  # [F - 1, 2, B, C, H, W]
+        # The concatenation does not keep the layout of `_frames`.
         x = torch.cat([x[:batch], twice.flatten(0, 2)]).contiguous(memory_format=torch.channels_last)
     return layer.resample(x)
