@@ -118,6 +118,6 @@ def _up(layer: Any, x: Tensor, batch: int) -> Tensor:
     if hasattr(layer, "time_conv") and x.shape[0] > batch:
         twice = _conv(layer.time_conv, x[batch:], batch)  # [(F - 1) * B, 2 C, H, W]
         twice = twice.unflatten(0, (-1, batch)).unflatten(2, (2, -1)).transpose(1, 2)  # [F - 1, 2, B, C, H, W]
-        # The concatenation does not keep the layout of `_frames`.
+        # Again in the layout of `_frames`, whatever the parts had.
         x = torch.cat([x[:batch], twice.flatten(0, 2)]).contiguous(memory_format=torch.channels_last)
     return layer.resample(x)
