@@ -124,9 +124,12 @@ def test_fp8_quantiser_reads_and_writes_16_bytes_at_a_time() -> None:
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])
 def test_the_kernels_of_fp8_linears_compile_on_every_gpu_that_multiplies_fp8(arch: int) -> None:
     module = triton_module("_linear_triton")
-    types = {"values": "*fp8e4nv"}
-    ptx = compiled(module.quantize_rows, arch, {"K": 5120, "BLOCK": 8192}, types, num_warps=4).asm["ptx"]
-    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    types, rounds = {"values": "*fp8e4nv"}, arch < 90
+    ptx = compiled(module.quantize_rows, arch, {"K": 5120, "BLOCK": 8192, "ROUND": rounds}, types, num_warps=4).asm[
+        "ptx"
+    ]
+    # Where it is not one instruction, the kernel has rounded before.
+    assert ("cvt.rn.satfinite.e4m3x2" if rounds else "cvt.rn.satfinite.e4m3x2.f32") in ptx
     assert "ld.global.v4.b32" in ptx
     constants = {"PER_COLUMN": True, "BIASED": True, "BLOCK": 1024}
     ptx = compiled(module.scale_product, arch, constants, {}, num_warps=4, enable_fp_fusion=False).asm["ptx"]
@@ -322,19 +325,18 @@ def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
 
 
 def interpret_linear(rows: int, channels: int) -> None:
-    """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal.
-
-    The interpreter loses the carry where rounding to e4m3 reaches the next power of two, so some values differ.
-    """
+    """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal."""
     from wanvideo_infinitetalk import fp8_optimization as fp8
     from wanvideo_infinitetalk.wanvideo.kernels import linear as own
 
     x = torch.randn(rows, channels).half()
     x[0] = 0.0
+    x[:, ::3] *= -0.01  # the smallest numbers of e4m3, and zeros below 0
+    x[:, ::7] = -0.0
     values, scale = own.quantize_rows(x)
     wanted_values, wanted_scale = fp8._eager_quantize_rows(x)
     torch.testing.assert_close(scale, wanted_scale, atol=0, rtol=2e-7)
-    assert float((values.float() == wanted_values.float()).float().mean()) > 0.9
+    assert float((values.view(torch.uint8) == wanted_values.view(torch.uint8)).float().mean()) > 0.999
     for bias in (None, torch.randn(channels).half()):
         for columns in (torch.rand(1, 1), torch.rand(1, channels)):
             call = (torch.randn(rows, channels), torch.rand(rows, 1), columns, bias, torch.float16)
@@ -342,20 +344,18 @@ def interpret_linear(rows: int, channels: int) -> None:
 
 
 def interpret_agreement() -> None:
-    """The comparison that other GPUs begin with; all that it may find is the interpreter's e4m3 (see above)."""
+    """The comparison that other GPUs begin with."""
     from wanvideo_infinitetalk.wanvideo.kernels import _agreement
 
     found = {name: _agreement._equal(ours, eager) for name, ours, eager in _agreement._pairs(torch.device("cpu"))}
-    wrong = [name for name, equal in found.items() if not equal]
     assert len(found) == 7
-    assert set(wrong) <= {"quantize_rows"}
-    reasons = _agreement.disagreements(torch.device("cpu"))
-    assert [reason.rpartition("(")[2] for reason in reasons] == [f"{name})" for name in wrong]
+    assert all(found.values()), found
+    assert _agreement.disagreements(torch.device("cpu")) == ()
 
 
 CASES = {
     "agreement": (interpret_agreement, [()]),
-    "linear": (interpret_linear, [(3, 64), (2, 1100), (1, 1)]),
+    "linear": (interpret_linear, [(3, 64), (5, 9000), (1, 1)]),
     "fused": (interpret_fused, [(2, 3, 2, 64), (1, 2, 3, 96), (1, 1, 1, 8)]),
     "fp8": (interpret_fp8, [(70, 200, 64), (5, 1, 128), (3, 257, 96)]),
     "fp4_operands": (interpret_fp4, [(70, 200, 64), (130, 129, 128)]),

@@ -5,14 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._sage_fp4_quantize import round_to_e4m3
+
 # PyTorch multiplies by the float32 reciprocal where a CUDA tensor is divided by a number.
 INVERSE_E4M3_MAX = tl.constexpr(1.0 / 448.0)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row of x [M, K]: values e4m3 [M, K] and scale float32 [M], x ~ values * scale."""
+def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    """One program per row of x [M, K]: values e4m3 [M, K] and scale float32 [M], x ~ values * scale.
+
+    ROUND: round to e4m3 before the conversion. On sm_89 Triton up to 3.7 converts by way of a truncated float16, which
+    takes a number just above a tie for the tie; numbers that e4m3 holds pass unchanged.
+    """
     row = tl.program_id(0)
     channel = tl.arange(0, BLOCK)
     inside = channel < K
@@ -28,7 +34,12 @@ def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr):
     inverse = tl.div_rn(1.0, factor)
     rough = tile * inverse
     quotient = tl.fma(tl.fma(-rough, factor, tile), inverse, rough)
-    tl.store(values + place, tl.where(quotient == 0.0, rough, quotient).to(tl.float8e4nv), inside)
+    quotient = tl.where(quotient == 0.0, rough, quotient)
+    if ROUND:
+        sign = quotient.to(tl.int32, bitcast=True) & -0x80000000
+        rounded = round_to_e4m3(tl.abs(quotient)).to(tl.int32, bitcast=True)
+        quotient = (rounded | sign).to(tl.float32, bitcast=True)
+    tl.store(values + place, quotient.to(tl.float8e4nv), inside)
 
 
 # `columns` is specialised, so that a multiple of 16 is read 16 bytes at a time.

@@ -17,6 +17,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CAPABILITY = (8, 9)
 """Below it Triton converts no float32 to e4m3; nor is there an fp8 matmul to quantise for."""
 
+CONVERTS_EXACTLY = (9, 0)
+"""From here on every Triton converts float32 to e4m3 by one instruction that rounds once."""
+
 COLUMNS = 1024
 """Of one program of `scale_product`."""
 
@@ -45,8 +48,11 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = next_power_of_two(channels)
+    exact = x.is_cuda and torch.cuda.get_device_capability(x.device) >= CONVERTS_EXACTLY
     with on_device_of(x):
-        kernels.quantize_rows[rows,](x, values, scale, K=channels, BLOCK=block, num_warps=min(8, max(1, block // 2048)))
+        kernels.quantize_rows[rows,](
+            x, values, scale, K=channels, BLOCK=block, ROUND=not exact, num_warps=min(8, max(1, block // 2048))
+        )  # fmt: skip
     return values, scale
 
 
