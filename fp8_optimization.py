@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from .wanvideo.errors import InputError
 from .wanvideo.kernels import linear as own
-from .wanvideo.modules.layout import aligned_contiguous
-from .wanvideo.nvfp4 import NVFP4Linear
-from .wanvideo.quantized_linear import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
+from .wanvideo.kernels import reference
+from .wanvideo.kernels.layout import aligned_contiguous
+from .wanvideo.linear.base import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
+from .wanvideo.linear.nvfp4 import NVFP4Linear
 
 __all__ = [
     "QUANTIZATIONS",
@@ -115,16 +116,7 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not torch.compiler.is_compiling() and own.serves_quantize_rows(x):
         return own.quantize_rows(x)
-    return _eager_quantize_rows(x)
-
-
-def _eager_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    largest_value = torch.finfo(torch.float8_e4m3fn).max
-    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    # The lower bound keeps a row of zeros from dividing by zero; clamp_min passes NaN on.
-    scale = (largest / largest_value).clamp_min(torch.finfo(torch.float32).tiny)
-    values = (x / scale).clamp(-largest_value, largest_value)
-    return values.to(torch.float8_e4m3fn), scale
+    return reference.quantize_rows(x)
 
 
 def quantize_weight_fp8(weight: Tensor, dtype: torch.dtype, scaled: bool) -> tuple[Tensor, Tensor | None]:
@@ -229,14 +221,7 @@ def _apply_scales(
         columns = torch.ones((1, 1), device=product.device)
     if not torch.compiler.is_compiling() and own.serves_scale_product(product, rows, columns, bias, dtype):
         return own.scale_product(product, rows, columns, bias, dtype)
-    return _eager_apply_scales(product, rows, columns, bias, dtype)
-
-
-def _eager_apply_scales(
-    product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    product = product * (rows * columns)
-    return (product if bias is None else product + bias.float()).to(dtype)
+    return reference.scale_product(product, rows, columns, bias, dtype)
 
 
 def _tensorwise_matmul(values: Tensor, weight: Tensor) -> Tensor:

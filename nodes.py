@@ -6,10 +6,9 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension
 
-from . import host
-from .comfy_nodes import audio, kernels, latents, loaders, options, picture, sampler, text
+from .comfy_nodes import audio, comfyui, kernels, latents, loaders, options, picture, sampler, text
 
-host.register_folders()
+comfyui.register_folders()
 
 NODES: list[Any] = [
     loaders.WanVideoModelLoader,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from wanvideo_infinitetalk.wanvideo.modules.model import WanConfig, WanModel
-from wanvideo_infinitetalk.wanvideo.offload import BlockSwap, Offloader
+from wanvideo_infinitetalk.wanvideo.runtime.offload import BlockSwap, Offloader
 
 from .common import (
     PUBLIC_14B,

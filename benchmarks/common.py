@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
-from wanvideo_infinitetalk.wanvideo import trial
+from wanvideo_infinitetalk.wanvideo.modules.backends import selftest as trial
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
-from wanvideo_infinitetalk.wanvideo.timing import per_call
+from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
 __all__ = [
     "PUBLIC_14B",

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from wanvideo_infinitetalk.wanvideo.modules import fused
-from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation
+from wanvideo_infinitetalk.wanvideo.kernels.rope import Rotation
+from wanvideo_infinitetalk.wanvideo.modules import elementwise as fused
 
 from .common import (
     PUBLIC_14B,

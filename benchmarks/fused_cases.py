@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation
+from wanvideo_infinitetalk.wanvideo.kernels.rope import Rotation
 
 __all__ = ["KINDS", "SLACK", "Call", "calls", "exact", "excess"]
 

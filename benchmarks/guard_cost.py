@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from wanvideo_infinitetalk.wanvideo.kernels import layout
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
-from wanvideo_infinitetalk.wanvideo.modules import layout
 from wanvideo_infinitetalk.wanvideo.modules.backends import lookup
 from wanvideo_infinitetalk.wanvideo.modules.model import WanConfig, WanModel
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wanvideo_infinitetalk import fp8_optimization as fp8
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, fp8_matmul_violations, quantize_linears
 from wanvideo_infinitetalk.wanvideo.kernels import linear as own
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+from wanvideo_infinitetalk.wanvideo.kernels import reference
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 from .common import Report, choose_device, interleaved, parser, ratio
 
@@ -117,8 +117,8 @@ def around(report: Report, features: int, rows: int, rounds: int) -> None:
         torch.rand(shape, device=report.device) for shape in ((rows, features), (rows, 1), (1, features))
     )
     scaling = (product, row_scale, column_scale, torch.randn_like(x[0]), torch.bfloat16)
-    quantising: dict[str, Callable[..., object]] = {"eager": fp8._eager_quantize_rows}
-    scales: dict[str, Callable[..., object]] = {"eager": fp8._eager_apply_scales}
+    quantising: dict[str, Callable[..., object]] = {"eager": reference.quantize_rows}
+    scales: dict[str, Callable[..., object]] = {"eager": reference.scale_product}
     if own.serves_quantize_rows(x):
         quantising |= {"own": own.quantize_rows, "comfy-kitchen, one scale per tensor": _kitchen_quantize}
         scales["own"] = own.scale_product

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from wanvideo_infinitetalk.demo import FRAMES as WINDOW
-from wanvideo_infinitetalk.demo import MOTION, SIZE, demo_job
+from wanvideo_infinitetalk.cli.demo import FRAMES as WINDOW
+from wanvideo_infinitetalk.cli.demo import MOTION, SIZE, demo_job
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
-from wanvideo_infinitetalk.generate import FPS, Job, choose_device, make_video
-from wanvideo_infinitetalk.multitalk.audio import load_speech, read_audio
-from wanvideo_infinitetalk.multitalk.video import VideoFrames
+from wanvideo_infinitetalk.media.audio import load_speech, read_audio
+from wanvideo_infinitetalk.media.video import VideoFrames
+from wanvideo_infinitetalk.pipeline.make_video import FPS, Job, choose_device, make_video
 from wanvideo_infinitetalk.tools.demo_model.faces import draw, mouth_boxes, random_faces, rest
 from wanvideo_infinitetalk.tools.demo_model.rule import mouth_of
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, mode_serves

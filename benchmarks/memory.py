@@ -39,8 +39,8 @@ def run_child(seconds: float, folder: Path) -> None:
 
     import numpy as np
     import soundfile
-    from wanvideo_infinitetalk.demo import demo_job
-    from wanvideo_infinitetalk.generate import make_video
+    from wanvideo_infinitetalk.cli.demo import demo_job
+    from wanvideo_infinitetalk.pipeline.make_video import make_video
 
     with demo_job(folder / f"{seconds:g}s.mp4", models=folder, attention_mode="sdpa", device="cpu") as job:
         wave, rate = soundfile.read(job.audio[0], dtype="float32")

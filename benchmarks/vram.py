@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from wanvideo_infinitetalk.wanvideo.timing import per_call
-from wanvideo_infinitetalk.wanvideo.vae import VaeConfig, WanVAE
+from wanvideo_infinitetalk.wanvideo.encoders.vae import VaeConfig, WanVAE
+from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
 from .common import Report, choose_device, parser
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import host
-from ..multitalk.single_window import Keyframes, keyframe_condition
+from ..pipeline.single_window import Keyframes, keyframe_condition
 from ..wanvideo.errors import InputError
+from . import comfyui
 from .models import VaeModel
 from .types import ClipEmbeds, OneWindow
 
@@ -71,7 +71,7 @@ def decode_latent(vae: VaeModel, samples: dict[str, Any], tiles: Tiles | None, n
     """IMAGE of a LATENT; frames that are decoded already pass through."""
     if samples.get("video") is not None:
         return samples["video"]
-    with host.ordinary_tensors():
+    with comfyui.ordinary_tensors():
         video = vae.decode(samples["samples"].float(), **tile_options(tiles))
     vae.unload()
     if normalization == "none":
@@ -122,6 +122,6 @@ def keyframe_window(
         noise=noise,
         empty_noise=empty_noise,
     )
-    with host.ordinary_tensors():
+    with comfyui.ordinary_tensors():
         condition = keyframe_condition(vae, keys, frames, height, width, tiled=tiled).cpu()
     return OneWindow(width, height, frames, condition, clip)

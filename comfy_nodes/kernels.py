@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .. import host
-from ..wanvideo.policy import POLICIES
+from ..pipeline.attention_policy import POLICIES
+from . import comfyui
 from .models import VideoModel
 from .schema import WanModelType, node_schema
 
@@ -67,11 +67,11 @@ class WanVideoAttentionDoctor(io.ComfyNode):
     def execute(cls, device: str) -> Any:
         from rich.console import Console
 
-        from ..doctor import examine
-        from ..terminal import doctor_tables
+        from ..cli.doctor import examine
+        from ..cli.terminal import doctor_tables
 
-        with host.ordinary_tensors():
-            report = examine(host.device(device))
+        with comfyui.ordinary_tensors():
+            report = examine(comfyui.device(device))
         page = text_io.StringIO()
         Console(file=page, width=REPORT_WIDTH).print(*doctor_tables(report), sep="\n")
         return io.NodeOutput(page.getvalue())

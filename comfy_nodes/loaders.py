@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .. import host
 from ..fp8_optimization import QUANTIZATIONS
-from ..wanvideo.compilation import CompileSettings
-from ..wanvideo.lora import LoraSpec
-from ..wanvideo.offload import BlockSwap
+from ..wanvideo.checkpoints.lora import LoraSpec
+from ..wanvideo.runtime.compilation import CompileSettings
+from ..wanvideo.runtime.offload import BlockSwap
+from . import comfyui
 from .models import SpeechModel, TextModel, VaeModel, VideoModel, VisionModel
 from .schema import (
     AdapterType,
@@ -67,7 +67,7 @@ class WanVideoModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=host.model_files("dit"),
+                    options=comfyui.model_files("dit"),
                     tooltip="A Wan2.1 file of ComfyUI/models/diffusion_models. Its size is read from the file.",
                 ),
                 io.Combo.Input(
@@ -134,7 +134,7 @@ class WanVideoModelLoader(io.ComfyNode):
     ) -> Any:
         refuse_foreign(cls, foreign_sockets)
         loaded = VideoModel.load(
-            host.model_path("dit", model),
+            comfyui.model_path("dit", model),
             adapter=multitalk_model,
             precision=base_precision,
             quantization=quantization,
@@ -159,7 +159,7 @@ class MultiTalkModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=host.model_files("dit"),
+                    options=comfyui.model_files("dit"),
                     tooltip="An adapter file of ComfyUI/models/diffusion_models, safetensors or GGUF. With 'infinite' "
                     "in its name it is taken for InfiniteTalk, else for MultiTalk; the video node can overrule that.",
                 )
@@ -169,7 +169,7 @@ class MultiTalkModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str) -> Any:
-        return io.NodeOutput(Adapter(host.model_path("dit", model)))
+        return io.NodeOutput(Adapter(comfyui.model_path("dit", model)))
 
 
 class WanVideoVAELoader(io.ComfyNode):
@@ -183,7 +183,7 @@ class WanVideoVAELoader(io.ComfyNode):
             aliases=["wan vae", "加载 VAE"],
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=host.model_files("vae"), tooltip="The Wan2.1 VAE in ComfyUI/models/vae."
+                    "model_name", options=comfyui.model_files("vae"), tooltip="The Wan2.1 VAE in ComfyUI/models/vae."
                 ),
                 io.Combo.Input(
                     "precision",
@@ -217,7 +217,7 @@ class WanVideoVAELoader(io.ComfyNode):
         use_cpu_cache: bool = False,
         verbose: bool = False,
     ) -> Any:
-        path = host.model_path("vae", model_name)
+        path = comfyui.model_path("vae", model_name)
         return io.NodeOutput(VaeModel.load(path, precision, compile_settings=compile_args, verbose=verbose))
 
 
@@ -233,7 +233,7 @@ class LoadWanVideoT5TextEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.model_files("text_encoder"),
+                    options=comfyui.model_files("text_encoder"),
                     tooltip="A UMT5-XXL file of ComfyUI/models/text_encoders, with official or Hugging Face key names.",
                 ),
                 io.Combo.Input(
@@ -255,7 +255,7 @@ class LoadWanVideoT5TextEncoder(io.ComfyNode):
     def execute(
         cls, model_name: str, precision: str, load_device: str = "offload_device", quantization: str = "disabled"
     ) -> Any:
-        path = host.model_path("text_encoder", model_name)
+        path = comfyui.model_path("text_encoder", model_name)
         return io.NodeOutput(TextModel.load(path, precision, quantization, keep_on_device=load_device == "main_device"))
 
 
@@ -272,7 +272,7 @@ class InfiniteTalkClipVisionLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=host.model_files("clip_vision"),
+                    options=comfyui.model_files("clip_vision"),
                     tooltip="CLIP ViT-H of ComfyUI/models/clip_vision.",
                 ),
                 io.Combo.Input(
@@ -288,7 +288,7 @@ class InfiniteTalkClipVisionLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name: str, precision: str = "fp16") -> Any:
-        return io.NodeOutput(VisionModel.load(host.model_path("clip_vision", clip_name), precision))
+        return io.NodeOutput(VisionModel.load(comfyui.model_path("clip_vision", clip_name), precision))
 
 
 def _wav2vec_outputs() -> list[Any]:
@@ -313,7 +313,7 @@ class Wav2VecModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=host.model_files("wav2vec"),
+                    options=comfyui.model_files("wav2vec"),
                     tooltip="chinese-wav2vec2-base in ComfyUI/models/wav2vec2 or models/audio_encoders: one "
                     "safetensors file, or the weights inside a Hugging Face folder.",
                 ),
@@ -325,7 +325,7 @@ class Wav2VecModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, base_precision: str, load_device: str) -> Any:
-        return io.NodeOutput(_speech_model(host.model_path("wav2vec", model), base_precision, load_device))
+        return io.NodeOutput(_speech_model(comfyui.model_path("wav2vec", model), base_precision, load_device))
 
 
 class DownloadAndLoadWav2VecModel(io.ComfyNode):
@@ -351,7 +351,7 @@ class DownloadAndLoadWav2VecModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, base_precision: str, load_device: str) -> Any:
-        return io.NodeOutput(_speech_model(host.hub_folder(model), base_precision, load_device))
+        return io.NodeOutput(_speech_model(comfyui.hub_folder(model), base_precision, load_device))
 
 
 def _speech_model(path: Path, precision: str, load_device: str) -> SpeechModel:

@@ -15,21 +15,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import host
 from ..fp8_optimization import Fp8Linear, quantize_linears
-from ..multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, load_speech, normalise_loudness
-from ..multitalk.speakers import add_noise_floor, arrange, mix, smooth_transients
-from ..wanvideo.checkpoints import CheckpointFile, inspect_dit, load_dit
-from ..wanvideo.clip import ClipVision
-from ..wanvideo.compilation import CompileSettings, check_with_block_swap, compile_model
+from ..media.audio import load_speech, normalise_loudness
+from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
+from ..multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
+from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
+from ..wanvideo.checkpoints.files import CheckpointFile
+from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras
+from ..wanvideo.encoders.clip import ClipVision
+from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
+from ..wanvideo.encoders.vae import WanVAE
 from ..wanvideo.errors import CheckpointError, InputError
-from ..wanvideo.lora import LoraSpec, active_loras, apply_loras
+from ..wanvideo.kernels.layout import aligned_contiguous
 from ..wanvideo.modules.attention import attention, canonical_mode
-from ..wanvideo.modules.layout import aligned_contiguous
 from ..wanvideo.modules.model import WanConfig, WanModel
-from ..wanvideo.offload import BlockSwap
-from ..wanvideo.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
-from ..wanvideo.vae import WanVAE
+from ..wanvideo.runtime.compilation import CompileSettings, check_with_block_swap, compile_model
+from ..wanvideo.runtime.offload import BlockSwap
+from . import comfyui
 from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def _loading_bar() -> Callable[[int, int], None]:
-    bar = host.Progress(1)
+    bar = comfyui.Progress(1)
     return lambda done, total: bar(done, max(total, 1))
 
 
@@ -56,7 +58,7 @@ class Weights:
     """One copy of a model's weights; several `VideoModel`s may look at it."""
 
     model: WanModel
-    resident: host.Resident
+    resident: comfyui.Resident
     # LoRAs that were to be merged and run beside the weights instead, because those are quantised.
     kept_beside: tuple[LoraSpec, ...] = ()
 
@@ -117,7 +119,7 @@ class VideoModel:
         )
         weights = _in_use.get(key)
         if weights is None:
-            with host.ordinary_tensors():
+            with comfyui.ordinary_tensors():
                 weights = _load_weights(path, adapter, precision, quantization, merged, compile_settings, swap)
             _in_use[key] = weights
         else:
@@ -179,14 +181,14 @@ class VideoModel:
         """Put the LoRAs of this view beside the weights, where others are."""
         wanted = (*self.weights.kept_beside, *(replace(lora, merge=False) for lora in self.loras))
         if tuple(active_loras(self.model)) != wanted:
-            with host.ordinary_tensors(), self.weights.resident.offloader.changing():
+            with comfyui.ordinary_tensors(), self.weights.resident.offloader.changing():
                 apply_loras(self.model, wanted)
 
 
 def _try_attention(mode: str, config: WanConfig, dtype: torch.dtype) -> None:
     """One small call: a mode that cannot run here is refused with its reasons before any weight is read."""
-    with host.ordinary_tensors():
-        q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=host.device())
+    with comfyui.ordinary_tensors():
+        q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=comfyui.device())
         attention(q, q.clone(), q.clone(), mode)
 
 
@@ -208,11 +210,11 @@ def _load_weights(
         progress=_loading_bar(),
     )
     if merged:
-        apply_loras(model, merged, host.device())
+        apply_loras(model, merged, comfyui.device())
         quantize_linears(model, quantization, dtype)  # after merging, so that weights are rounded once
     if compile_settings is not None:
         compile_model(model, compile_settings)
-    return Weights(model, host.Resident(model, host.device(), swap), tuple(active_loras(model)))
+    return Weights(model, comfyui.Resident(model, comfyui.device(), swap), tuple(active_loras(model)))
 
 
 # --- the VAE -----------------------------------------------------------------------------------------------------
@@ -223,18 +225,18 @@ class VaeModel:
     """WANVAE."""
 
     vae: WanVAE = field(repr=False)
-    resident: host.Resident = field(repr=False)
+    resident: comfyui.Resident = field(repr=False)
     verbose: bool = False
 
     @classmethod
     def load(
         cls, path: Path, precision: str, *, compile_settings: CompileSettings | None = None, verbose: bool = False
     ) -> VaeModel:
-        with host.ordinary_tensors():
+        with comfyui.ordinary_tensors():
             vae = WanVAE.load(path, PRECISIONS[precision])
             if compile_settings is not None:
                 compile_model(vae.model.decoder, replace(compile_settings, blocks_only=False))
-            return cls(vae, host.Resident(vae.model, host.device()), verbose)
+            return cls(vae, comfyui.Resident(vae.model, comfyui.device()), verbose)
 
     def encode(self, video: Tensor, *, tiled: bool = False, **tiles: int) -> Tensor:
         """Pixels [1, 3, F, H, W] in [-1, 1] to latents [1, 16, T, h, w], on the VAE's device."""
@@ -256,8 +258,8 @@ class VaeModel:
     def _run(self, done: str, action: Callable[..., Tensor], x: Tensor, tiled: bool, options: dict[str, Any]) -> Tensor:
         self.resident.load(self._working_bytes(x, pixels=done == "encoded"))
         begin = time.monotonic()
-        with host.ordinary_tensors():
-            result = action(x, tiled=tiled, callback=lambda part, parts: host.stop_if_interrupted(), **options)
+        with comfyui.ordinary_tensors():
+            result = action(x, tiled=tiled, callback=lambda part, parts: comfyui.stop_if_interrupted(), **options)
         if self.verbose:
             log.info("VAE %s %s to %s in %.1f s", done, list(x.shape), list(result.shape), time.monotonic() - begin)
         return result
@@ -274,20 +276,20 @@ class TextModel:
     """WANTEXTENCODER."""
 
     encoder: TextEncoder = field(repr=False)
-    resident: host.Resident = field(repr=False)
+    resident: comfyui.Resident = field(repr=False)
     identity: str
     keep_on_device: bool = False
 
     @classmethod
     def load(cls, path: Path, precision: str, quantization: str, *, keep_on_device: bool = False) -> TextModel:
-        with host.ordinary_tensors():
+        with comfyui.ordinary_tensors():
             dtype = PRECISIONS[precision]
             encoder = TextEncoder.load(path, _tokenizer_source(path), dtype)
             if quantization == "fp8_e4m3fn":
                 for name, module in encoder.model.named_modules():
                     if isinstance(module, torch.nn.Linear) and not name.endswith(_TEXT_KEEPS):
                         Fp8Linear.quantize(module, torch.float8_e4m3fn, dtype, scaled=False, fast=False)
-            resident = host.Resident(encoder.model, host.device())
+            resident = comfyui.Resident(encoder.model, comfyui.device())
         return cls(encoder, resident, f"{_stamp(path)} {precision} {quantization}", keep_on_device)
 
     def encode(self, prompt: str, where: str) -> Tensor:
@@ -296,7 +298,7 @@ class TextModel:
             self.resident.load()
         else:
             self.resident.unload()
-        with host.ordinary_tensors():
+        with comfyui.ordinary_tensors():
             return self.encoder.encode([prompt])[0].cpu()
 
     def unload(self) -> None:
@@ -387,13 +389,13 @@ class VisionModel:
     """CLIP_VISION of our own loader."""
 
     clip: ClipVision = field(repr=False)
-    resident: host.Resident = field(repr=False)
+    resident: comfyui.Resident = field(repr=False)
 
     @classmethod
     def load(cls, path: Path, precision: str) -> VisionModel:
-        with host.ordinary_tensors():
+        with comfyui.ordinary_tensors():
             clip = ClipVision.load(path, PRECISIONS[precision])
-            return cls(clip, host.Resident(clip.model, host.device()))
+            return cls(clip, comfyui.Resident(clip.model, comfyui.device()))
 
     def hidden_states(self, image: Tensor, crop: str) -> Tensor:
         """[B, H, W, 3] in [0, 1] -> [B, 257, width (1280 in the public files)], float32 in host memory."""
@@ -403,7 +405,7 @@ class VisionModel:
             side = min(pixels.shape[-2:])
             top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
             pixels = pixels[..., top : top + side, left : left + side]
-        with host.ordinary_tensors():
+        with comfyui.ordinary_tensors():
             return self.clip.encode(pixels).cpu()
 
 
@@ -434,7 +436,7 @@ def clip_embeds_of(
     def features(image: Tensor) -> Tensor:
         if isinstance(clip_vision, VisionModel):
             return clip_vision.hidden_states(image[:1], crop)
-        return host.clip_hidden_states(clip_vision, image[:1], crop).float().cpu()
+        return comfyui.clip_hidden_states(clip_vision, image[:1], crop).float().cpu()
 
     embeds = [features(image) * strength for image, strength in images]
     positive = embeds[0] if len(embeds) == 1 else COMBINATIONS[combine](embeds)
@@ -459,9 +461,9 @@ class SpeechModel:
         if path.is_file() and (path.parent / "config.json").is_file():
             path = path.parent  # the weights inside a Hugging Face folder
         dtype = PRECISIONS[precision]
-        if host.device().type == "cpu" and dtype == torch.float16:
+        if comfyui.device().type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # half precision convolutions are slow on CPUs, and no smaller in effect
-        with host.ordinary_tensors():
+        with comfyui.ordinary_tensors():
             return cls(Wav2Vec2Features.load(path, dtype), keep_on_device)
 
     def embed(
@@ -491,15 +493,15 @@ class SpeechModel:
             raise InputError("The recordings are shorter than one video frame: give longer ones.")
         lines = [line[: int(frames / fps * SAMPLE_RATE) + 1] for line in lines]
         heard = [add_noise_floor(line) for line in lines] if noise_floor else lines
-        with host.ordinary_tensors():
-            self.features.to(host.device())
+        with comfyui.ordinary_tensors():
+            self.features.to(comfyui.device())
             rows = tuple(self._features(line, frames, fps) for line in heard)
             if not self.keep_on_device:
                 self.features.to("cpu")
         return SpeechEmbeds(rows, frames, fps, audio_scale, audio_cfg, masks, _sound(recordings, lines))
 
     def _features(self, line: Any, frames: int, fps: float) -> Tensor:
-        host.stop_if_interrupted()
+        comfyui.stop_if_interrupted()
         return self.features(line, frames, fps)
 
 

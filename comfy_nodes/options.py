@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .. import host
-from ..multitalk.single_window import cfg_schedule
-from ..wanvideo.compilation import CompileSettings
-from ..wanvideo.lora import LoraSpec
-from ..wanvideo.offload import BlockSwap
+from ..pipeline.single_window import cfg_schedule
+from ..wanvideo.checkpoints.lora import LoraSpec
+from ..wanvideo.runtime.compilation import CompileSettings
+from ..wanvideo.runtime.offload import BlockSwap
+from . import comfyui
 from .schema import BlockSwapType, CompileType, LoraType, WanModelType, foreign, node_schema, refuse_foreign
 
 MULTI_LORA_SLOTS = range(5)
@@ -34,7 +34,7 @@ class WanVideoLoraSelect(io.ComfyNode):
             group="options",
             aliases=["lora", "lightx2v", "distill lora", "选择 LoRA", "蒸馏"],
             inputs=[
-                io.Combo.Input("lora", options=host.model_files("loras"), tooltip="A file of ComfyUI/models/loras."),
+                io.Combo.Input("lora", options=comfyui.model_files("loras"), tooltip="A file of ComfyUI/models/loras."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -63,14 +63,14 @@ class WanVideoLoraSelect(io.ComfyNode):
         **foreign_sockets: Any,
     ) -> Any:
         refuse_foreign(cls, foreign_sockets)
-        chosen = LoraSpec(host.model_path("loras", lora), float(strength), merge_loras)
+        chosen = LoraSpec(comfyui.model_path("loras", lora), float(strength), merge_loras)
         return io.NodeOutput((*(prev_lora or ()), chosen))
 
 
 class WanVideoLoraSelectMulti(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
-        files = ["none", *host.model_files("loras")]
+        files = ["none", *comfyui.model_files("loras")]
         slots: list[Any] = []
         for i in MULTI_LORA_SLOTS:
             slots += [
@@ -122,7 +122,7 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
         names = (lora_0, lora_1, lora_2, lora_3, lora_4)
         strengths = (strength_0, strength_1, strength_2, strength_3, strength_4)
         chosen = [
-            LoraSpec(host.model_path("loras", name), float(strength), merge_loras)
+            LoraSpec(comfyui.model_path("loras", name), float(strength), merge_loras)
             for name, strength in zip(names, strengths, strict=True)
             if name != "none" and strength != 0
         ]

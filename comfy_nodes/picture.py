@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..multitalk.windows import plan_windows
+from ..pipeline.windows import plan_windows
 from ..wanvideo.errors import InputError
 from .conversion import keyframe_window
 from .models import VaeModel, clip_embeds_of

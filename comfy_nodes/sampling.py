@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
 from ..fp8_optimization import summary
-from ..multitalk.guidance import Guidance, per_step
-from ..multitalk.masks import latent_masks
-from ..multitalk.pipeline import Callbacks, Conditioning, FinishedWindow, GenerateConfig, generate
-from ..multitalk.single_window import StepReport, WindowInputs, denoise
-from ..multitalk.windows import audio_rows, latent_frames, plan_windows
-from ..wanvideo.compilation import compile_limits
+from ..media.masks import latent_masks
+from ..pipeline.attention_policy import bind
+from ..pipeline.guidance import Guidance, per_step
+from ..pipeline.long_video import Callbacks, Conditioning, FinishedWindow, GenerateConfig, generate
+from ..pipeline.schedulers import SCHEDULERS, Scheduler, make_scheduler
+from ..pipeline.single_window import StepReport, WindowInputs, denoise
+from ..pipeline.windows import audio_rows, latent_frames, plan_windows
 from ..wanvideo.errors import InputError
+from ..wanvideo.kernels.layout import count_guards
 from ..wanvideo.modules.attention import count_kernels
-from ..wanvideo.modules.layout import count_guards
-from ..wanvideo.policy import bind
-from ..wanvideo.schedulers import SCHEDULERS, Scheduler, make_scheduler
+from ..wanvideo.runtime.compilation import compile_limits
+from . import comfyui
 from .models import VideoModel
 from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
@@ -101,7 +101,7 @@ def sample(
         raise InputError("There is no prompt: connect text_embeds (WanVideo TextEncode).")
     begin = time.monotonic()
     with (
-        host.ordinary_tensors(),
+        comfyui.ordinary_tensors(),
         count_guards() as guards,
         count_kernels() as kernels,
         _fast_fp16(model),
@@ -150,7 +150,7 @@ class _Reporter:
     """Progress and preview of a run on ComfyUI's node."""
 
     def __init__(self, device: torch.device) -> None:
-        self._progress = host.Progress(1, device)
+        self._progress = comfyui.Progress(1, device)
         self._clean: Tensor | None = None
 
     def guess(self, clean: Tensor, window: int, step: int) -> None:
@@ -235,7 +235,7 @@ def _long_video(
     callbacks = Callbacks(
         progress=reporter.step,
         preview=reporter.guess,
-        check_interrupt=host.stop_if_interrupted,
+        check_interrupt=comfyui.stop_if_interrupted,
         stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
     )
     clip = None if what.clip is None else _FixedClip(what.clip)
@@ -291,9 +291,9 @@ def _collect(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechE
 
 
 def _write(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmbeds) -> Latent:
-    from ..multitalk.video import VideoWriter
+    from ..media.video import VideoWriter
 
-    path = host.output_file(what.output_path, ".mp4")
+    path = comfyui.output_file(what.output_path, ".mp4")
     path.parent.mkdir(parents=True, exist_ok=True)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
     last: FinishedWindow | None = None
@@ -339,7 +339,7 @@ def _one_window(
         end_step=None if settings.end_step == -1 else settings.end_step,
         attention_policy=_policy(model),
         report=reporter.report,
-        check_interrupt=host.stop_if_interrupted,
+        check_interrupt=comfyui.stop_if_interrupted,
     )
     return {"samples": x.cpu()[None]}, {"samples": clean.cpu()[None]}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .. import host
+from . import comfyui
 from .models import TextModel
 from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, refuse_foreign
 from .types import TextEmbeds
@@ -68,7 +68,7 @@ class WanVideoTextEncode(io.ComfyNode):
     ) -> Any:
         if model_to_offload is not None:
             model_to_offload.unload()
-        cache = host.cache_folder("prompts") if use_disk_cache else None
+        cache = comfyui.cache_folder("prompts") if use_disk_cache else None
         embeds = TextModel.encode_prompts(t5, positive_prompt, negative_prompt, device=device, cache=cache)
         if t5 is not None and force_offload:
             t5.unload()
@@ -87,7 +87,7 @@ class WanVideoTextEncodeCached(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.model_files("text_encoder"),
+                    options=comfyui.model_files("text_encoder"),
                     tooltip="A UMT5-XXL file of ComfyUI/models/text_encoders.",
                 ),
                 io.Combo.Input(
@@ -128,13 +128,13 @@ class WanVideoTextEncodeCached(io.ComfyNode):
     ) -> Any:
         refuse_foreign(cls, foreign_sockets)
         embeds = TextModel.encode_once(
-            host.model_path("text_encoder", model_name),
+            comfyui.model_path("text_encoder", model_name),
             precision,
             quantization,
             positive_prompt,
             negative_prompt,
             device=device,
-            cache=host.cache_folder("prompts") if use_disk_cache else None,
+            cache=comfyui.cache_folder("prompts") if use_disk_cache else None,
         )
         assert embeds.negative is not None
         negative = TextEmbeds(embeds.negative, embeds.negative)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..wanvideo.errors import InputError
+from ..wanvideo.kernels.layout import aligned_contiguous, aligned_strided
+from ..wanvideo.kernels.rope import Grid, Rotation, rotate, rotation_1d
 from ..wanvideo.modules.attention import attention
-from ..wanvideo.modules.fused import AffineNorm
-from ..wanvideo.modules.layout import aligned_contiguous, aligned_strided
-from ..wanvideo.modules.rope import Grid, Rotation, rotate, rotation_1d
+from ..wanvideo.modules.elementwise import AffineNorm
 
 __all__ = [
     "AudioProjModel",

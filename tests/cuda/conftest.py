@@ -8,8 +8,8 @@ from importlib import metadata
 
 import pytest
 import torch
-from wanvideo_infinitetalk.tiny import TinySet, make_tiny
-from wanvideo_infinitetalk.wanvideo import trial
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
+from wanvideo_infinitetalk.wanvideo.modules.backends import selftest as trial
 
 FAULTING = ("test_contract_truth", "test_raw_calls")
 """Files whose child processes fault on purpose; last, because a driver may have enough of it."""

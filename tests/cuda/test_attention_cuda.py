@@ -15,9 +15,9 @@ import pytest
 import torch
 from support.attention_cases import Case, case, faults, tensors
 from support.mode_bounds import bound_of, served_by
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
 from wanvideo_infinitetalk.wanvideo.modules.attention import MODE_BACKENDS, attention, run_backend
 from wanvideo_infinitetalk.wanvideo.modules.backends import backends, unavailable_reasons
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(600)]
 

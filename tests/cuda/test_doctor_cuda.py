@@ -48,7 +48,7 @@ def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.C
 
 def test_the_doctor_refuses_it_and_ends_well(crashing_package, tmp_path):
     report = tmp_path / "report.json"
-    code = "import sys; from wanvideo_infinitetalk.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from wanvideo_infinitetalk.cli.parser import main; sys.exit(main(sys.argv[1:]))"
     done = run(code, crashing_package, "doctor", "--report", str(report))
     assert done.returncode == 0, done.stderr
     rows = {row["kernel"]: row for row in json.loads(report.read_text())["kernels"] if row["mode"] == "sageattn"}

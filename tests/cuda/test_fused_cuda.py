@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
-from wanvideo_infinitetalk.wanvideo.kernels import _agreement
-from wanvideo_infinitetalk.wanvideo.modules import fused
+from wanvideo_infinitetalk.wanvideo.kernels import selftest as _agreement
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
+from wanvideo_infinitetalk.wanvideo.modules import elementwise as fused
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 pytestmark = pytest.mark.cuda
 

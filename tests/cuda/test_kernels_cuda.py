@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
-from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
-from wanvideo_infinitetalk.wanvideo.quantizers import nvfp4_tensor_scale, quantize_nvfp4
+from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
+from wanvideo_infinitetalk.wanvideo.kernels.quantizers import nvfp4_tensor_scale, quantize_nvfp4
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 pytestmark = pytest.mark.cuda
 

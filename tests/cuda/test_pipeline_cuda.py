@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny_run import MODE_BOUNDS, ROUNDING, Made, Prepared, latent_bound, prepare, run, why_not
-from wanvideo_infinitetalk.demo import demo_job
+from wanvideo_infinitetalk.cli.demo import demo_job
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
-from wanvideo_infinitetalk.generate import make_video
-from wanvideo_infinitetalk.multitalk.video import VideoFrames
-from wanvideo_infinitetalk.tiny import TinySet
+from wanvideo_infinitetalk.media.video import VideoFrames
+from wanvideo_infinitetalk.pipeline.make_video import make_video
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
 from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, register, unregister
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 pytestmark = pytest.mark.cuda
 

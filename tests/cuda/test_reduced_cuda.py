@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from support.attention_cases import laid_out, reference, relative_error
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, quantize_linears
+from wanvideo_infinitetalk.wanvideo.kernels.layout import layout_violations
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.modules.attention import run_backend
 from wanvideo_infinitetalk.wanvideo.modules.backends import backends, unavailable_reasons
-from wanvideo_infinitetalk.wanvideo.modules.layout import layout_violations
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 pytestmark = pytest.mark.cuda
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.goldens import relative_error
-from wanvideo_infinitetalk.wanvideo.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
 
 LIMIT = 2e-5
 

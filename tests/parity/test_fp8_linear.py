@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import convert_fp8_linear, fp8_linear_forward, quantize_linears
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 BASE_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # Weight only: nothing but the base dtype's roundings of activations, weights and output (2^-9 and 2^-12 at most each).

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support.goldens import Golden, relative_error
-from wanvideo_infinitetalk.multitalk.pipeline import Conditioning, GenerateConfig, generate
-from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
+from wanvideo_infinitetalk.pipeline.long_video import Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
 
 MODEL_TOLERANCE = 2e-5
 CONDITION_TOLERANCE = 1e-6

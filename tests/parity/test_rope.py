@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from support.goldens import relative_error
-from wanvideo_infinitetalk.wanvideo.modules.rope import axis_pairs, rotate, rotation_3d
+from wanvideo_infinitetalk.wanvideo.kernels.rope import axis_pairs, rotate, rotation_3d
 
 TOLERANCE = 1e-6
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from support.goldens import relative_error
-from wanvideo_infinitetalk.wanvideo.schedulers import SCHEDULERS, make_scheduler
+from wanvideo_infinitetalk.pipeline.schedulers import SCHEDULERS, make_scheduler
 
 TOLERANCE = 5e-6
 

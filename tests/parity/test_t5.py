@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.goldens import relative_error
 from support.parts import official_to_hugging_face_t5
-from wanvideo_infinitetalk.wanvideo.text import TextEncoder
+from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
 
 LIMIT = 2e-5
 

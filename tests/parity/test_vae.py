@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.goldens import relative_error
-from wanvideo_infinitetalk.wanvideo.vae import WanVAE
+from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 
 LIMIT = 2e-5
 

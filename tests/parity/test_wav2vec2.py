@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.goldens import relative_error
-from wanvideo_infinitetalk.multitalk.audio import Wav2Vec2Features, integrated_loudness, normalise_loudness
+from wanvideo_infinitetalk.media.audio import integrated_loudness, normalise_loudness
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 
 LIMIT = 2e-5
 OLD, NEW = "weight_", "parametrizations.weight."

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from wanvideo_infinitetalk.wanvideo.kernels import layout
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
-from wanvideo_infinitetalk.wanvideo.modules import layout
 from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, register, unregister
 
 AWKWARD = ("offset", "transposed", "sliced")

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.backends import backends, packages, register, registry
-from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
 
 HALF = (torch.float16, torch.bfloat16)
 

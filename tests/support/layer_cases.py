@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
+from wanvideo_infinitetalk.wanvideo.linear.base import QuantizedLinear, relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.nvfp4 import NVFP4Linear, nvfp4_matmul_violations
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
-from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear, nvfp4_matmul_violations
-from wanvideo_infinitetalk.wanvideo.quantized_linear import QuantizedLinear, relative_l2
 
 from support.attention_cases import DTYPES, Case, case, faults, laid_out
 from support.mode_bounds import bound_of, bound_on, served_by

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
 from wanvideo_infinitetalk.wanvideo.modules.attention import MODE_BACKENDS
 from wanvideo_infinitetalk.wanvideo.modules.backends import lookup, not_supported_reasons, unavailable_reasons
-from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
 
 from support.attention_cases import Case, reference, relative_error
 

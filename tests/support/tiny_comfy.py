@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from wanvideo_infinitetalk.tiny import TinySet, make_tiny
-from wanvideo_infinitetalk.wanvideo.checkpoints import inspect_dit
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
+from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 
 from support.make_workflows import REAL, TINY
 from support.workflows import ROOT

@@ -10,19 +10,20 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from wanvideo_infinitetalk.demo import demo_job
-from wanvideo_infinitetalk.generate import Job
-from wanvideo_infinitetalk.multitalk.audio import Wav2Vec2Features, load_speech
-from wanvideo_infinitetalk.multitalk.pictures import load_picture
-from wanvideo_infinitetalk.multitalk.pipeline import Conditioning, FinishedWindow, GenerateConfig, generate
-from wanvideo_infinitetalk.tiny import TinySet
-from wanvideo_infinitetalk.wanvideo.checkpoints import load_dit
-from wanvideo_infinitetalk.wanvideo.clip import ClipVision
+from wanvideo_infinitetalk.cli.demo import demo_job
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
+from wanvideo_infinitetalk.media.audio import load_speech
+from wanvideo_infinitetalk.media.images import load_picture
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
+from wanvideo_infinitetalk.pipeline.attention_policy import bind
+from wanvideo_infinitetalk.pipeline.long_video import Conditioning, FinishedWindow, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.make_video import Job
+from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
+from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
+from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
+from wanvideo_infinitetalk.wanvideo.kernels.layout import GuardStats, count_guards
 from wanvideo_infinitetalk.wanvideo.modules.attention import MODE_BACKENDS, mode_reasons
-from wanvideo_infinitetalk.wanvideo.modules.layout import GuardStats, count_guards
-from wanvideo_infinitetalk.wanvideo.policy import bind
-from wanvideo_infinitetalk.wanvideo.text import TextEncoder
-from wanvideo_infinitetalk.wanvideo.vae import WanVAE
 
 WINDOW = 17
 """Frames: 5 latent ones, 180 tokens, more than the fewest keys (128) that any kernel asks for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wanvideo_infinitetalk.tiny import TinySet, make_tiny
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
 
 
 @pytest.fixture(scope="session")

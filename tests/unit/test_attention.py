@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards, layout_violations
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.attention import (
     ATTENTION_MODES,
@@ -21,7 +22,6 @@ from wanvideo_infinitetalk.wanvideo.modules.attention import (
     set_auto_chooser,
 )
 from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, lookup, refuse, register, unregister
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards, layout_violations
 
 # Modes that run on any machine, with their bound on the relative L2 error for white noise, the hardest input.
 ANYWHERE = {

@@ -18,8 +18,8 @@ from support.attention_cases import (
     reference,
     tensors,
 )
+from wanvideo_infinitetalk.wanvideo.kernels.layout import layout_violations
 from wanvideo_infinitetalk.wanvideo.modules.attention import run_backend
-from wanvideo_infinitetalk.wanvideo.modules.layout import layout_violations
 
 BOUNDS = {"sdpa": 0.01, "emulated_fp8": 0.06, "emulated_nvfp4": 0.26}
 

@@ -13,16 +13,11 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import TINY_WAV2VEC2, transformers_wav2vec2
-from wanvideo_infinitetalk.multitalk import audio
-from wanvideo_infinitetalk.multitalk.audio import (
-    Wav2Vec2Features,
-    integrated_loudness,
-    load_speech,
-    normalise_loudness,
-    read_audio,
-)
+from wanvideo_infinitetalk.media.audio import integrated_loudness, load_speech, normalise_loudness, read_audio
+from wanvideo_infinitetalk.multitalk import wav2vec
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
+from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
-from wanvideo_infinitetalk.wanvideo.weights import owns_aligned_memory
 
 
 def tone(seconds: float = 1.0, rate: int = 16_000, hertz: float = 440.0, peak: float = 0.3) -> np.ndarray:
@@ -215,7 +210,7 @@ def test_pieces_hear_what_the_whole_hears(features, monkeypatch, seconds):
     """Stated error of the piecewise way: rel 2e-5."""
     samples = noise(seconds)
     pieces = features(samples)
-    monkeypatch.setattr(audio, "PIECE_FRAMES", 10**9)
+    monkeypatch.setattr(wav2vec, "PIECE_FRAMES", 10**9)
     assert pieces.shape == (int(seconds * 25), 3, 64)
     assert relative_error(pieces, features(samples)) <= 2e-5
 
@@ -224,7 +219,7 @@ def test_long_recordings_hear_everything_too(features, monkeypatch):
     """Stated error of the attention for length against the eager one: rel 2e-5."""
     samples = noise(8.0)
     eager = features(samples)
-    monkeypatch.setattr(audio, "EAGER_TOKENS", 10)
+    monkeypatch.setattr(wav2vec, "EAGER_TOKENS", 10)
     assert relative_error(features(samples), eager) <= 2e-5
     twin = features._encoder_for_length()
     shared = twin.layers[0].attention.q_proj.weight

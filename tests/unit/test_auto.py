@@ -8,7 +8,7 @@ import torch
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules import auto
 from wanvideo_infinitetalk.wanvideo.modules.auto import MAX_RELATIVE_L2, Measurement, fastest
-from wanvideo_infinitetalk.wanvideo.timing import MOST, milliseconds
+from wanvideo_infinitetalk.wanvideo.runtime.timing import MOST, milliseconds
 
 
 def test_the_fastest_of_the_accurate_wins():

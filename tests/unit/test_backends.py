@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from support import fakes
+from wanvideo_infinitetalk.pipeline.attention_policy import SAFER
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention, mode_reasons, run_backend
 from wanvideo_infinitetalk.wanvideo.modules.backends import (
@@ -24,8 +26,6 @@ from wanvideo_infinitetalk.wanvideo.modules.backends import (
     sage,
     unavailable_reasons,
 )
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
-from wanvideo_infinitetalk.wanvideo.policy import SAFER
 
 # backend -> (the fake package, the compute capability it serves, relative L2 against float64)
 ADAPTERS = {

@@ -12,21 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, adapter_weights, dit_weights
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, Fp8Linear, quantize_weight_fp8
-from wanvideo_infinitetalk.tiny import TinySet, adapter_weights, dit_weights
-from wanvideo_infinitetalk.wanvideo.checkpoints import (
-    CheckpointFile,
-    dit_config,
-    inspect_dit,
-    load_dit,
-    public_names,
-    read_state_dict,
-)
+from wanvideo_infinitetalk.wanvideo.checkpoints.dit import dit_config, inspect_dit, load_dit, public_names
+from wanvideo_infinitetalk.wanvideo.checkpoints.files import CheckpointFile, read_state_dict
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
-from wanvideo_infinitetalk.wanvideo.gguf import GGUFLinear
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear
+from wanvideo_infinitetalk.wanvideo.linear.nvfp4 import NVFP4Linear, quantize_nvfp4
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
-from wanvideo_infinitetalk.wanvideo.nvfp4 import NVFP4Linear, quantize_nvfp4
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 HEADS = {"config": json.dumps({"num_heads": 2, "audio_blocks": 2})}
 FP8 = torch.float8_e4m3fn
@@ -361,7 +355,7 @@ def test_loading_shows_progress_and_freezes(tiny_set: TinySet, caplog: pytest.Lo
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    lines = [record.getMessage() for record in caplog.records if record.name.endswith("checkpoints")]
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("checkpoints.dit")]
     assert len(lines) == 1
     assert tiny_set.adapter.name in lines[0]
 

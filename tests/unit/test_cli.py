@@ -17,10 +17,12 @@ import soundfile
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from wanvideo_infinitetalk import cli, generate, terminal
-from wanvideo_infinitetalk.multitalk.video import VideoWriter
-from wanvideo_infinitetalk.tiny import TinySet, dit_weights
-from wanvideo_infinitetalk.wanvideo.checkpoints import inspect_dit
+from wanvideo_infinitetalk.cli import parser as cli
+from wanvideo_infinitetalk.cli import terminal
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
+from wanvideo_infinitetalk.media.video import VideoWriter
+from wanvideo_infinitetalk.pipeline import make_video as generate
+from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 
 SECONDS = 0.52
 FRAMES = 13
@@ -409,7 +411,7 @@ def test_too_little_memory(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPa
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("wanvideo_infinitetalk.generate.load_dit", fail)
+    monkeypatch.setattr("wanvideo_infinitetalk.pipeline.make_video.load_dit", fail)
     assert_refused(run(), "memory of cpu does not suffice", "fp8_e4m3fn_scaled")
 
 
@@ -417,7 +419,7 @@ def test_other_runtime_errors_are_not_hidden(run: Callable[..., Ran], monkeypatc
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr("wanvideo_infinitetalk.generate.load_dit", fail)
+    monkeypatch.setattr("wanvideo_infinitetalk.pipeline.make_video.load_dit", fail)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         run()
 

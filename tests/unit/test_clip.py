@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import bare_clip_names, official_clip_names, transformers_clip
-from wanvideo_infinitetalk.wanvideo.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
+from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
-from wanvideo_infinitetalk.wanvideo.weights import owns_aligned_memory
 
 HEADS = {"num_attention_heads": 4}
 
@@ -89,7 +89,7 @@ def test_metadata_may_state_the_heads(tmp_path, state, clip):
 
 @pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (768, 12)])
 def test_heads_of_the_public_towers(width, heads):
-    from wanvideo_infinitetalk.wanvideo.clip import _config
+    from wanvideo_infinitetalk.wanvideo.encoders.clip import _config
 
     shapes = {
         "embeddings.patch_embedding.weight": (width, 3, 14, 14),

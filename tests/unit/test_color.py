@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wanvideo_infinitetalk.multitalk.color import lab_to_rgb, match_colors, rgb_to_lab
+from wanvideo_infinitetalk.media.color import lab_to_rgb, match_colors, rgb_to_lab
 
 # sRGB and L*a*b* (D65, 2 degrees) of the primaries and greys, as tables of the colour space give them.
 KNOWN = [

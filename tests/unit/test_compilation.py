@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from support.models import random_inputs, random_model
-from wanvideo_infinitetalk.wanvideo.compilation import (
+from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.runtime.compilation import (
     CompileSettings,
     check_with_block_swap,
     compile_limits,
     compile_model,
     undo_compile,
 )
-from wanvideo_infinitetalk.wanvideo.errors import InputError
-from wanvideo_infinitetalk.wanvideo.offload import BlockSwap, Offloader
+from wanvideo_infinitetalk.wanvideo.runtime.offload import BlockSwap, Offloader
 
 MODES = ("sdpa", "eager", "sageattn_3_fp4", "sageattn_3_fp8", "sageattn_3", "sageattn")
 

@@ -12,14 +12,14 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from wanvideo_infinitetalk import demo
 from wanvideo_infinitetalk.benchmarks.lipsync import correlation, lag, openings
-from wanvideo_infinitetalk.multitalk.audio import load_speech
-from wanvideo_infinitetalk.multitalk.windows import plan_windows
-from wanvideo_infinitetalk.tiny import TinySet
+from wanvideo_infinitetalk.cli import demo
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
+from wanvideo_infinitetalk.media.audio import load_speech
+from wanvideo_infinitetalk.pipeline.windows import plan_windows
 from wanvideo_infinitetalk.tools.demo_model.rule import mouth_of
 
-ASSETS = Path(demo.__file__).parent / "assets"
+ASSETS = Path(demo.__file__).parents[1] / "assets"
 MOUTH = [53.0, 74.0, 75.0, 93.0]
 """Left, top, right, bottom of the portrait's open mouth at the demo's size, pixels."""
 
@@ -96,7 +96,7 @@ def test_what_the_package_brings_is_small() -> None:
 
 @pytest.mark.parametrize("option", ["--attention-mode=flash_attn_9", "--device=toaster"])
 def test_a_wrong_option_is_a_sentence(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from wanvideo_infinitetalk.cli import main
+    from wanvideo_infinitetalk.cli.parser import main
 
     assert main(["demo", "--out", str(tmp_path / "x.mp4"), option]) == 2
     assert capsys.readouterr().err.rstrip().splitlines()[-1].startswith("infinitetalk: There is no ")

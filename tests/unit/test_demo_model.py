@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from wanvideo_infinitetalk import tiny
+from wanvideo_infinitetalk.cli import tiny_models as tiny
 from wanvideo_infinitetalk.tools.demo_model import bank, train_vae
 from wanvideo_infinitetalk.tools.demo_model.bank import Bank, Sounds
 from wanvideo_infinitetalk.tools.demo_model.dit import CONFIG, new_model, split_state, velocity
@@ -247,7 +247,7 @@ def test_an_export_is_what_make_tiny_reads(tmp_path: Path, monkeypatch: pytest.M
     for name in tiny.TALKING_PARTS:
         made, shipped = (
             {key: (value.shape, value.dtype) for key, value in load_file(folder / f"{name}.safetensors").items()}
-            for folder in (tmp_path / "out", Path(tiny.__file__).parent / "assets/talking")
+            for folder in (tmp_path / "out", Path(tiny.__file__).parents[1] / "assets/talking")
         )
         assert made == shipped
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from wanvideo_infinitetalk import doctor
-from wanvideo_infinitetalk.cli import main
+from wanvideo_infinitetalk.cli import doctor
+from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.backends import refuse

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wanvideo_infinitetalk.wanvideo import quantizers
-from wanvideo_infinitetalk.wanvideo.modules import emulation
-from wanvideo_infinitetalk.wanvideo.modules.attention import attention
-from wanvideo_infinitetalk.wanvideo.modules.emulation import int8_fp8_attention, nvfp4_attention
-from wanvideo_infinitetalk.wanvideo.quantizers import (
+from wanvideo_infinitetalk.wanvideo.kernels import emulation, quantizers
+from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
+from wanvideo_infinitetalk.wanvideo.kernels.quantizers import (
     E2M1_VALUES,
     nvfp4_tensor_scale,
     pack_e2m1,
@@ -16,6 +14,7 @@ from wanvideo_infinitetalk.wanvideo.quantizers import (
     round_to_e2m1,
     unpack_e2m1,
 )
+from wanvideo_infinitetalk.wanvideo.modules.attention import attention
 
 # --- quantisers ------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
 from wanvideo_infinitetalk.wanvideo.errors import InputError
-from wanvideo_infinitetalk.wanvideo.modules.layout import layout_violations
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+from wanvideo_infinitetalk.wanvideo.kernels.layout import layout_violations
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Activations (0.027) and, for e5m2, nothing more: errors are against the stored weights.

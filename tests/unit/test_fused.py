@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
-from wanvideo_infinitetalk.wanvideo.kernels import _agreement
-from wanvideo_infinitetalk.wanvideo.modules import fused
+from wanvideo_infinitetalk.wanvideo.kernels import selftest as _agreement
+from wanvideo_infinitetalk.wanvideo.modules import elementwise as fused
 
 
 @pytest.mark.parametrize("group", fused.FORMS)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo.checkpoints.gguf import read_gguf, read_gguf_metadata
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
-from wanvideo_infinitetalk.wanvideo.gguf import GGUFLinear, GGUFTensor, read_gguf, read_gguf_metadata
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear, GGUFTensor
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "Q3_K", "Q2_K")
 # Relative L2 of normally distributed weights after gguf's own quantiser, where it has one.

@@ -17,8 +17,8 @@ import torch
 from support.checking import AWKWARD, LayoutRefused, awkward, checking_kernels, guard_sites
 from torch import nn
 from wanvideo_infinitetalk.multitalk import multitalk
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards, layout_violations
 from wanvideo_infinitetalk.wanvideo.modules import humo
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards, layout_violations
 
 Inputs = dict[str, torch.Tensor]
 

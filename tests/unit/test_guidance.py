@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wanvideo_infinitetalk.multitalk.guidance import FULL, NULL, PROMPT, SPEECH, Guidance, Pass, per_step
+from wanvideo_infinitetalk.pipeline.guidance import FULL, NULL, PROMPT, SPEECH, Guidance, Pass, per_step
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 V = {which: torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(n)) for n, which in

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
-from wanvideo_infinitetalk.wanvideo.kernels import _common, sage_fp4, sage_fp8
+from wanvideo_infinitetalk.wanvideo.kernels import _common, reference, sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.kernels._common import triton_version
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 KERNELS = "wanvideo_infinitetalk.wanvideo.kernels."
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -221,7 +221,7 @@ def interpret_fp8(queries: int, keys: int, head_dim: int) -> None:
 
 
 def interpret_fp4(queries: int, keys: int, head_dim: int) -> None:
-    from wanvideo_infinitetalk.wanvideo.quantizers import nvfp4_tensor_scale, quantize_nvfp4, unpack_e2m1
+    from wanvideo_infinitetalk.wanvideo.kernels.quantizers import nvfp4_tensor_scale, quantize_nvfp4, unpack_e2m1
 
     sage_fp4.MAX_RUNS = 4
     q, k, v = random_qkv(queries, keys, head_dim)
@@ -265,8 +265,8 @@ def interpret_fp4_attention(queries: int, keys: int, head_dim: int) -> None:
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
-    from wanvideo_infinitetalk.wanvideo.modules.emulation import nvfp4_attention
-    from wanvideo_infinitetalk.wanvideo.quantizers import unpack_e2m1
+    from wanvideo_infinitetalk.wanvideo.kernels.emulation import nvfp4_attention
+    from wanvideo_infinitetalk.wanvideo.kernels.quantizers import unpack_e2m1
 
     def numbers(packed: Any, scales: Any, rows_are_packed: bool) -> Any:
         codes = torch.from_numpy(packed.handle.data.astype(np.uint8))
@@ -298,8 +298,8 @@ def interpret_fp4_attention(queries: int, keys: int, head_dim: int) -> None:
 def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
     """Every group against its eager form, in fp16, and in float32, where only the order of sums differs."""
     from wanvideo_infinitetalk.wanvideo.kernels import fused as own
-    from wanvideo_infinitetalk.wanvideo.modules.fused import FORMS
-    from wanvideo_infinitetalk.wanvideo.modules.rope import Rotation
+    from wanvideo_infinitetalk.wanvideo.kernels.rope import Rotation
+    from wanvideo_infinitetalk.wanvideo.modules.elementwise import FORMS
 
     width = heads * head_dim
     angles = torch.randn(length, 1, head_dim // 2)
@@ -326,7 +326,6 @@ def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
 
 def interpret_linear(rows: int, channels: int) -> None:
     """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal."""
-    from wanvideo_infinitetalk import fp8_optimization as fp8
     from wanvideo_infinitetalk.wanvideo.kernels import linear as own
 
     x = torch.randn(rows, channels).half()
@@ -334,18 +333,18 @@ def interpret_linear(rows: int, channels: int) -> None:
     x[:, ::3] *= -0.01  # the smallest numbers of e4m3, and zeros below 0
     x[:, ::7] = -0.0
     values, scale = own.quantize_rows(x)
-    wanted_values, wanted_scale = fp8._eager_quantize_rows(x)
+    wanted_values, wanted_scale = reference.quantize_rows(x)
     torch.testing.assert_close(scale, wanted_scale, atol=0, rtol=2e-7)
     assert float((values.view(torch.uint8) == wanted_values.view(torch.uint8)).float().mean()) > 0.999
     for bias in (None, torch.randn(channels).half()):
         for columns in (torch.rand(1, 1), torch.rand(1, channels)):
             call = (torch.randn(rows, channels), torch.rand(rows, 1), columns, bias, torch.float16)
-            assert torch.equal(own.scale_product(*call), fp8._eager_apply_scales(*call))
+            assert torch.equal(own.scale_product(*call), reference.scale_product(*call))
 
 
 def interpret_agreement() -> None:
     """The comparison that other GPUs begin with."""
-    from wanvideo_infinitetalk.wanvideo.kernels import _agreement
+    from wanvideo_infinitetalk.wanvideo.kernels import selftest as _agreement
 
     found = {name: _agreement._equal(ours, eager) for name, ours, eager in _agreement._pairs(torch.device("cpu"))}
     assert len(found) == 7

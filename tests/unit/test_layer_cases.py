@@ -21,8 +21,8 @@ from support.layer_cases import (
     rows_laid_out,
 )
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
+from wanvideo_infinitetalk.wanvideo.kernels.layout import layout_violations
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
-from wanvideo_infinitetalk.wanvideo.modules.layout import layout_violations
 
 SMALL = replace(case(0), batch=2, queries=9, keys=21, heads=2, head_dim=64, scale=None, values="normal")
 

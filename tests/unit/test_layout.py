@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from wanvideo_infinitetalk.wanvideo.modules.layout import (
+from wanvideo_infinitetalk.wanvideo.kernels.layout import (
     ALIGNMENT,
     aligned_contiguous,
     aligned_rows,

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from wanvideo_infinitetalk.fp8_optimization import convert_fp8_linear, quantize_linears, quantize_weight_fp8
+from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, remove_loras
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError
-from wanvideo_infinitetalk.wanvideo.gguf import GGUFLinear, GGUFTensor
-from wanvideo_infinitetalk.wanvideo.lora import LoraSpec, active_loras, apply_loras, remove_loras
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear, GGUFTensor
 from wanvideo_infinitetalk.wanvideo.modules.model import WanConfig, WanModel
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 CONFIG = WanConfig(
     in_dim=36, dim=64, ffn_dim=96, freq_dim=16, text_dim=32, num_heads=2, num_layers=2, clip_dim=32, text_len=8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wanvideo_infinitetalk.multitalk.masks import default_masks, latent_masks
-from wanvideo_infinitetalk.multitalk.pictures import cover_nearest, cover_picture, fit_size, load_picture
+from wanvideo_infinitetalk.media.images import cover_nearest, cover_picture, fit_size, load_picture
+from wanvideo_infinitetalk.media.masks import default_masks, latent_masks
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 

@@ -15,8 +15,8 @@ from support.models import TINY, TINY_AUDIO, TINY_HUMO, random_inputs, random_mo
 from torch import nn
 from wanvideo_infinitetalk.multitalk import multitalk
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
+from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
 from wanvideo_infinitetalk.wanvideo.modules import model as model_module
-from wanvideo_infinitetalk.wanvideo.modules.layout import count_guards
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel, timestep_sinusoid
 
 KEYS = Path(__file__).parent.parent / "data" / "keys"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.tiny_run import MODE_BOUNDS, QUANTIZATION_BOUNDS, Made, Prepared, prepare, run, why_not
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
-from wanvideo_infinitetalk.tiny import TinySet
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
 
 FRAMES = 9
 

@@ -93,7 +93,7 @@ def test_scales_and_masks_travel_along(host: Host, wav2vec) -> None:
 
 
 def test_loudness_is_brought_to_where_it_is_asked(host: Host) -> None:
-    from wanvideo_infinitetalk.multitalk.audio import integrated_loudness
+    from wanvideo_infinitetalk.media.audio import integrated_loudness
 
     (louder,) = run(host, "NormalizeAudioLoudness", audio=sound(3.0), lufs=-14.0)
     assert louder["waveform"].shape == sound(3.0)["waveform"].shape
@@ -199,7 +199,7 @@ def test_what_clip_does_not_do_is_said(host: Host, clip, change: dict[str, Any])
 
 
 def test_a_compiled_vae_decodes_the_same(host: Host, monkeypatch) -> None:
-    from wanvideo_infinitetalk.wanvideo.compilation import CompileSettings
+    from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings
 
     torch._dynamo.reset()
     settings = CompileSettings(backend="eager")

@@ -381,7 +381,7 @@ def test_the_cached_text_encoder_gives_the_same_embeds(host: Host, prompt) -> No
 
 
 def test_a_missing_file_is_named(host: Host) -> None:
-    from wanvideo_infinitetalk import host as host_module
+    from wanvideo_infinitetalk.comfy_nodes import comfyui as host_module
 
     with pytest.raises(CheckpointError, match=r"no file 'gone\.gguf' in ComfyUI's models/diffusion_models"):
         host_module.model_path("dit", "gone.gguf")

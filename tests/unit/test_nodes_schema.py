@@ -80,7 +80,7 @@ def test_our_own_values_stand_behind_the_public_ones(host: Host) -> None:
 
 def test_all_of_our_schedulers_can_be_chosen(host: Host) -> None:
     from wanvideo_infinitetalk.comfy_nodes import sampling
-    from wanvideo_infinitetalk.wanvideo.schedulers import SCHEDULERS
+    from wanvideo_infinitetalk.pipeline.schedulers import SCHEDULERS
 
     sampler = {i.id: i for i in host.nodes["WanVideoSampler"].GET_SCHEMA().inputs}
     offered = set(sampler["scheduler"].options["options"])

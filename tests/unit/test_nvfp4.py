@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
-from wanvideo_infinitetalk.wanvideo import nvfp4
-from wanvideo_infinitetalk.wanvideo.quantized_linear import relative_l2
+from wanvideo_infinitetalk.wanvideo.linear import nvfp4
+from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 BOUND = fp8.WEIGHT_ERROR_BOUNDS["fp4_scaled"]

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from wanvideo_infinitetalk.wanvideo.offload import BlockSwap, Offloader, spread, tensors_of
+from wanvideo_infinitetalk.wanvideo.runtime.offload import BlockSwap, Offloader, spread, tensors_of
 
 DIM, BLOCKS = 12, 5
 
@@ -82,7 +82,7 @@ def test_results_are_bit_identical_on_the_gpu(model, inputs, blocks: int, prefet
 
 @pytest.mark.cuda
 def test_large_blocks_lie_in_pinned_memory_of_their_own_size() -> None:
-    from wanvideo_infinitetalk.wanvideo import offload
+    from wanvideo_infinitetalk.wanvideo.runtime import offload
 
     buffer = offload._host_buffer((3 << 20) + 17, pin=True)
     assert buffer.is_pinned()

@@ -7,7 +7,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from wanvideo_infinitetalk.multitalk.pictures import cover_nearest, cover_picture, load_picture
+from wanvideo_infinitetalk.media.images import cover_nearest, cover_picture, load_picture
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 

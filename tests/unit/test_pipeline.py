@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from wanvideo_infinitetalk.multitalk import safer
-from wanvideo_infinitetalk.multitalk.pipeline import Callbacks, Conditioning, GenerateConfig, generate
-from wanvideo_infinitetalk.multitalk.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.pipeline import nonfinite as safer
+from wanvideo_infinitetalk.pipeline.attention_policy import bind
+from wanvideo_infinitetalk.pipeline.long_video import Callbacks, Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
-from wanvideo_infinitetalk.wanvideo.policy import bind
-from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
 
 LAYERS, HIDDEN = 2, 3
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wanvideo_infinitetalk.wanvideo import policy
+from wanvideo_infinitetalk.pipeline import attention_policy as policy
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 from wanvideo_infinitetalk.wanvideo.modules import attention
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES

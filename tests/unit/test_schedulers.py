@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from wanvideo_infinitetalk.pipeline.schedulers import SCHEDULERS, make_scheduler
 from wanvideo_infinitetalk.wanvideo.errors import InputError
-from wanvideo_infinitetalk.wanvideo.schedulers import SCHEDULERS, make_scheduler
 
 SHAPE = (4, 3, 2, 2)
 SOLVERS = ["unipc", "dpm++", "res_multistep", "euler"]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wanvideo_infinitetalk.multitalk.guidance import Guidance
-from wanvideo_infinitetalk.multitalk.single_window import (
+from wanvideo_infinitetalk.pipeline.guidance import Guidance
+from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
+from wanvideo_infinitetalk.pipeline.single_window import (
     Keyframes,
     StepReport,
     WindowInputs,
@@ -17,7 +18,6 @@ from wanvideo_infinitetalk.multitalk.single_window import (
     keyframe_condition,
 )
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
-from wanvideo_infinitetalk.wanvideo.schedulers import make_scheduler
 
 HEIGHT, WIDTH, FRAMES = 16, 32, 9
 

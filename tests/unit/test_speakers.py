@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wanvideo_infinitetalk.multitalk.speakers import add_noise_floor, arrange, mix, smooth_transients
+from wanvideo_infinitetalk.media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 RATE = 16_000

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from wanvideo_infinitetalk.benchmarks.lipsync import Scene, allowed_loss, frames_of, read_video, speaking
-from wanvideo_infinitetalk.generate import FPS, make_video
-from wanvideo_infinitetalk.multitalk.audio import load_speech, read_audio
+from wanvideo_infinitetalk.media.audio import load_speech, read_audio
+from wanvideo_infinitetalk.pipeline.make_video import FPS, make_video
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, register, unregister
 

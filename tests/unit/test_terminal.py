@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from rich.console import Console
-from wanvideo_infinitetalk import terminal
+from wanvideo_infinitetalk.cli import terminal
 
 
 def console(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> io.StringIO:

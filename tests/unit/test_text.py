@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import hugging_face_t5_names, hugging_face_to_official_t5, transformers_t5
-from wanvideo_infinitetalk.wanvideo import text as text_module
+from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
+from wanvideo_infinitetalk.wanvideo.encoders import text as text_module
+from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder, clean_prompt, load_tokenizer
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
-from wanvideo_infinitetalk.wanvideo.text import TextEncoder, clean_prompt, load_tokenizer
-from wanvideo_infinitetalk.wanvideo.weights import owns_aligned_memory
 
 WORDS = [
     "a",

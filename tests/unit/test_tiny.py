@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from wanvideo_infinitetalk import tiny
-from wanvideo_infinitetalk.multitalk.audio import Wav2Vec2Features
-from wanvideo_infinitetalk.tiny import TinySet, make_tiny
+from wanvideo_infinitetalk.cli import tiny_models as tiny
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.tools.demo_model.faces import draw, random_faces, rest
-from wanvideo_infinitetalk.wanvideo.checkpoints import load_dit, read_state_dict
-from wanvideo_infinitetalk.wanvideo.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
+from wanvideo_infinitetalk.wanvideo.checkpoints.files import read_state_dict
+from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
+from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import InputError
-from wanvideo_infinitetalk.wanvideo.text import TextEncoder
-from wanvideo_infinitetalk.wanvideo.vae import WanVAE
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -28,7 +29,7 @@ def talking_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
 
 
 def test_the_talking_set_is_small_and_its_trained_files_fit_into_12_mib(talking_set: TinySet) -> None:
-    brought = Path(tiny.__file__).parent / "assets/talking"
+    brought = Path(tiny.__file__).parents[1] / "assets/talking"
     assert {path.stem for path in brought.glob("*.safetensors")} == set(tiny.TALKING_PARTS)
     assert sum(path.stat().st_size for path in brought.glob("*.safetensors")) <= tiny.TALKING_BYTES == 12 * 2**20
     assert sum(map(len, files_of(talking_set.model.parent).values())) < 16e6

@@ -6,11 +6,11 @@ import textwrap
 
 import pytest
 import torch
-from wanvideo_infinitetalk.cli import main
-from wanvideo_infinitetalk.wanvideo import trial
+from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError
 from wanvideo_infinitetalk.wanvideo.modules import attention as door
 from wanvideo_infinitetalk.wanvideo.modules.backends import forget_availability, unavailable_reasons, unregister
+from wanvideo_infinitetalk.wanvideo.modules.backends import selftest as trial
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import diffusers_vae, public_vae_names, randomise
-from wanvideo_infinitetalk.wanvideo import vae as vae_module
+from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
+from wanvideo_infinitetalk.wanvideo.encoders import vae as vae_module
+from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE, diffusers_names, vae_config
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
-from wanvideo_infinitetalk.wanvideo.vae import WanVAE, diffusers_names, vae_config
-from wanvideo_infinitetalk.wanvideo.weights import owns_aligned_memory
 
 
 @pytest.fixture(scope="module")

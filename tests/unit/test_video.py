@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from wanvideo_infinitetalk.multitalk.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 FPS = 25
@@ -161,7 +161,7 @@ def test_nothing_appended_makes_no_file(tmp_path) -> None:
 CHILD = """
     import os, resource, sys
     import numpy as np, torch
-    from wanvideo_infinitetalk.multitalk.video import VideoWriter
+    from wanvideo_infinitetalk.media.video import VideoWriter
     from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
     writer = VideoWriter(sys.argv[1], 25, np.zeros(16000 * 60, np.float32), 16000)
     noise = torch.randint(0, 255, (72, 96, 128, 3), dtype=torch.uint8)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wanvideo_infinitetalk.multitalk.windows import audio_rows, latent_frames, plan_windows
+from wanvideo_infinitetalk.pipeline.windows import audio_rows, latent_frames, plan_windows
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 lengths = st.tuples(

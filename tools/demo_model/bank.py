@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...multitalk.masks import default_masks
-from ...wanvideo.clip import ClipVision
-from ...wanvideo.vae import WanVAE
+from ...media.masks import default_masks
+from ...wanvideo.encoders.clip import ClipVision
+from ...wanvideo.encoders.vae import WanVAE
 from .faces import Faces, Motion, draw, mouth_boxes, random_faces, random_motion, rest
 from .whole_clip import encode
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ... import tiny
+from ...cli import tiny_models as tiny
 from ...multitalk.multitalk import pack_audio_windows
+from ...wanvideo.kernels.rope import Grid, Rotation
 from ...wanvideo.modules.attention import attention
-from ...wanvideo.modules.fused import gated_residual, modulated_norm, qk_norm_rope
+from ...wanvideo.modules.elementwise import gated_residual, modulated_norm, qk_norm_rope
 from ...wanvideo.modules.model import AudioConfig, WanBlock, WanConfig, WanModel
-from ...wanvideo.modules.rope import Grid, Rotation
 
 __all__ = ["CONFIG", "new_model", "split_state", "velocity"]
 

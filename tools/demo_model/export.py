@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...tiny import TALKING_BYTES, TALKING_PARTS
+from ...cli.tiny_models import TALKING_BYTES, TALKING_PARTS
 from .dit import CONFIG, split_state
 from .train_dit import averaged_state
 from .train_vae import whitened_state

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...multitalk.audio import Wav2Vec2Features
+from ...multitalk.wav2vec import Wav2Vec2Features
 from .recordings import read_recordings
 from .rule import mouth_of
 

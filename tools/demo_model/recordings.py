@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
-from ...multitalk.audio import SAMPLE_RATE, load_speech, normalise_loudness, read_audio
+from ...media.audio import load_speech, normalise_loudness, read_audio
+from ...multitalk.wav2vec import SAMPLE_RATE
 
 __all__ = ["SCALE", "make_recordings", "read_recordings"]
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ... import tiny
 from ...benchmarks.lipsync import correlation, openings
-from ...wanvideo.clip import ClipVision
+from ...cli import tiny_models as tiny
+from ...pipeline.schedulers import make_scheduler
+from ...wanvideo.encoders.clip import ClipVision
+from ...wanvideo.encoders.vae import WanVAE
 from ...wanvideo.modules.model import WanModel
-from ...wanvideo.schedulers import make_scheduler
-from ...wanvideo.vae import WanVAE
 from .bank import Bank, Clips, Sounds, join, renew
 from .dit import CONFIG, new_model, velocity
 from .train_vae import load_whitened
@@ -179,7 +179,7 @@ def main() -> None:
 
 def prompts(device: torch.device | str) -> list[Tensor]:
     """Random embeddings like those of the random text encoder: the prompt is not to matter."""
-    from ...wanvideo.text import TextEncoder
+    from ...wanvideo.encoders.text import TextEncoder
 
     encoder = TextEncoder.from_state_dict(tiny.text_encoder_weights())
     texts = [

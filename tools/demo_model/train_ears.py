@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ... import tiny
-from ...multitalk.audio import SAMPLE_RATE, Wav2Vec2Features, normalise_loudness
+from ...cli import tiny_models as tiny
+from ...media.audio import normalise_loudness
+from ...multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
 from .recordings import Wave, read_recordings
 from .rule import mouth_of
 

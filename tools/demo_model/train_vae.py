@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import tiny
-from ...wanvideo.vae import WanVAE, diffusers_names
+from ...cli import tiny_models as tiny
+from ...wanvideo.encoders.vae import WanVAE, diffusers_names
 from .faces import Faces, Motion, draw, mouth_boxes, random_faces, random_motion
 from .training import Schedule, Trainer, load_shards
 from .whole_clip import decode, encode

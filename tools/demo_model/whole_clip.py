@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...wanvideo.encoders.vae import WanVAE
 from ...wanvideo.modules.attention import attention
-from ...wanvideo.vae import WanVAE
 
 __all__ = ["decode", "encode"]
 

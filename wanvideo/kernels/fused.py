@@ -10,9 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from ..modules.rope import Rotation
-from ._agreement import disagreements
 from ._common import next_power_of_two, on_device_of, triton_reasons
+from .rope import Rotation
+from .selftest import disagreements
 
 __all__ = ["MAX_CHANNELS", "unavailable_reasons"]
 

@@ -17,8 +17,8 @@ from functools import cache
 import torch
 
 from ..errors import BackendUnavailableError
-from ..modules.layout import aligned_strided
 from ._common import check_qkv, stride_unit, stride_units, triton_reasons, triton_version
+from .layout import aligned_strided
 
 __all__ = ["HEAD_DIMS", "sage_fp4_attention", "unavailable_reasons"]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BackendUnavailableError
-from ..modules.layout import aligned_strided
 from ._common import check_qkv, next_power_of_two, stride_unit, stride_units, triton_reasons, triton_version
+from .layout import aligned_strided
 
 __all__ = ["HEAD_DIMS", "sage_fp8_attention", "unavailable_reasons"]
 

@@ -18,9 +18,9 @@ from contextvars import ContextVar
 import torch
 
 from ..errors import BackendUnavailableError, InputError
+from ..kernels.layout import aligned_contiguous, private_copy
 from .backends import Backend, lookup, not_supported_reasons, unavailable_reasons
 from .backends.contract import repaired
-from .layout import aligned_contiguous, private_copy
 
 __all__ = [
     "ATTENTION_MODES",

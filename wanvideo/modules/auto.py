@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..timing import milliseconds
+from ..runtime.timing import milliseconds
 from .attention import EMULATIONS, reasons_against, run_backend, set_auto_chooser
 from .backends import backends
 

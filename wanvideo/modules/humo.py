@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from ..kernels.layout import aligned_contiguous, aligned_strided
+from ..kernels.rope import Grid
 from .attention import attention
-from .fused import AffineNorm, RMSNorm
-from .layout import aligned_contiguous, aligned_strided
-from .rope import Grid
+from .elementwise import AffineNorm, RMSNorm
 
 __all__ = [
     "AudioCrossAttentionWrapper",

@@ -25,10 +25,10 @@ from ...multitalk.multitalk import (
     pack_audio_windows,
 )
 from ..errors import InputError
+from ..kernels.rope import Grid, Rotation, RotationTables
 from .attention import AttentionMode, attention, resolve_mode
-from .fused import AffineNorm, GeluTanh, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
+from .elementwise import AffineNorm, GeluTanh, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
-from .rope import Grid, Rotation, RotationTables
 
 __all__ = [
     "AudioConfig",

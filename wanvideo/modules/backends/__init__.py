@@ -1,7 +1,8 @@
 """Attention kernels, one module per family, each with its contract as data."""
 
 # Importing a family registers its backends; no kernel package is imported before a mode asks for it.
-from . import flash, host, kitchen, portable, sage, sdpa
+from . import builtin as portable
+from . import flash, host, kitchen, sage, sdpa
 from .contract import Contract, Shape, not_supported_reasons
 from .registry import (
     Backend,

@@ -14,7 +14,14 @@ from typing import Literal
 
 import torch
 
-from ..layout import ALIGNMENT, MAX_EXTENT, aligned_contiguous, aligned_rows, aligned_strided, layout_violations
+from ...kernels.layout import (
+    ALIGNMENT,
+    MAX_EXTENT,
+    aligned_contiguous,
+    aligned_rows,
+    aligned_strided,
+    layout_violations,
+)
 from . import packages
 
 __all__ = [
@@ -25,7 +32,6 @@ __all__ = [
     "not_supported_reasons",
     "repaired",
     "repaired_mask",
-    "scale_or_default",
     "scale_ratio",
     "unavailable_reasons_of",
 ]
@@ -104,11 +110,6 @@ class Contract:
         if dtype == torch.float32 and dtype not in self.dtypes and self.float32_as is not None:
             return self.float32_as
         return dtype
-
-
-def scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
-    """The softmax scale that a call asks for: its own, or head_dim ** -0.5 (arXiv 1706.03762, section 3.2.1)."""
-    return head_dim**-0.5 if softmax_scale is None else softmax_scale
 
 
 def is_power_of_two(x: float) -> bool:

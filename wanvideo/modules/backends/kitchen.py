@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.reference import scale_or_default
 from . import packages
-from .contract import Contract, Shape, repaired_mask, scale_or_default
+from .contract import Contract, Shape, repaired_mask
 from .registry import Backend, register
 
 __all__ = ["KITCHEN_INT8"]

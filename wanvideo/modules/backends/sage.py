@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from ...quantizers import power_of_two_from
-from ..layout import aligned_contiguous
+from ...kernels.layout import aligned_contiguous
+from ...kernels.quantizers import power_of_two_from
+from ...kernels.reference import scale_or_default
 from . import packages
-from .contract import HALF, Contract, Shape, scale_or_default, scale_ratio
+from .contract import HALF, Contract, Shape, scale_ratio
 from .registry import Backend, register
 
 __all__ = ["DELTA_S_BUDGET", "SAGE3_QUERY_BLOCK", "delta_s_bytes", "unit_range"]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..layout import even_strides
-from .contract import Contract, repaired_mask, scale_or_default
+from ...kernels.layout import even_strides
+from ...kernels.reference import scale_or_default
+from .contract import Contract, repaired_mask
 from .registry import Backend, register
 
 __all__ = ["EAGER", "SDPA", "eager_attention"]

@@ -1,0 +1,76 @@
+"""The demo: the whole job on tiny models that talk, with a picture and a spoken sentence of ours."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from .. import assets
+from ..pipeline.long_video import GenerateConfig
+from ..pipeline.make_video import Job, ModelFiles
+from .tiny_models import TinySet, make_tiny
+
+__all__ = ["demo_job"]
+
+SIZE = 128
+STEPS = 8
+FRAMES, MOTION = 81, 9
+SHIFT = 3.0
+"""What the talking set was trained for; like the distilled 14B models it needs no guidance."""
+
+
+@contextmanager
+def demo_job(
+    out: str | Path,
+    *,
+    models: str | Path | None = None,
+    attention_mode: str = "auto",
+    quantization: str = "disabled",
+    device: str = "auto",
+) -> Iterator[Job]:
+    """The demo's job; its files are there as long as the context is open.
+
+    Args:
+        models: folder to keep the tiny checkpoints in, or one that holds a set, such as the random one, which is used
+            as it is. None: they are removed afterwards.
+    """
+    shipped = files(assets)
+    with (
+        tempfile.TemporaryDirectory(prefix="infinitetalk-") as temporary,
+        as_file(shipped.joinpath("portrait.png")) as picture,
+        as_file(shipped.joinpath("speech.wav")) as recording,
+    ):
+        folder = temporary if models is None else models
+        tiny = TinySet.in_folder(folder)
+        if not tiny.is_complete():
+            tiny = make_tiny(folder)
+        yield Job(
+            files=ModelFiles(
+                model=tiny.model,
+                adapter=tiny.adapter,
+                vae=tiny.vae,
+                text_encoder=tiny.text_encoder,
+                clip_vision=tiny.clip_vision,
+                wav2vec=tiny.wav2vec,
+            ),
+            audio=(recording,),
+            image=picture,
+            out=out,
+            prompt="A woman speaks to the camera in the evening light.",
+            config=GenerateConfig(
+                width=SIZE,
+                height=SIZE,
+                frames=FRAMES,
+                motion_frames=MOTION,
+                steps=STEPS,
+                shift=SHIFT,
+                cfg=1.0,
+                audio_cfg=1.0,
+            ),
+            attention_mode=attention_mode,
+            quantization=quantization,
+            device=device,
+        )

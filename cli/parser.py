@@ -1,0 +1,348 @@
+"""The command `infinitetalk`.
+
+COMMANDS lists the subcommands; each is a function that adds its options to a parser, and one that does the work. What a
+user can cause ends as one sentence on stderr and exit code 2; an interruption ends with 130, and what was finished by
+then stays playable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
+
+if TYPE_CHECKING:
+    from ..pipeline.make_video import Job
+
+log = logging.getLogger(__name__)
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+class Stopped(Exception):
+    """Ended by the user; the message says what is left."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """`add(parser)` adds the options, `run(args)` does the work."""
+
+    name: str
+    summary: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("what to make").add_mutually_exclusive_group(required=True)
+    source.add_argument("--image", type=Path, metavar="P", help="the picture that will speak (PNG, JPEG, WebP ...)")
+    source.add_argument("--video", type=Path, metavar="V", help="a source video instead; see --start-step")
+    what = parser.add_argument_group("what is heard and seen")
+    what.add_argument("--audio", type=Path, required=True, metavar="A", help="the recording (WAV, FLAC, MP3, M4A ...)")
+    for number in (2, 3, 4):
+        what.add_argument(f"--audio-{number}", type=Path, metavar="A", help=f"the recording of speaker {number}")
+    what.add_argument(
+        "--masks", type=Path, nargs="+", default=[], metavar="M", help="one picture per speaker, white where they are"
+    )
+    what.add_argument("--prompt", metavar="T", help="what is to be seen (default: a person talking to the camera)")
+    what.add_argument("--negative-prompt", metavar="T", help="what is not to be seen")
+    what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
+
+    files = parser.add_argument_group("model files")
+    for option, required, text in (
+        ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF)"),
+        ("--adapter", False, "InfiniteTalk or MultiTalk; not needed for a merged model"),
+        ("--vae", True, "Wan2.1 VAE"),
+        ("--text-encoder", True, "UMT5-XXL encoder"),
+        ("--clip-vision", True, "CLIP ViT-H vision model"),
+        ("--wav2vec", True, "chinese-wav2vec2-base, a folder or a file"),
+        ("--tokenizer", False, "folder, file or owner/name of the UMT5 tokenizer, where the text encoder carries none"),
+    ):
+        kind = str if option == "--tokenizer" else Path
+        files.add_argument(option, type=kind, required=required, metavar="F", help=text)
+
+    size = parser.add_argument_group("size and length")
+    size.add_argument("--width", type=int, metavar="N", help="pixels, rounded to 16; default: from the picture")
+    size.add_argument("--height", type=int, metavar="N", help="pixels, rounded to 16; default: from the picture")
+    size.add_argument("--frames", type=int, default=81, metavar="N", help="frames per window, 4n + 1 (%(default)s)")
+    size.add_argument("--motion-frames", type=int, default=9, metavar="N", help="frames carried over (%(default)s)")
+    size.add_argument("--max-frames", type=int, metavar="N", help="stop after so many frames, 25 per second")
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from ..pipeline.schedulers import SCHEDULERS
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, default=40, metavar="N", help="%(default)s; 4 to 8 with distilled models")
+    group.add_argument("--shift", type=float, default=7.0, metavar="X", help="of the noise schedule (%(default)s)")
+    group.add_argument("--cfg", type=float, default=5.0, metavar="X", help="text guidance, 1 is none (%(default)s)")
+    group.add_argument("--audio-cfg", type=float, default=4.0, metavar="X", help="speech guidance (%(default)s)")
+    group.add_argument("--audio-scale", type=float, default=1.0, metavar="X", help="weight of the speech (%(default)s)")
+    group.add_argument("--seed", type=int, default=42, metavar="N", help="of the random numbers (%(default)s)")
+    group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
+    group.add_argument("--mode", choices=("infinitetalk", "multitalk"), default="infinitetalk", help="%(default)s")
+    group.add_argument(
+        "--start-step", type=int, default=0, metavar="N", help="with --video: how many steps to leave out"
+    )
+    group.add_argument(
+        "--color-correction", type=_share, default=1.0, metavar="X", help="0 to 1, towards the picture's (%(default)s)"
+    )
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    from ..fp8_optimization import QUANTIZATIONS
+    from ..pipeline.attention_policy import POLICIES
+    from ..wanvideo.modules.attention import ATTENTION_MODES
+
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
+    group.add_argument(
+        "--attention-policy", choices=tuple(POLICIES), default="default", help="which step uses the mode"
+    )
+    group.add_argument(
+        "--quantization", choices=QUANTIZATIONS, default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS)
+    )
+    group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
+    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    group.add_argument(
+        "--blocks-to-swap", type=int, default=0, metavar="N", help="blocks that wait in host memory (%(default)s)"
+    )
+    group.add_argument("--tiled-vae", action="store_true", help="encode and decode in tiles, for small GPUs")
+
+
+def _run_generate(args: argparse.Namespace) -> None:
+    from ..pipeline.make_video import ModelFiles
+
+    files = ModelFiles(
+        model=args.model,
+        adapter=args.adapter,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        clip_vision=args.clip_vision,
+        wav2vec=args.wav2vec,
+        tokenizer=args.tokenizer,
+    )
+    audio = [path for path in (args.audio, args.audio_2, args.audio_3, args.audio_4) if path is not None]
+    _run_job(_job(args, files, audio))
+
+
+def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
+    import torch
+
+    from ..pipeline.long_video import GenerateConfig
+    from ..pipeline.make_video import DEFAULT_NEGATIVE, DEFAULT_PROMPT, Job
+
+    dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return Job(
+        files=files,
+        audio=tuple(audio),
+        out=args.out,
+        image=args.image,
+        video=args.video,
+        masks=tuple(args.masks),
+        prompt=DEFAULT_PROMPT if args.prompt is None else args.prompt,
+        negative=DEFAULT_NEGATIVE if args.negative_prompt is None else args.negative_prompt,
+        config=GenerateConfig(
+            width=args.width,
+            height=args.height,
+            frames=args.frames,
+            motion_frames=args.motion_frames,
+            steps=args.steps,
+            shift=args.shift,
+            scheduler=args.scheduler,
+            start_step=args.start_step,
+            cfg=args.cfg,
+            audio_cfg=args.audio_cfg,
+            audio_scale=args.audio_scale,
+            seed=args.seed,
+            mode=args.mode,
+            color_correction=args.color_correction,
+            tiled_vae=args.tiled_vae,
+        ),
+        max_frames=args.max_frames,
+        attention_mode=args.attention_mode,
+        attention_policy=args.attention_policy,
+        quantization=args.quantization,
+        base_dtype=dtypes[args.base_precision],
+        device=args.device,
+        blocks_to_swap=args.blocks_to_swap,
+    )
+
+
+def _run_job(job: Job) -> None:
+    """Make the video with a progress bar, and say where it is."""
+    from ..pipeline.make_video import make_video
+    from .terminal import ProgressBar
+
+    with ProgressBar() as bar:
+        try:
+            result = make_video(job, bar.events)
+        except KeyboardInterrupt:
+            kept = (
+                f"{bar.windows_done} finished windows are in {job.out}" if bar.windows_done else "nothing is finished"
+            )
+            raise Stopped(f"Interrupted: {kept}.") from None
+    log.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
+    print(f"video: {result.path}")
+
+
+# -------------------------------------------------------------------------------------------------- make-tiny and demo
+
+
+def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (14 MB; 39 MB with --random)")
+    parser.add_argument(
+        "--random", action="store_true", help="random weights, which paint noise, in place of the trained"
+    )
+
+
+def _run_make_tiny(args: argparse.Namespace) -> None:
+    from .tiny_models import make_tiny
+
+    for name, path in vars(make_tiny(args.folder, random=args.random)).items():
+        print(f"{name}: {path}")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    from ..fp8_optimization import QUANTIZATIONS
+    from ..wanvideo.modules.attention import ATTENTION_MODES
+
+    parser.add_argument("--out", type=Path, default=Path("demo.mp4"), metavar="V", help="video to write (%(default)s)")
+    parser.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS)
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there")
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    from .demo import demo_job
+
+    with demo_job(
+        args.out,
+        models=args.models,
+        attention_mode=args.attention_mode,
+        quantization=args.quantization,
+        device=args.device,
+    ) as job:
+        log.info("The demo's models are tiny: they make drawn faces speak, and show that everything works here.")
+        _run_job(job)
+
+
+# -------------------------------------------------------------------------------------------------------------- doctor
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--report", type=Path, metavar="F", help="write everything as JSON, for a bug report")
+    parser.add_argument("--fresh", action="store_true", help="try packages again whose verdict is known")
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ..pipeline.make_video import choose_device
+    from ..wanvideo.modules.backends.selftest import cache_file
+    from .doctor import examine
+    from .terminal import doctor_tables
+
+    if args.fresh:
+        cache_file().unlink(missing_ok=True)
+    report = examine(choose_device(args.device))
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    out.print(*doctor_tables(report), sep="\n")
+    if args.report is not None:
+        args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        print(f"report: {args.report}")
+    if not report.healthy:
+        lacking = ", ".join(name for name, serves in report.precisions.items() if not serves)
+        raise BackendUnavailableError(f"No attention mode of {lacking} serves here; the table says why.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+COMMANDS = (
+    Command("generate", "make a talking video from a picture and a recording", _add_generate, _run_generate),
+    Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
+    Command("doctor", "try every attention mode and quantisation on this machine", _add_doctor, _run_doctor),
+    Command("make-tiny", "write the demo's tiny models, in the public formats", _add_make_tiny, _run_make_tiny),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    top = argparse.ArgumentParser(
+        prog="infinitetalk", description="A picture and a recording of speech become a talking video."
+    )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add(sub)
+        sub.add_argument("-v", "--verbose", action="store_true", help="log more, and show where an error arose")
+        sub.set_defaults(run=command.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    _log_to_stderr(args.verbose)
+    try:
+        args.run(args)
+    except InfiniteTalkError as error:
+        return _end(str(error), EXIT_USER_ERROR, args.verbose)
+    except Stopped as stopped:
+        return _end(str(stopped), EXIT_INTERRUPTED, False)
+    except KeyboardInterrupt:
+        return _end("Interrupted.", EXIT_INTERRUPTED, False)
+    except OSError as error:
+        return _end(_os_sentence(error), EXIT_USER_ERROR, args.verbose)
+    return 0
+
+
+def _os_sentence(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full; make room and try again. Windows that were finished are kept."
+    return f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+
+
+def _end(sentence: str, code: int, with_traceback: bool) -> int:
+    if with_traceback:
+        log.exception("What went wrong:")
+    print(f"infinitetalk: {sentence}", file=sys.stderr)
+    return code
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    from .terminal import log_handler
+
+    package = logging.getLogger(__package__.rpartition(".")[0])
+    package.handlers = [log_handler(verbose)]
+    package.setLevel(logging.DEBUG if verbose else logging.INFO)

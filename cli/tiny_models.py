@@ -1,0 +1,372 @@
+"""Two complete sets of tiny checkpoints, in the formats and key names of the public ones.
+
+They exist to try the whole way from a picture and a recording to a video within seconds and without a download: their
+files pass through the same loaders as the 14B ones.
+
+The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come
+with the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two
+layers of two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides
+4x8x8, a CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that the same bytes are written
+everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from .. import assets
+from ..wanvideo.errors import InputError
+
+State = dict[str, Tensor]
+
+DIM, HEADS, LAYERS, FFN = 128, 2, 2, 256
+TEXT_DIM, TEXT_FFN, TEXT_HEADS, TEXT_LAYERS = 64, 128, 2, 2
+CLIP_DIM, CLIP_FFN, CLIP_LAYERS, CLIP_TOKENS, CLIP_PATCH = 1280, 64, 2, 257, 14
+AUDIO_DIM, AUDIO_FFN, AUDIO_LAYERS, AUDIO_CONV = 128, 128, 2, 32
+AUDIO_HIDDEN, AUDIO_OUT, AUDIO_TOKENS = 64, 64, 8
+VAE_DIM, VAE_LATENT = 4, 16
+
+TALKING_PARTS = ("model", "adapter", "vae", "wav2vec")
+TALKING_BYTES = 12 * 2**20
+"""What the trained files may weigh together."""
+TALKING_CLIP_DIM = 64
+
+# kernels of the seven convolutions of wav2vec2
+WAV2VEC_KERNELS = (10, 3, 3, 3, 3, 2, 2)
+
+
+@dataclass(frozen=True)
+class TinySet:
+    """Where the files of the set lie; `wav2vec_file` is the same model as the folder `wav2vec`, in one file."""
+
+    model: Path
+    adapter: Path
+    vae: Path
+    text_encoder: Path
+    clip_vision: Path
+    wav2vec: Path
+    wav2vec_file: Path
+
+    @classmethod
+    def in_folder(cls, folder: str | Path) -> TinySet:
+        folder = Path(folder)
+        return cls(
+            model=folder / "wan2.1-i2v-tiny.safetensors",
+            adapter=folder / "infinitetalk-tiny.safetensors",
+            vae=folder / "wan2.1-vae-tiny.safetensors",
+            text_encoder=folder / "umt5-tiny.safetensors",
+            clip_vision=folder / "clip-vision-tiny.safetensors",
+            wav2vec=folder / "wav2vec2-tiny",
+            wav2vec_file=folder / "wav2vec2-tiny.safetensors",
+        )
+
+    def is_complete(self) -> bool:
+        return all(path.exists() for path in vars(self).values())
+
+
+def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
+    """Write a set into `folder` (made when missing) and return its paths; the same bytes on every call.
+
+    Args:
+        random: the set of random weights instead of the one that talks.
+
+    Raises InputError when the folder cannot be written to.
+    """
+    tiny = TinySet.in_folder(folder)
+    try:
+        tiny.wav2vec.mkdir(parents=True, exist_ok=True)
+        if random:
+            _save(tiny.model, dit_weights(), num_heads=HEADS)
+            _save(tiny.adapter, adapter_weights(), audio_blocks=AUDIO_LAYERS)
+            _save(tiny.vae, vae_weights())
+            _save(tiny.clip_vision, clip_weights())
+            ears = wav2vec_weights()
+        else:
+            for name in ("model", "adapter", "vae"):
+                getattr(tiny, name).write_bytes(_trained(name))
+            _save(tiny.clip_vision, clip_weights(TALKING_CLIP_DIM))
+            ears = load(_trained("wav2vec"))
+        _save(tiny.text_encoder, text_encoder_weights())
+        _save(tiny.wav2vec / "model.safetensors", ears)
+        _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(ears).items()})
+        (tiny.wav2vec / "config.json").write_text(json.dumps(_wav2vec_config(), indent=2, sort_keys=True) + "\n")
+        (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(_wav2vec_preprocessor(), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"The tiny checkpoints cannot be written to {folder}: {error.strerror or error}.") from error
+    return tiny
+
+
+def _trained(name: str) -> bytes:
+    return files(assets).joinpath("talking").joinpath(f"{name}.safetensors").read_bytes()
+
+
+class _Weights:
+    """A state dict that grows by names; each tensor's numbers follow from its name and shape alone."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.state: State = {}
+        self.dtype = dtype
+
+    def normal(self, name: str, *shape: int, std: float, mean: float = 0.0) -> None:
+        generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {shape}".encode())))
+        numbers = generator.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
+        self.state[name] = torch.from_numpy(numbers).to(self.dtype)
+
+    def linear(self, name: str, out: int, into: int, *kernel: int, bias: bool = True, gain: float = 1.0) -> None:
+        """A matrix, or the kernel of a convolution, that keeps the magnitude of its input."""
+        fan_in = into * int(np.prod(kernel)) if kernel else into
+        self.normal(f"{name}.weight", out, into, *kernel, std=gain * fan_in**-0.5)
+        if bias:
+            self.normal(f"{name}.bias", out, std=0.02)
+
+    def norm(self, name: str, dim: int, bias: bool = True) -> None:
+        self.normal(f"{name}.weight", dim, std=0.1, mean=1.0)
+        if bias:
+            self.normal(f"{name}.bias", dim, std=0.02)
+
+
+def dit_weights(model_type: str = "i2v", in_dim: int | None = None, dtype: torch.dtype = torch.bfloat16) -> State:
+    """The DiT, bare public names; `model_type` "t2v" leaves the image branch out and takes 16 channels."""
+    image = model_type == "i2v"
+    w = _Weights(dtype)
+    w.linear("patch_embedding", DIM, in_dim or (36 if image else 16), 1, 2, 2)
+    w.linear("text_embedding.0", DIM, TEXT_DIM)
+    w.linear("text_embedding.2", DIM, DIM)
+    w.linear("time_embedding.0", DIM, 256)
+    w.linear("time_embedding.2", DIM, DIM)
+    w.linear("time_projection.1", 6 * DIM, DIM)
+    if image:
+        w.norm("img_emb.proj.0", CLIP_DIM)
+        w.linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM)
+        w.linear("img_emb.proj.3", DIM, CLIP_DIM)
+        w.norm("img_emb.proj.4", DIM)
+    for n in range(LAYERS):
+        block = f"blocks.{n}"
+        w.normal(f"{block}.modulation", 1, 6, DIM, std=0.3)
+        for attention in ("self_attn", "cross_attn"):
+            for part in ("q", "k", "v", "o"):
+                w.linear(f"{block}.{attention}.{part}", DIM, DIM)
+            w.norm(f"{block}.{attention}.norm_q", DIM, bias=False)
+            w.norm(f"{block}.{attention}.norm_k", DIM, bias=False)
+        if image:
+            w.linear(f"{block}.cross_attn.k_img", DIM, DIM)
+            w.linear(f"{block}.cross_attn.v_img", DIM, DIM)
+            w.norm(f"{block}.cross_attn.norm_k_img", DIM, bias=False)
+        w.norm(f"{block}.norm3", DIM)
+        w.linear(f"{block}.ffn.0", FFN, DIM)
+        w.linear(f"{block}.ffn.2", DIM, FFN)
+    w.normal("head.modulation", 1, 2, DIM, std=0.1)
+    w.linear("head.head", 2 * 2 * VAE_LATENT, DIM, gain=0.5)
+    return w.state
+
+
+def adapter_weights(dim: int = DIM, layers: int = LAYERS, dtype: torch.dtype = torch.float16) -> State:
+    """The InfiniteTalk adapter: audio projection, one audio cross-attention and one norm per block."""
+    features = AUDIO_LAYERS * AUDIO_DIM
+    w = _Weights(dtype)
+    w.linear("audio_proj.proj1", AUDIO_HIDDEN, 5 * features)
+    w.linear("audio_proj.proj1_vf", AUDIO_HIDDEN, 8 * features)
+    w.linear("audio_proj.proj2", AUDIO_HIDDEN, AUDIO_HIDDEN)
+    w.linear("audio_proj.proj3", AUDIO_TOKENS * AUDIO_OUT, AUDIO_HIDDEN)
+    w.norm("audio_proj.norm", AUDIO_OUT)
+    for n in range(layers):
+        w.linear(f"blocks.{n}.audio_cross_attn.q_linear", dim, dim)
+        w.linear(f"blocks.{n}.audio_cross_attn.kv_linear", 2 * dim, AUDIO_OUT)
+        w.linear(f"blocks.{n}.audio_cross_attn.proj", dim, dim)
+        w.norm(f"blocks.{n}.norm_x", dim)
+    return w.state
+
+
+def vae_weights(dim: int = VAE_DIM, dtype: torch.dtype = torch.float32) -> State:
+    """The Wan2.1 VAE: widths dim x (1, 2, 4, 4), two residual blocks per level, official names."""
+    w = _Weights(dtype)
+    levels = [dim, 2 * dim, 4 * dim, 4 * dim]
+
+    w.linear("encoder.conv1", dim, 3, 3, 3, 3)
+    index, width = 0, dim
+    for level, out in enumerate(levels):
+        for _ in range(2):
+            _residual(w, f"encoder.downsamples.{index}", width, out)
+            index, width = index + 1, out
+        if level < 3:
+            w.linear(f"encoder.downsamples.{index}.resample.1", out, out, 3, 3)
+            if level > 0:  # time is halved on the second and third level
+                w.linear(f"encoder.downsamples.{index}.time_conv", out, out, 3, 1, 1)
+            index += 1
+    _vae_middle(w, "encoder.middle", width)
+    _vae_head(w, "encoder.head", width, 2 * VAE_LATENT)
+
+    w.linear("conv1", 2 * VAE_LATENT, 2 * VAE_LATENT, 1, 1, 1)
+    w.linear("conv2", VAE_LATENT, VAE_LATENT, 1, 1, 1)
+
+    w.linear("decoder.conv1", levels[-1], VAE_LATENT, 3, 3, 3)
+    _vae_middle(w, "decoder.middle", levels[-1])
+    index, width = 0, levels[-1]
+    for level, out in enumerate(reversed(levels)):
+        for _ in range(3):
+            _residual(w, f"decoder.upsamples.{index}", width, out)
+            index, width = index + 1, out
+        if level < 3:  # the resampling convolution halves the channels
+            w.linear(f"decoder.upsamples.{index}.resample.1", out // 2, out, 3, 3)
+            if level < 2:  # time is doubled on the first and second level
+                w.linear(f"decoder.upsamples.{index}.time_conv", 2 * out, out, 3, 1, 1)
+            index, width = index + 1, out // 2
+    _vae_head(w, "decoder.head", width, 3)
+    return w.state
+
+
+def _residual(w: _Weights, name: str, into: int, out: int) -> None:
+    w.normal(f"{name}.residual.0.gamma", into, 1, 1, 1, std=0.1, mean=1.0)
+    w.linear(f"{name}.residual.2", out, into, 3, 3, 3)
+    w.normal(f"{name}.residual.3.gamma", out, 1, 1, 1, std=0.1, mean=1.0)
+    w.linear(f"{name}.residual.6", out, out, 3, 3, 3, gain=0.3)
+    if into != out:
+        w.linear(f"{name}.shortcut", out, into, 1, 1, 1)
+
+
+def _vae_middle(w: _Weights, name: str, width: int) -> None:
+    _residual(w, f"{name}.0", width, width)
+    w.normal(f"{name}.1.norm.gamma", width, 1, 1, std=0.1, mean=1.0)
+    w.linear(f"{name}.1.to_qkv", 3 * width, width, 1, 1)
+    w.linear(f"{name}.1.proj", width, width, 1, 1, gain=0.3)
+    _residual(w, f"{name}.2", width, width)
+
+
+def _vae_head(w: _Weights, name: str, width: int, out: int) -> None:
+    w.normal(f"{name}.0.gamma", width, 1, 1, 1, std=0.1, mean=1.0)
+    # half gain: most decoded values then lie inside [-1, 1]
+    w.linear(f"{name}.2", out, width, 3, 3, 3, gain=0.5)
+
+
+def text_encoder_weights(dtype: torch.dtype = torch.float32) -> State:
+    """A UMT5 encoder, official names, with its SentencePiece model carried as `spiece_model` (bytes)."""
+    spiece = tokenizer_model()
+    w = _Weights(dtype)
+    w.normal("token_embedding.weight", vocabulary_size(spiece), TEXT_DIM, std=1.0)
+    for n in range(TEXT_LAYERS):
+        block = f"blocks.{n}"
+        w.norm(f"{block}.norm1", TEXT_DIM, bias=False)
+        for part in ("q", "k", "v", "o"):
+            # T5 does not divide by sqrt(head_dim): small queries keep the softmax soft
+            w.linear(f"{block}.attn.{part}", TEXT_DIM, TEXT_DIM, bias=False, gain=0.2 if part == "q" else 1.0)
+        w.normal(f"{block}.pos_embedding.embedding.weight", 32, TEXT_HEADS, std=0.5)
+        w.norm(f"{block}.norm2", TEXT_DIM, bias=False)
+        w.linear(f"{block}.ffn.gate.0", TEXT_FFN, TEXT_DIM, bias=False)
+        w.linear(f"{block}.ffn.fc1", TEXT_FFN, TEXT_DIM, bias=False)
+        w.linear(f"{block}.ffn.fc2", TEXT_DIM, TEXT_FFN, bias=False)
+    w.norm("norm", TEXT_DIM, bias=False)
+    w.state["spiece_model"] = torch.frombuffer(bytearray(spiece), dtype=torch.uint8).clone()
+    return w.state
+
+
+def tokenizer_model() -> bytes:
+    """The small SentencePiece model (unigram with byte fallback; pad 0, eos 1, unk 2 as in UMT5)."""
+    return files(assets).joinpath("tiny-spiece.model").read_bytes()
+
+
+def vocabulary_size(spiece: bytes) -> int:
+    import sentencepiece
+
+    return int(sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size())
+
+
+def clip_weights(dim: int = CLIP_DIM, dtype: torch.dtype = torch.float16) -> State:
+    """The CLIP vision tower in the names of transformers: 16 x 16 patches of 14 pixels and a class token."""
+    w = _Weights(dtype)
+    model = "vision_model"
+    w.normal(f"{model}.embeddings.class_embedding", dim, std=1.0)
+    w.linear(f"{model}.embeddings.patch_embedding", dim, 3, CLIP_PATCH, CLIP_PATCH, bias=False)
+    w.normal(f"{model}.embeddings.position_embedding.weight", CLIP_TOKENS, dim, std=0.5)
+    w.norm(f"{model}.pre_layrnorm", dim)
+    for n in range(CLIP_LAYERS):
+        layer = f"{model}.encoder.layers.{n}"
+        w.norm(f"{layer}.layer_norm1", dim)
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            w.linear(f"{layer}.self_attn.{part}", dim, dim)
+        w.norm(f"{layer}.layer_norm2", dim)
+        w.linear(f"{layer}.mlp.fc1", CLIP_FFN, dim)
+        w.linear(f"{layer}.mlp.fc2", dim, CLIP_FFN)
+    w.norm(f"{model}.post_layernorm", dim)
+    return w.state
+
+
+def wav2vec_weights(dtype: torch.dtype = torch.float32) -> State:
+    """wav2vec2 in the names of transformers, weight norm of the positional convolution in the new spelling."""
+    w = _Weights(dtype)
+    w.normal("masked_spec_embed", AUDIO_DIM, std=1.0)
+    for n, kernel in enumerate(WAV2VEC_KERNELS):
+        conv = f"feature_extractor.conv_layers.{n}"
+        w.linear(f"{conv}.conv", AUDIO_CONV, AUDIO_CONV if n else 1, kernel, bias=False, gain=1.4)
+        if n == 0:
+            w.norm(f"{conv}.layer_norm", AUDIO_CONV)
+    w.norm("feature_projection.layer_norm", AUDIO_CONV)
+    w.linear("feature_projection.projection", AUDIO_DIM, AUDIO_CONV)
+    conv = "encoder.pos_conv_embed.conv"
+    w.normal(f"{conv}.bias", AUDIO_DIM, std=0.02)
+    w.normal(f"{conv}.parametrizations.weight.original0", 1, 1, 128, std=0.02, mean=0.2)
+    w.normal(f"{conv}.parametrizations.weight.original1", AUDIO_DIM, AUDIO_DIM // 16, 128, std=0.05)
+    w.norm("encoder.layer_norm", AUDIO_DIM)
+    for n in range(AUDIO_LAYERS):
+        layer = f"encoder.layers.{n}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            w.linear(f"{layer}.attention.{part}", AUDIO_DIM, AUDIO_DIM)
+        w.norm(f"{layer}.layer_norm", AUDIO_DIM)
+        w.linear(f"{layer}.feed_forward.intermediate_dense", AUDIO_FFN, AUDIO_DIM)
+        w.linear(f"{layer}.feed_forward.output_dense", AUDIO_DIM, AUDIO_FFN)
+        w.norm(f"{layer}.final_layer_norm", AUDIO_DIM)
+    return w.state
+
+
+def _old_weight_norm(state: State) -> State:
+    """The spelling of weight norm before torch 2: weight_g and weight_v."""
+    return {
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): value
+        for name, value in state.items()
+    }
+
+
+def _wav2vec_config() -> dict[str, object]:
+    return {
+        "architectures": ["Wav2Vec2Model"],
+        "model_type": "wav2vec2",
+        "hidden_size": AUDIO_DIM,
+        "num_hidden_layers": AUDIO_LAYERS,
+        "num_attention_heads": AUDIO_DIM // 64,
+        "intermediate_size": AUDIO_FFN,
+        "conv_dim": [AUDIO_CONV] * len(WAV2VEC_KERNELS),
+        "conv_kernel": list(WAV2VEC_KERNELS),
+        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+        "conv_bias": False,
+        "num_feat_extract_layers": len(WAV2VEC_KERNELS),
+        "num_conv_pos_embeddings": 128,
+        "num_conv_pos_embedding_groups": 16,
+        "feat_extract_norm": "group",
+        "do_stable_layer_norm": False,
+    }
+
+
+def _wav2vec_preprocessor() -> dict[str, object]:
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": 16000,
+        "do_normalize": True,
+        "padding_value": 0,
+        "return_attention_mask": False,
+    }
+
+
+def _save(path: Path, state: State, **facts: int) -> None:
+    """Write a safetensors file; `facts` that shapes cannot tell go into its metadata as "config"."""
+    save_file(state, str(path), metadata={"config": json.dumps(facts, sort_keys=True)} if facts else None)

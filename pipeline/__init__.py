@@ -1,0 +1,1 @@
+"""What is made when: from files to a video, window after window."""

@@ -1,0 +1,530 @@
+"""The diffusion transformer from its checkpoint files: what they hold, whether they fit together, and the loading.
+
+Sizes are read from shapes; a file says only what shapes cannot tell ("config" in the safetensors metadata: the tiny
+test models use it). Files of other models are named and refused. The reading itself is in `files.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...fp8_optimization import FP8_DTYPES, Quantization, quantize_linear, refuse_second_quantization, summary
+from ..errors import CheckpointError
+from ..linear.base import store_buffers, store_weight, take_over
+from ..linear.gguf import GGUFLinear, GGUFTensor
+from ..linear.nvfp4 import NVFP4Linear, nvfp4_storage_shapes
+from ..modules.attention import AttentionMode
+from ..modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel
+from .files import CheckpointFile, Progress, Stored
+from .state_dict import kind_of
+
+__all__ = [
+    "DitFiles",
+    "dit_config",
+    "inspect_dit",
+    "load_dit",
+    "public_names",
+]
+
+log = logging.getLogger(__name__)
+
+HEAD_DIM = 128
+"""Of all public Wan models."""
+
+DIT_ANCHOR = "patch_embedding.weight"
+ADAPTER_ANCHOR = "blocks.0.audio_cross_attn.q_linear.weight"
+HUMO_ANCHOR = "audio_proj.audio_proj_glob_1.layer.weight"
+
+# A part of a name that only this model has -> what to call it.
+OTHER_MODELS = (
+    ("vace_blocks.", "a VACE model"),
+    ("vace_patch_embedding.", "a VACE model"),
+    ("audio_injector.", "a Wan2.2 S2V model"),
+    ("pose_patch_embedding.", "a Wan2.2 Animate model"),
+    ("control_adapter.", "a camera-control model"),
+    ("ref_conv.", "a Fun-Control model"),
+    ("img_emb.emb_pos", "a first-and-last-frame model (FLF2V)"),
+)
+
+# What savers write beside a quantised weight, and what it is called here.
+SCALE_NAMES = {
+    "scale_weight": "scale_weight",
+    "weight_scale": "scale_weight",
+    "weight_scale_2": "weight_scale_2",
+    "comfy_quant": "comfy_quant",
+}
+# Activation scales that calibrated files carry; activations get their scale per row here.
+UNUSED_SCALES = ("scale_input", "input_scale")
+
+
+# ------------------------------------------------------------------------------------------------ what a file holds
+
+
+def public_names(names: Iterable[str], anchor: str) -> dict[str, str]:
+    """Public name -> name in the file, for the part of the file that `anchor` belongs to; {} without the anchor.
+
+    Savers put "model.diffusion_model.", "diffusion_model." or "model." before every name; what stands before `anchor`
+    is what goes. Names without that prefix belong to other models in the same file. `multitalk_audio_proj.` is another
+    spelling of `audio_proj.`.
+    """
+    names = list(names)
+    prefixes = [name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}")]
+    if not prefixes:
+        return {}
+    prefix = min(prefixes, key=len)
+    bare = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+    return {re.sub(r"^multitalk_audio_proj\.", "audio_proj.", public): stored for public, stored in bare.items()}
+
+
+def dit_config(
+    state_dict: Mapping[str, Stored], metadata: Mapping[str, str] | None = None, what: str = "The file"
+) -> WanConfig:
+    """The configuration of a DiT from the shapes of its tensors (bare public names; the meta device will do).
+
+    Args:
+        state_dict: of a T2V or I2V model, with or without the layers of an InfiniteTalk adapter or of HuMo.
+        metadata: of the safetensors file; its "config" may tell `num_heads`, `text_len` and `audio_blocks`.
+        what: names the file in errors.
+
+    Raises:
+        CheckpointError: the tensors are those of another model, or do not fit each other.
+    """
+    told = _told(metadata, what)
+    _refuse_other_models(state_dict, what)
+    dim, in_dim = (int(n) for n in state_dict[DIT_ANCHOR].shape[:2])
+    humo = HUMO_ANCHOR in state_dict
+    image = "img_emb.proj.1.weight" in state_dict
+    _refuse_other_sizes(dim, in_dim, image, humo, what)
+    heads = told.get("num_heads", dim // HEAD_DIM)
+    if heads < 1 or dim % heads:
+        raise CheckpointError(f"{what} is {dim} wide, which {heads} attention heads do not divide.")
+    patch = tuple(int(n) for n in state_dict[DIT_ANCHOR].shape[2:])
+    try:
+        return WanConfig(
+            model_type="i2v" if image else "t2v",
+            patch_size=(patch[0], patch[1], patch[2]),
+            text_len=told.get("text_len", 512),
+            in_dim=in_dim,
+            dim=dim,
+            ffn_dim=int(state_dict["blocks.0.ffn.0.weight"].shape[0]),
+            freq_dim=int(state_dict["time_embedding.0.weight"].shape[1]),
+            text_dim=int(state_dict["text_embedding.0.weight"].shape[1]),
+            out_dim=int(state_dict["head.head.weight"].shape[0]) // (patch[0] * patch[1] * patch[2]),
+            num_heads=heads,
+            num_layers=_num_blocks(state_dict),
+            audio=None if humo else _audio_config(state_dict, told, what),
+            humo=_humo_config(state_dict) if humo else None,
+            clip_dim=int(state_dict["img_emb.proj.1.weight"].shape[1]) if image else WanConfig.clip_dim,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{what} lacks {error.args[0]}; it is incomplete or another model.") from error
+
+
+def _told(metadata: Mapping[str, str] | None, what: str) -> dict[str, int]:
+    """The whole numbers under "config" in the metadata: what the shapes do not say."""
+    try:
+        config = json.loads((metadata or {}).get("config") or "{}")
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{what} carries a 'config' in its metadata that is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        return {}
+    return {name: value for name, value in config.items() if isinstance(value, int)}
+
+
+def _refuse_other_models(names: Iterable[str], what: str) -> None:
+    names = set(names)
+    for mark, kind in OTHER_MODELS:
+        if any(mark in name for name in names):
+            raise CheckpointError(f"{what} is {kind}, which is not run here; InfiniteTalk needs Wan2.1 I2V 14B.")
+    if DIT_ANCHOR not in names or "blocks.0.self_attn.q.weight" not in names:
+        raise CheckpointError(
+            f"{what} is {kind_of(names)}, not a Wan2.1 diffusion transformer; InfiniteTalk needs Wan2.1 I2V 14B."
+        )
+
+
+def _refuse_other_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> None:
+    kind = None
+    if dim == 3072 or (in_dim == 48 and not image):
+        kind = "Wan2.2 5B, which works on 48 latent channels of another VAE"
+    elif dim == 4096:
+        kind = "a LongCat model"
+    elif in_dim == 36 and not image and not humo:
+        kind = "Wan2.2 I2V, which has no image cross-attention"
+    elif in_dim not in (16, 36):
+        kind = f"a model that takes {in_dim} input channels (text-to-video takes 16, image-to-video 36)"
+    elif image and in_dim != 36:
+        kind = f"an image model that takes {in_dim} input channels instead of 36"
+    if kind is not None:
+        raise CheckpointError(f"{what} is {kind}; it is not run here, InfiniteTalk needs Wan2.1 I2V 14B.")
+
+
+def _num_blocks(names: Iterable[str]) -> int:
+    return 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
+
+
+def _audio_config(state: Mapping[str, Stored], told: Mapping[str, int], what: str) -> AudioConfig | None:
+    """Of the InfiniteTalk layers, None where the file has none.
+
+    proj1 reads `window` rows per first frame and proj1_vf `window + vae_scale - 1` rows per later latent frame.
+    """
+    if "audio_proj.proj1.weight" not in state:
+        return None
+    vae_scale = 4
+    hidden, first = (int(n) for n in state["audio_proj.proj1.weight"].shape)
+    later = int(state["audio_proj.proj1_vf.weight"].shape[1])
+    features = (later - first) // (vae_scale - 1)
+    output_dim = int(state["blocks.0.audio_cross_attn.kv_linear.weight"].shape[1])
+    # All public ones read the twelve layers of wav2vec2-base.
+    blocks = told.get("audio_blocks", 12 if features % 12 == 0 else 1)
+    if features < 1 or first % features or features % blocks:
+        raise CheckpointError(f"{what} has an audio projection of {first} and {later} inputs, which fit no window.")
+    return AudioConfig(
+        audio_window=first // features,
+        intermediate_dim=hidden,
+        output_dim=output_dim,
+        context_tokens=int(state["audio_proj.proj3.weight"].shape[0]) // output_dim,
+        vae_scale=vae_scale,
+        norm_output_audio="audio_proj.norm.weight" in state,
+        blocks=blocks,
+        channels=features // blocks,
+    )
+
+
+def _humo_config(state: Mapping[str, Stored]) -> HuMoConfig:
+    """Of HuMo's layers: eight rows per latent frame, of the five groups of whisper layers that all public ones read."""
+    seq_len, blocks = HuMoConfig.seq_len, HuMoConfig.blocks
+    hidden, features = (int(n) for n in state[HUMO_ANCHOR].shape)
+    output_dim = int(state["audio_proj.audio_proj_glob_norm.layer.weight"].shape[0])
+    return HuMoConfig(
+        seq_len=seq_len,
+        blocks=blocks,
+        channels=features // (seq_len * blocks),
+        intermediate_dim=hidden,
+        output_dim=output_dim,
+        context_tokens=int(state["audio_proj.audio_proj_glob_3.layer.weight"].shape[0]) // output_dim,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+class DitFiles:
+    """The one or two files of a model, opened: their tensors under public names, and what they make together.
+
+    Raises CheckpointError where a file is of another kind, or the adapter was made for another model. No weight is read
+    before `read`.
+    """
+
+    def __init__(self, path: str | Path, adapter: str | Path | None = None) -> None:
+        self._stack = ExitStack()
+        self._where: dict[str, tuple[CheckpointFile, str]] = {}  # public name -> file, name in it
+        try:
+            base = self._stack.enter_context(CheckpointFile(path))
+            self.what = f"The model {base.path.name}"
+            if public_names(base.names, ADAPTER_ANCHOR) and not public_names(base.names, DIT_ANCHOR):
+                raise CheckpointError(
+                    f"{self.what} is an InfiniteTalk adapter, not the model itself; give it as the adapter, and "
+                    "Wan2.1 I2V 14B as the model."
+                )
+            self._add(base, public_names(base.names, DIT_ANCHOR) or {name: name for name in base.names})
+            metadata = dict(base.metadata)
+            if adapter is not None:
+                metadata = _joined(metadata, self._add_adapter(Path(adapter)), self.what)
+            self.config = dit_config(self.shapes, metadata, self.what)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def shapes(self) -> dict[str, Stored]:
+        """Public name -> what tells its shape and dtype."""
+        return {name: file.shapes[stored] for name, (file, stored) in self._where.items()}
+
+    def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        file, stored = self._where[name]
+        return file.read(stored, device, dtype)
+
+    def mapped(self, name: str) -> Stored:
+        """The tensor as it lies in the file, perhaps unaligned: for the packed ones of a GGUF file."""
+        file, stored = self._where[name]
+        return file.mapped(stored)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> DitFiles:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _add(self, file: CheckpointFile, names: Mapping[str, str]) -> None:
+        self._where.update({public: (file, stored) for public, stored in names.items()})
+
+    def _add_adapter(self, path: Path) -> dict[str, str]:
+        """Put the adapter's layers in (over those of a merged file) and return the file's metadata."""
+        file = self._stack.enter_context(CheckpointFile(path))
+        names = public_names(file.names, ADAPTER_ANCHOR)
+        _refuse_other_adapters(f"The adapter {path.name}", names, file, self.what, self.shapes)
+        self._add(file, names)
+        return file.metadata
+
+
+def _joined(base: dict[str, str], adapter: dict[str, str], what: str) -> dict[str, str]:
+    """Metadata of both files, where what the adapter's "config" tells comes on top."""
+    return {**base, "config": json.dumps({**_told(base, what), **_told(adapter, what)})}
+
+
+def _refuse_other_adapters(
+    what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: Mapping[str, Stored]
+) -> None:
+    if not names or "audio_proj.proj1.weight" not in names:
+        raise CheckpointError(
+            f"{what} is {kind_of(file.names)}, not an InfiniteTalk or MultiTalk adapter (it has no audio_cross_attn)."
+        )
+    if DIT_ANCHOR in names:
+        raise CheckpointError(f"{what} is a whole model with audio layers; give it as the model, without an adapter.")
+    if DIT_ANCHOR not in base:
+        return  # what the base is then is said elsewhere
+    width = int(file.shapes[names["blocks.0.norm_x.weight"]].shape[0]) if "blocks.0.norm_x.weight" in names else 0
+    sizes = (width, _num_blocks(names))
+    base_sizes = (int(base[DIT_ANCHOR].shape[0]), _num_blocks(base))
+    if sizes != base_sizes:
+        raise CheckpointError(
+            f"{what} was made for a model {sizes[0]} wide with {sizes[1]} blocks, but t{base_what[1:]} is "
+            f"{base_sizes[0]} wide with {base_sizes[1]}; the 14B adapter needs Wan2.1 I2V 14B."
+        )
+
+
+def inspect_dit(path: str | Path, adapter: str | Path | None = None) -> WanConfig:
+    """The configuration of the model that these files make, without reading a weight; raises like `load_dit`."""
+    with DitFiles(path, adapter) as files:
+        return files.config
+
+
+def load_dit(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    base_dtype: torch.dtype = torch.bfloat16,
+    quantization: str = "disabled",
+    device: str | torch.device = "cpu",
+    attention_mode: AttentionMode = "sdpa",
+    progress: Progress | None = None,
+) -> WanModel:
+    """The model, in evaluation mode and without gradients, each weight once in memory.
+
+    Args:
+        path: one file: safetensors, .pth or GGUF; with or without the audio layers.
+        adapter: an InfiniteTalk or MultiTalk file; its audio layers replace those that `path` may hold.
+        base_dtype: float32, bfloat16 or float16: what everything is computed in, and what 16- and 32-bit weights
+            become.
+        quantization: one of `fp8_optimization.QUANTIZATIONS`, for the linears of the blocks. Weights that the file
+            stores quantised stay so.
+        device: where the weights lie in the end.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        CheckpointError: missing, damaged or foreign files, and files that do not fit together.
+        InputError: an unknown quantization, or one that the file's own contradicts.
+    """
+    begin = time.monotonic()
+    wanted = Quantization.parse(quantization)
+    with DitFiles(path, adapter) as files:
+        with torch.device("meta"):
+            model = WanModel(files.config, attention_mode=attention_mode)
+        model.requires_grad_(False).eval()
+        _Filler(model, files, base_dtype, torch.device(device), wanted, progress).fill()
+    log.info(
+        "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s; linear layers: %s",
+        Path(path).name,
+        f" with {Path(adapter).name}" if adapter is not None else "",
+        files.config.num_layers,
+        files.config.dim,
+        sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**30,
+        time.monotonic() - begin,
+        summary(model),
+    )
+    return model
+
+
+class _Filler:
+    """Moves the tensors of the files into a model on the meta device, one at a time."""
+
+    def __init__(
+        self,
+        model: WanModel,
+        files: DitFiles,
+        base_dtype: torch.dtype,
+        device: torch.device,
+        wanted: Quantization,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.files, self.base_dtype, self.device = model, files, base_dtype, device
+        self.wanted = wanted
+        self.progress = progress
+        self.shapes = files.shapes
+        self.linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.extras = self._extras()
+
+    def _extras(self) -> dict[str, dict[str, str]]:
+        """Name of a layer -> {scale_weight, weight_scale_2, comfy_quant: public name of that tensor}."""
+        extras: dict[str, dict[str, str]] = {}
+        for name in self.shapes:
+            layer, _, last = name.rpartition(".")
+            if last in SCALE_NAMES:
+                extras.setdefault(layer, {})[SCALE_NAMES[last]] = name
+        return extras
+
+    def fill(self) -> None:
+        expected = self.model.state_dict()
+        self._check_names(expected)
+        refuse_second_quantization(
+            [self._stored_format(name) for name in self.linears if _in_blocks(name)], self.wanted
+        )
+        total = sum(_num_bytes(self.shapes[name]) for name in expected)
+        done = 0
+        for name, blank in expected.items():
+            layer, _, last = name.rpartition(".")
+            linear = self.linears.get(layer) if last == "weight" else None
+            if linear is None or not self._fill_quantized(layer, linear, blank):
+                self._fill_plain(name, blank)
+            if linear is not None and _in_blocks(layer):
+                # At once, so that no more than one layer is ever held in 16 bits.
+                quantize_linear(linear, self.wanted, self.base_dtype)
+            done += _num_bytes(self.shapes[name])
+            if self.progress is not None:
+                self.progress(done, total)
+
+    def _check_names(self, expected: Mapping[str, Tensor]) -> None:
+        missing = [name for name in expected if name not in self.shapes]
+        if missing:
+            raise CheckpointError(
+                f"{self.files.what} lacks {len(missing)} of {len(expected)} tensors, such as "
+                f"{', '.join(missing[:3])}; it is incomplete or another model."
+            )
+        known = {name for extras in self.extras.values() for name in extras.values()}
+        unexpected = [
+            name
+            for name in self.shapes
+            if name not in expected
+            and name not in known
+            and name != "scaled_fp8"
+            and name.rpartition(".")[2] not in UNUSED_SCALES
+        ]
+        if unexpected:
+            raise CheckpointError(
+                f"{self.files.what} holds {len(unexpected)} tensors that Wan2.1 has no place for, such as "
+                f"{', '.join(unexpected[:3])}; it is another model."
+            )
+
+    def _check_shape(self, name: str, blank: Tensor) -> None:
+        if self.shapes[name].shape != blank.shape:
+            raise CheckpointError(
+                f"{self.files.what} stores {name} as {list(self.shapes[name].shape)}, but its other tensors ask for "
+                f"{list(blank.shape)}; it is damaged or another model."
+            )
+
+    def _fill_plain(self, name: str, blank: Tensor) -> None:
+        """A tensor that ends in the base dtype, its scale applied where it has one."""
+        self._check_shape(name, blank)
+        layer = name.rpartition(".")[0]
+        scale = self.extras.get(layer, {}).get("scale_weight") if name.endswith(".weight") else None
+        if not self.shapes[name].is_floating_point():
+            raise CheckpointError(
+                f"{self.files.what} stores {name} as {self.shapes[name].dtype} without saying how to unpack it."
+            )
+        if scale is not None and self.shapes[name].dtype in FP8_DTYPES.values():
+            value = self.files.read(name, self.device, torch.float32) * self.files.read(scale, self.device).float()
+            tensor = value.to(self.base_dtype)
+        else:
+            # What is quantised next is rounded once, from what the file holds.
+            quantized_next = self.wanted.format != "disabled" and _in_blocks(name) and layer in self.linears
+            keep_dtype = quantized_next and name.endswith(".weight")
+            tensor = self.files.read(name, self.device, None if keep_dtype else self.base_dtype)
+        self._assign(name, tensor)
+
+    def _stored_format(self, layer: str) -> str | None:
+        """As `fp8_optimization.stored_format`, from the file: what the weight of a linear is stored as."""
+        stored = self.shapes[f"{layer}.weight"]
+        if isinstance(stored, GGUFTensor):
+            return "gguf"
+        if stored.dtype == torch.uint8:
+            return "fp4"
+        return {dtype: name for name, dtype in FP8_DTYPES.items()}.get(stored.dtype)
+
+    def _fill_quantized(self, layer: str, linear: nn.Linear, blank: Tensor) -> bool:
+        """Take a linear's weight as the file stores it, where the file stores it quantised; False where it does not."""
+        name = f"{layer}.weight"
+        if isinstance(self.shapes[name], GGUFTensor) and _in_blocks(name):
+            self._check_shape(name, blank)
+            packed = self.files.mapped(name)
+            assert isinstance(packed, GGUFTensor)
+            GGUFLinear.adopt(linear, packed.to(self.device), self.base_dtype)
+            return True
+        extras = self.extras.get(layer, {})
+        form = self._told_format(extras.get("comfy_quant"), name)
+        if form == "nvfp4":
+            return self._fill_nvfp4(layer, linear, extras)
+        if self.shapes[name].dtype not in FP8_DTYPES.values() or not _in_blocks(name):
+            return False
+        self._check_shape(name, blank)
+        self._assign(name, self.files.read(name, self.device))
+        if "scale_weight" in extras:
+            store_buffers(linear, scale_weight=self.files.read(extras["scale_weight"], self.device, torch.float32))
+        return True
+
+    def _told_format(self, comfy_quant: str | None, name: str) -> str | None:
+        """What a ComfyUI mixed-precision file says of one layer: "float8_e4m3fn", "float8_e5m2" or "nvfp4"."""
+        if comfy_quant is None:
+            return None
+        try:
+            form = json.loads(bytes(self.files.read(comfy_quant).tolist()))["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.files.what} says in no readable way how {name} is quantised.") from error
+        if form not in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
+            raise CheckpointError(
+                f"{self.files.what} stores {name} as '{form}', which is not read here; use its fp8 or 16-bit version."
+            )
+        return str(form)
+
+    def _fill_nvfp4(self, layer: str, linear: nn.Linear, extras: Mapping[str, str]) -> bool:
+        name = f"{layer}.weight"
+        packed_shape, scales_shape = nvfp4_storage_shapes(linear.out_features, linear.in_features)
+        fits = "scale_weight" in extras and "weight_scale_2" in extras and self.shapes[name].dtype == torch.uint8
+        if not fits or tuple(self.shapes[name].shape) != packed_shape:
+            raise CheckpointError(f"{self.files.what} stores {name} as nvfp4, but its parts do not fit together.")
+        scales = self.files.read(extras["scale_weight"], self.device)
+        if scales.dtype == torch.uint8:  # e4m3 written as bytes
+            scales = scales.view(torch.float8_e4m3fn)
+        if scales.numel() != scales_shape[0] * scales_shape[1]:
+            raise CheckpointError(f"{self.files.what} stores {name} as nvfp4, but its parts do not fit together.")
+        take_over(linear, NVFP4Linear, self.base_dtype)
+        store_weight(linear, self.files.read(name, self.device))
+        store_buffers(
+            linear,
+            weight_scale=scales.reshape(scales_shape),
+            weight_scale_2=self.files.read(extras["weight_scale_2"], self.device, torch.float32),
+        )
+        return True
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        module, _, last = name.rpartition(".")
+        self.model.get_submodule(module).register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _in_blocks(name: str) -> bool:
+    return name.startswith("blocks.")
+
+
+def _num_bytes(tensor: Stored) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,151 @@
+"""Filling a library's module with the tensors of a public checkpoint, and saying clearly what does not fit.
+
+The modules of transformers and diffusers are built on the meta device (no memory, no initialisation), then every
+parameter is replaced by a tensor of the file, in memory of its own and aligned for 16-byte kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..kernels.layout import ALIGNMENT
+from .files import own_memory, read_metadata
+
+log = logging.getLogger(__name__)
+
+__all__ = ["config_override", "fill_module", "find_prefix", "kind_of", "layers_of", "owns_aligned_memory"]
+
+# A name that only this kind of model has -> what to call it. The first match wins.
+_KINDS = (
+    ("encoder.downsamples.0.downsamples.", "a Wan2.2 VAE"),
+    ("encoder.downsamples.", "a Wan2.1 VAE"),
+    ("first_stage_model.", "an image VAE"),
+    ("decoder.up_blocks.", "a VAE in diffusers names"),
+    ("patch_embedding.weight", "a diffusion transformer (DiT)"),  # CLIP's own name of it is told apart below
+    ("blocks.0.ffn.gate.0.weight", "a T5 text encoder"),
+    ("encoder.block.0.layer.0.SelfAttention.", "a T5 text encoder"),
+    ("visual.transformer.", "a CLIP vision model"),
+    ("encoder.layers.0.self_attn.q_proj.", "a CLIP model"),
+    ("feature_extractor.conv_layers.", "a wav2vec2 model"),
+    ("encoder.layers.0.self_attn_layer_norm.", "a Whisper model"),
+    ("lora_", "a LoRA"),
+    ("audio_cross_attn.", "an InfiniteTalk adapter"),
+)
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """What a checkpoint with these tensor names is, in words that follow "is"; for error messages only."""
+    names = list(names)
+    if any("cls_embedding" in name or "class_embedding" in name for name in names):
+        return "a CLIP vision model"
+    for mark, kind in _KINDS:
+        if any(mark in name for name in names):
+            return kind
+    return "a file of unknown kind"
+
+
+def find_prefix(names: Iterable[str], anchor: str) -> str | None:
+    """What stands before `anchor` in the shortest name that ends with it ("", "model."); None without such a name."""
+    prefixes = [name[: -len(anchor)] for name in names if name == anchor or name.endswith("." + anchor)]
+    return min(prefixes, key=len) if prefixes else None
+
+
+def layers_of(names: Iterable[str], stem: str) -> int:
+    """How many of `stem0.`, `stem1.`, ... there are without a gap (`stem` is "encoder.layers.", say)."""
+    numbers = {int(number) for name in names if name.startswith(stem) and (number := _leading_number(name, stem))}
+    count = 0
+    while count in numbers:
+        count += 1
+    return count
+
+
+def _leading_number(name: str, stem: str) -> str:
+    number = name[len(stem) :].split(".", 1)[0]
+    return number if number.isdigit() else ""
+
+
+def config_override(path: str | Path) -> dict[str, Any]:
+    """The JSON object under "config" in a safetensors header, {} without one.
+
+    Our small test models state there what shapes cannot tell (the number of heads, say). Public files have none.
+    """
+    text = read_metadata(path).get("config")
+    if not text:
+        return {}
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} carries a 'config' in its metadata that is no JSON ({error}).") from error
+    return config if isinstance(config, dict) else {}
+
+
+def owns_aligned_memory(tensor: Tensor) -> bool:
+    """True when `tensor` is contiguous, starts its own storage, shares it with nothing, and is 16-byte aligned."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and whole and tensor.data_ptr() % ALIGNMENT == 0
+
+
+def fill_module(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    what: str,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    float32_names: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Give every parameter and buffer of `module` its tensor of `tensors`, then freeze it in evaluation mode.
+
+    Args:
+        module: on the meta device; its state-dict names are the names in `tensors`.
+        tensors: may hold more than the module needs. Nothing here is written to; a tensor that is already as it should
+            be (device, dtype, memory of its own) becomes the parameter itself.
+        what: names the file in errors ("the VAE wan_2.1_vae.safetensors").
+        float32_names: parameters that stay float32 whatever `dtype` says.
+
+    Raises CheckpointError naming the first tensors that are missing or of another shape.
+    """
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{what} lacks {len(missing)} of {len(expected)} tensors, {_some(missing)}; "
+            "it is incomplete or another model."
+        )
+    filled = {}
+    for name, blank in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != blank.shape:
+            raise CheckpointError(
+                f"{what} stores {name} as {list(tensor.shape)}, but its other tensors ask for {list(blank.shape)}; "
+                "it is damaged or another model."
+            )
+        filled[name] = _placed(tensor, device, torch.float32 if float32_names(name) else dtype)
+    unused = len(tensors) - len(expected)
+    if unused > 0:
+        log.debug("%s: %d tensors are not needed", what, unused)
+    module.load_state_dict(filled, strict=True, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def _placed(tensor: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype` on `device`: itself when it is so already and owns its memory, otherwise one copy."""
+    if not tensor.is_floating_point():
+        dtype = tensor.dtype
+    device = torch.device(device)
+    same_device = tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    if same_device and tensor.dtype == dtype and owns_aligned_memory(tensor):
+        return tensor.detach()
+    return own_memory(tensor.detach(), device, dtype)
+
+
+def _some(names: list[str]) -> str:
+    return "such as " + ", ".join(names[:3])

@@ -1,0 +1,1 @@
+"""Text encoder, CLIP vision tower and VAE: transformers' and diffusers' modules, filled from public checkpoints."""

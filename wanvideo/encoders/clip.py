@@ -1,0 +1,204 @@
+"""CLIP ViT-H/14's vision tower: what the DiT's image attention sees of the picture.
+
+transformers' CLIPVisionModel without its last block: the features that Wan2.1 uses are those after all blocks but one
+(31 of 32), all tokens, not normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoints.files import read_state_dict
+from ..checkpoints.state_dict import config_override, fill_module, find_prefix, kind_of, layers_of
+from ..errors import CheckpointError, InputError
+
+__all__ = ["IMAGE_MEAN", "IMAGE_STD", "ClipVision", "transformers_names"]
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Statistics of CLIP's training pictures, RGB in [0, 1]."""
+
+_HEADS = {1280: 16, 1664: 16}  # the widths whose heads are not 64 channels: ViT-H, ViT-bigG
+
+_OFFICIAL = {
+    "pre_norm.": "pre_layrnorm.",  # the library's spelling
+    "post_norm.": "post_layernorm.",
+    "patch_embedding.": "embeddings.patch_embedding.",
+}
+_OFFICIAL_LAYER = {
+    "norm1.": "layer_norm1.",
+    "norm2.": "layer_norm2.",
+    "attn.proj.": "self_attn.out_proj.",
+    "mlp.0.": "mlp.fc1.",
+    "mlp.2.": "mlp.fc2.",
+}
+
+
+def transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official tensors (`cls_embedding`, `transformer.N.attn.to_qkv...`) by the names of transformers.
+
+    The fused q|k|v rows become three tensors (views). Tensors that the vision tower does not have are left out.
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "cls_embedding":
+            out["embeddings.class_embedding"] = tensor.reshape(-1)
+        elif name == "pos_embedding":
+            out["embeddings.position_embedding.weight"] = tensor.reshape(tensor.shape[-2:])
+        elif name.startswith("transformer."):
+            _, number, rest = name.split(".", 2)
+            stem = f"encoder.layers.{number}."
+            if rest.startswith("attn.to_qkv."):
+                kind = rest.rpartition(".")[2]
+                for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                    out[f"{stem}self_attn.{part}_proj.{kind}"] = rows
+            else:
+                out[stem + _renamed(rest, _OFFICIAL_LAYER)] = tensor
+        else:
+            out[_renamed(name, _OFFICIAL)] = tensor
+    return out
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def _vision_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The vision tower's tensors in transformers' names without a prefix, from either spelling."""
+    for anchor, official in (("cls_embedding", True), ("embeddings.class_embedding", False)):
+        prefix = find_prefix(state, anchor)
+        if prefix is not None:
+            found = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            return transformers_names(found) if official else found
+    raise CheckpointError(f"{what} is {kind_of(state)}, not a CLIP vision model.")
+
+
+def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Arguments of transformers' CLIPVisionConfig from the shapes, one block less than the file has."""
+    needed = (
+        "embeddings.patch_embedding.weight",
+        "embeddings.position_embedding.weight",
+        "encoder.layers.0.mlp.fc1.weight",
+    )
+    missing = [name for name in needed if name not in state]
+    layers = layers_of(state, "encoder.layers.")
+    if missing or layers < 2:
+        raise CheckpointError(f"{what} is no whole CLIP vision model: it lacks {(missing or ['its blocks'])[0]}.")
+    patch = state["embeddings.patch_embedding.weight"]
+    width, size = int(patch.shape[0]), int(patch.shape[-1])
+    side = round((state["embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
+    heads = int(fields.get("num_attention_heads", _HEADS.get(width, width // 64)))
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"{what} is {width} wide, which {heads} attention heads cannot share.")
+    return {
+        "hidden_size": width,
+        "intermediate_size": int(state["encoder.layers.0.mlp.fc1.weight"].shape[0]),
+        "num_hidden_layers": layers - 1,
+        "num_attention_heads": heads,
+        "image_size": side * size,
+        "patch_size": size,
+        "hidden_act": "gelu",  # exact; the library's default, quick_gelu, is OpenAI's and is wrong here
+        "layer_norm_eps": 1e-5,
+    }
+
+
+class ClipVision:
+    """Pictures to CLIP features. `dtype` and `device` are those of the weights."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> ClipVision:
+        """Read a ViT-H vision tower in official or transformers names. Raises CheckpointError for anything else."""
+        state, fields = read_state_dict(path), config_override(path)
+        return cls.from_state_dict(state, fields, dtype=dtype, device=device, what=f"The CLIP vision file {path}")
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        fields: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        what: str = "The CLIP vision model",
+    ) -> ClipVision:
+        """The same from tensors. `fields` may hold `num_attention_heads`, which shapes do not tell (16 in ViT-H)."""
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        tensors = _vision_tensors(state, what)
+        config = CLIPVisionConfig(**_config(tensors, fields or {}, what))
+        with torch.device("meta"):
+            # 257 tokens once per window: the eager attention asks nothing of memory layout.
+            model = CLIPVisionModel._from_config(config, attn_implementation="eager")
+        # Some releases of the library put the whole tower behind "vision_model.".
+        outer = find_prefix(model.state_dict(), "embeddings.class_embedding") or ""
+        fill_module(model, {outer + k: v for k, v in tensors.items()}, what=what, dtype=dtype, device=device)
+        for module in model.modules():
+            if isinstance(getattr(module, "position_ids", None), Tensor):  # no tensor of the file: made anew
+                count = tensors["embeddings.position_embedding.weight"].shape[0]
+                module.position_ids = torch.arange(count, device=device)[None]
+        return cls(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of the square that the tower sees (224)."""
+        return int(self.model.config.image_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def to(self, device: str | torch.device) -> ClipVision:
+        """Move the weights; returns self."""
+        self.model.to(device)
+        return self
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, 3, image_size, image_size], normalised: bicubic, squeezed, not cropped."""
+        size = (self.image_size, self.image_size)
+        pixels = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False)
+        mean, std = (torch.tensor(values, device=image.device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+        return (pixels * 0.5 + 0.5 - mean) / std
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features [B, tokens, hidden], float32, of preprocessed `pixels` [B, 3, h, w].
+
+        Sizes other than `image_size` (multiples of the patch) get an interpolated position table, as in CLIP.
+        """
+        other_size = tuple(pixels.shape[-2:]) != (self.image_size, self.image_size)
+        output = self.model(pixels.to(self.device, self.dtype), interpolate_pos_encoding=other_size)
+        return output.last_hidden_state.float()
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Features [B, 257, 1280], float32 on the tower's device, of RGB pictures [B, 3, H, W] floats in [-1, 1].
+
+        Raises InputError for another shape.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point() or 0 in image.shape:
+            raise InputError(
+                f"CLIP sees float pictures of shape [batch, 3, height, width]; it got {list(image.shape)} of "
+                f"{image.dtype}."
+            )
+        return self.features(self.preprocess(image.to(self.device)))

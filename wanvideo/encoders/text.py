@@ -1,0 +1,384 @@
+"""The prompt: cleaning, tokens, and the UMT5-XXL encoder of transformers filled from the public checkpoint."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import CheckpointFile, Stored
+from ..checkpoints.state_dict import fill_module, find_prefix, kind_of, layers_of
+from ..errors import CheckpointError, InputError
+
+log = logging.getLogger(__name__)
+
+__all__ = ["MAX_TOKENS", "TextEncoder", "Tokenizer", "clean_prompt", "load_tokenizer", "transformers_names"]
+
+MAX_TOKENS = 512
+"""The DiT's text length, end mark included."""
+
+HUB_TOKENIZER = "google/umt5-xxl"
+
+
+def clean_prompt(text: str) -> str:
+    """The prompt as the public pipeline gives it to the tokenizer: mojibake mended, HTML entities, single spaces."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer(Protocol):
+    """Text to token ids, the end mark last."""
+
+    end: int
+    size: int
+
+    def __call__(self, text: str) -> list[int]: ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (`spiece.model`), the form in which UMT5's vocabulary is published."""
+
+    def __init__(self, content: bytes, what: str) -> None:
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+            self.size = int(self._model.get_piece_size())
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{what} is no SentencePiece model; download it again.") from error
+        self.end = int(self._model.eos_id())
+
+    def __call__(self, text: str) -> list[int]:
+        return [*self._model.encode(text), self.end]
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of the tokenizers library."""
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        if not path.is_file():
+            raise CheckpointError(f"The tokenizer {path} does not exist.")
+        try:
+            self._model = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:
+            raise CheckpointError(f"{path} is no tokenizer.json; download it again.") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        end = self._model.token_to_id("</s>")
+        if end is None:
+            raise CheckpointError(f"{path} has no end mark </s>: it is no UMT5 tokenizer.")
+        self.end = int(end)
+        self.size = int(self._model.get_vocab_size())
+
+    def __call__(self, text: str) -> list[int]:
+        ids = list(self._model.encode(text).ids)
+        return ids if ids and ids[-1] == self.end else [*ids, self.end]
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_BESIDE = ("", "google/umt5-xxl", "umt5-xxl", "tokenizer")
+_HOW = (
+    f"give the folder of {HUB_TOKENIZER}'s tokenizer, its tokenizer.json or spiece.model, or the name {HUB_TOKENIZER} "
+    "to download it"
+)
+
+
+def load_tokenizer(source: str | Path | None, beside: str | Path | None = None) -> Tokenizer:
+    """The tokenizer in `source`: a folder, a tokenizer.json, a spiece.model, or a repository "owner/name" of the hub.
+
+    With None, it is looked for in and beside the folder of the file `beside` (where the public download puts it). The
+    hub is asked only when it is named. Raises CheckpointError saying what to give.
+    """
+    if source is None:
+        folders = [Path(beside).expanduser().parent / name for name in _BESIDE] if beside is not None else []
+        for folder in folders:
+            if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+                return load_tokenizer(folder)
+        where = f"{beside} carries no tokenizer and none lies beside it" if beside is not None else "No tokenizer given"
+        raise CheckpointError(f"{where}: {_HOW}.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (path / name).is_file():
+                return load_tokenizer(path / name)
+        raise CheckpointError(f"The folder {path} holds no tokenizer.json and no spiece.model: {_HOW}.")
+    if path.is_file():
+        if path.suffix == ".json":
+            return JsonTokenizer(path)
+        return SentencePieceTokenizer(path.read_bytes(), f"The tokenizer {path}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".json", ".model"):
+        return load_tokenizer(_from_hub(str(source)))
+    raise CheckpointError(f"The tokenizer {path} does not exist: {_HOW}.")
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    problem: Exception | None = None
+    for name in _TOKENIZER_FILES:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except (OSError, ValueError) as error:  # not found, offline, refused: all are one of these
+            problem = error
+    reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    raise CheckpointError(
+        f"The tokenizer {repository} is not in the local cache and cannot be downloaded ({reason}); "
+        "download its tokenizer.json or spiece.model and give the file."
+    ) from problem
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+_LAYER = {
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+_EMBEDDING = "embed_tokens.weight"
+_OUTER = {"token_embedding.weight": _EMBEDDING, "norm.weight": "final_layer_norm.weight"}
+
+
+def transformers_names(names: Sequence[str]) -> dict[str, str]:
+    """{name in transformers' encoder stack: name in the file}, from official or Hugging Face names, any prefix.
+
+    Empty when the names are of neither kind. Scales and markers of quantised files are left out.
+    """
+    prefix = find_prefix(names, "blocks.0.attn.q.weight")
+    if prefix is not None:
+        return {new: name for name in names if name.startswith(prefix) and (new := _official(name[len(prefix) :]))}
+    prefix = find_prefix(names, "encoder.block.0.layer.0.SelfAttention.q.weight")
+    if prefix is None:
+        return {}
+    stack = prefix + "encoder."
+    renamed = {name[len(stack) :]: name for name in names if name.startswith(stack) and name.endswith(".weight")}
+    if prefix + "shared.weight" in names:
+        renamed[_EMBEDDING] = prefix + "shared.weight"
+    return renamed
+
+
+def _official(name: str) -> str | None:
+    if name in _OUTER:
+        return _OUTER[name]
+    parts = name.split(".", 2)
+    if parts[0] != "blocks" or len(parts) < 3:
+        return None
+    inner, _, kind = parts[2].rpartition(".")
+    return f"block.{parts[1]}.{_LAYER[inner]}.weight" if inner in _LAYER and kind == "weight" else None
+
+
+def _config(shapes: Mapping[str, Stored], what: str) -> dict[str, Any]:
+    """Arguments of transformers' UMT5Config; `shapes` by the names of the encoder stack."""
+    stem = "block.0.layer."
+    needed = (
+        _EMBEDDING,
+        f"{stem}0.SelfAttention.relative_attention_bias.weight",
+        f"{stem}1.DenseReluDense.wi_0.weight",
+    )
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise CheckpointError(f"{what} is no whole UMT5 encoder: it lacks {missing[0]}.")
+    layers = layers_of(shapes, "block.")
+    bias = shapes[needed[1]]
+    if layers > 1 and f"block.{layers - 1}.layer.0.SelfAttention.relative_attention_bias.weight" not in shapes:
+        raise CheckpointError(f"{what} is a T5 encoder, not UMT5 (it has one position table for all layers).")
+    buckets, heads = (int(size) for size in bias.shape)
+    return {
+        "vocab_size": int(shapes[_EMBEDDING].shape[0]),
+        "d_model": int(shapes[_EMBEDDING].shape[1]),
+        "d_kv": int(shapes[f"{stem}0.SelfAttention.q.weight"].shape[0]) // heads,
+        "d_ff": int(shapes[needed[2]].shape[0]),
+        "num_layers": layers,
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    }
+
+
+class _Dequantised(Mapping[str, Tensor]):
+    """The encoder's tensors, read when asked for and multiplied by their scale where the file has one."""
+
+    def __init__(
+        self, names: Mapping[str, str], stored: Sequence[str], read: Callable[[str], Stored], what: str
+    ) -> None:
+        self._names, self._stored, self._read, self._what = names, set(stored), read, what
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._names[name]
+        weight = self._read(source)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            stored = weight.dtype if isinstance(weight, Tensor) else "GGUF blocks"
+            raise CheckpointError(
+                f"{self._what} stores {source} as {stored}, a quantisation that is not read for text encoders; "
+                "use the fp8, bf16 or fp16 file."
+            )
+        stem = source.removesuffix(".weight")
+        for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
+            if scale_name in self._stored:
+                scale = self._read(scale_name)
+                assert isinstance(scale, Tensor)
+                scale = scale.float()
+                # One scale for all, or one per row.
+                return weight.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class TextEncoder:
+    """Prompts to UMT5 features. `dtype` and `device` are those of the weights."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer | None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+    ) -> TextEncoder:
+        """Read an UMT5 encoder in official or Hugging Face names: bf16, fp16, float32, fp8 or scaled fp8.
+
+        `tokenizer` as in `load_tokenizer`; with None the one that the file carries (`spiece_model`) is used, else one
+        that lies beside it. Raises CheckpointError for other files and where no tokenizer is found.
+        """
+        what = f"The text encoder {path}"
+        with CheckpointFile(path) as file:
+            words: Tokenizer
+            if tokenizer is None and "spiece_model" in file.shapes:
+                words = _embedded(file.read("spiece_model"), what)
+            else:
+                words = load_tokenizer(tokenizer, beside=path)
+            return cls._build(file.shapes, file.read, words, dtype, device, what)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        what: str = "The text encoder",
+    ) -> TextEncoder:
+        """The same from tensors. Without a tokenizer only `encode_ids` works."""
+        if tokenizer is None and "spiece_model" in state:
+            tokenizer = _embedded(state["spiece_model"], what)
+        return cls._build(state, state.__getitem__, tokenizer, dtype, device, what)
+
+    @classmethod
+    def _build(
+        cls,
+        shapes: Mapping[str, Stored],
+        read: Callable[[str], Stored],
+        tokenizer: Tokenizer | None,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        what: str,
+    ) -> TextEncoder:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"The text encoder computes in float32, bfloat16 or float16, not {dtype}.")
+        names = transformers_names(list(shapes))
+        if not names:
+            raise CheckpointError(f"{what} is {kind_of(shapes)}, not an UMT5 text encoder.")
+        config = _config({new: shapes[name] for new, name in names.items()}, what)
+        if tokenizer is not None and tokenizer.size > config["vocab_size"]:
+            raise CheckpointError(
+                f"{what} knows {config['vocab_size']} tokens, but its tokenizer has {tokenizer.size}: "
+                "they do not belong together."
+            )
+        with torch.device("meta"):
+            # 512 tokens once per prompt: the eager attention asks nothing of memory layout.
+            model = UMT5EncoderModel._from_config(UMT5Config(**config), attn_implementation="eager")
+        model.shared = model.encoder.embed_tokens  # one table, filled once, whatever the release calls it
+        fill_module(
+            model.encoder,
+            _Dequantised(names, list(shapes), read, what),
+            what=what,
+            dtype=dtype,
+            device=device,
+            # Its activations pass what float16 holds.
+            float32_names=lambda name: dtype == torch.float16 and name.endswith("DenseReluDense.wo.weight"),
+        )
+        model.eval()
+        return cls(model, tokenizer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.shared.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.shared.weight.device
+
+    @property
+    def dim(self) -> int:
+        """Width of a text feature (4096)."""
+        return int(self.model.config.d_model)
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """Move the weights; returns self."""
+        self.model.to(device)
+        return self
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of the cleaned prompt, at most MAX_TOKENS, the end mark last."""
+        if self.tokenizer is None:
+            raise InputError("This text encoder was made without a tokenizer; give one to turn words into tokens.")
+        ids = self.tokenizer(clean_prompt(prompt))
+        if len(ids) > MAX_TOKENS:
+            log.warning("The prompt has %d tokens; the last %d are left out", len(ids), len(ids) - MAX_TOKENS)
+            ids = [*ids[: MAX_TOKENS - 1], self.tokenizer.end]
+        return ids
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """For each prompt its features [tokens, dim], float32 on the encoder's device, without padding rows."""
+        if isinstance(prompts, str):
+            raise InputError("Give a list of prompts, not one string.")
+        if not prompts:
+            return []
+        tokens = [self.tokenize(prompt) for prompt in prompts]
+        longest = max(len(ids) for ids in tokens)
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in tokens])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in tokens])
+        return self.encode_ids(padded, mask)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """The same for token ids [B, n] with `mask` [B, n], 1 for a token and 0 for padding behind it."""
+        output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        return [row[:length].float() for row, length in zip(output, mask.sum(1).tolist(), strict=True)]
+
+
+def _embedded(content: Tensor, what: str) -> Tokenizer:
+    return SentencePieceTokenizer(content.cpu().numpy().tobytes(), f"The tokenizer inside {what[0].lower()}{what[1:]}")

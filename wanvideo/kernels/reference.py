@@ -1,0 +1,82 @@
+"""The reference of our elementwise and linear kernels: the same arguments and results in eager PyTorch.
+
+All compute in float32, round once to the dtype of their first argument, and write to none of their arguments. They run
+where a kernel cannot, in a compiled graph (which fuses them itself) and under autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .rope import Rotation, rotate
+
+__all__ = [
+    "affine_norm",
+    "gated_residual",
+    "modulated_norm",
+    "qk_norm_rope",
+    "quantize_rows",
+    "rms_norm",
+    "scale_or_default",
+    "scale_product",
+]
+
+
+def scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
+    """The softmax scale that a call asks for: its own, or head_dim ** -0.5 (arXiv 1706.03762, section 3.2.1)."""
+    return head_dim**-0.5 if softmax_scale is None else softmax_scale
+
+
+def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+
+def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def _rms_norm_float(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _rms_norm_float(x, weight, eps).to(x.dtype)
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotation: Rotation,
+    num_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        heads = _rms_norm_float(x, weight, eps).unflatten(-1, (num_heads, -1))
+        return rotate(heads, rotation).to(x.dtype)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(x, branch, gate).to(x.dtype)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    largest_value = torch.finfo(torch.float8_e4m3fn).max
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
+    # The lower bound keeps a row of zeros from dividing by zero; clamp_min passes NaN on.
+    scale = (largest / largest_value).clamp_min(torch.finfo(torch.float32).tiny)
+    values = (x / scale).clamp(-largest_value, largest_value)
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def scale_product(
+    product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    product = product * (rows * columns)
+    return (product if bias is None else product + bias.float()).to(dtype)

@@ -1,0 +1,1 @@
+"""Linear layers with weights stored in low precision."""

@@ -1,0 +1,1 @@
+"""Where weights lie, how blocks are compiled, how calls are timed."""

@@ -1,0 +1,105 @@
+"""torch.compile for a model: its transformer blocks one by one (one graph serves all of them), or all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .offload import BlockSwap
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """How to compile.
+
+    Attributes:
+        backend, fullgraph, dynamic: arguments of `torch.compile`.
+        mode: the same; "default" for none.
+        blocks_only: compile each of `model.blocks`, else the whole forward.
+        variants: how many compiled variants of one function are kept before torch gives up on it.
+        static_parameter_shapes: treat shapes of weights as fixed also when `dynamic`.
+    """
+
+    backend: str = "inductor"
+    fullgraph: bool = False
+    mode: str = "default"
+    dynamic: bool = False
+    blocks_only: bool = True
+    variants: int = 64
+    static_parameter_shapes: bool = False
+
+
+def compile_model(model: nn.Module, settings: CompileSettings) -> None:
+    """Make `model` run compiled; the first call of each shape compiles. Hooks stay outside of what is compiled.
+
+    Raises InputError for a model without blocks where only blocks are to be compiled.
+    """
+    undo_compile(model)
+    for module in _targets(model, settings):
+        compiled = torch.compile(
+            module.forward,
+            backend=settings.backend,
+            fullgraph=settings.fullgraph,
+            dynamic=settings.dynamic,
+            mode=None if settings.mode == "default" or settings.backend != "inductor" else settings.mode,
+        )
+        # On the instance, so that `model(...)` still runs hooks (block swap) before it enters the compiled code.
+        module.__dict__["forward"] = compiled
+
+
+def check_with_block_swap(settings: CompileSettings | None, swap: BlockSwap | None) -> None:
+    """Raise InputError where compiled code would not see that swapped weights change their place."""
+    if settings is None or swap is None or swap == BlockSwap():
+        return
+    if not settings.blocks_only:
+        raise InputError("Block swap goes with compiled blocks only: turn compile_transformer_blocks_only on.")
+    if settings.backend == "cudagraphs" or settings.mode in ("reduce-overhead", "max-autotune"):
+        raise InputError(
+            "CUDA graphs remember where weights lie, and block swap moves them: choose backend inductor with mode "
+            "default or max-autotune-no-cudagraphs, or no block swap."
+        )
+
+
+def undo_compile(model: nn.Module) -> None:
+    """Make `model` run uncompiled again."""
+    for module in (model, *_blocks(model)):
+        module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def compile_limits(settings: CompileSettings | None) -> Iterator[None]:
+    """torch's settings for the time in which a compiled model runs."""
+    if settings is None:
+        yield
+        return
+    import torch._dynamo.config as config
+
+    wanted = {
+        # The name since torch 2.6, and the one before.
+        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit": settings.variants,
+        "force_parameter_static_shapes": settings.static_parameter_shapes or not settings.dynamic,
+    }
+    with torch._dynamo.config.patch(wanted):
+        yield
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    blocks: Any = getattr(model, "blocks", [])
+    return list(blocks)
+
+
+def _targets(model: nn.Module, settings: CompileSettings) -> list[nn.Module]:
+    if not settings.blocks_only:
+        return [model]
+    blocks = _blocks(model)
+    if not blocks:
+        raise InputError(
+            f"{type(model).__name__} has no transformer blocks to compile: turn compile_transformer_blocks_only off."
+        )
+    return blocks
