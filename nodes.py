@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import ComfyExtension
-
-from .comfy_nodes import audio, comfyui, kernels, latents, loaders, options, picture, sampler, text
+from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, options, sampler, text
 
 comfyui.register_folders()
 
@@ -33,10 +31,10 @@ NODES: list[Any] = [
     audio.MultiTalkWav2VecEmbeds,
     audio.MultiTalkSilentEmbeds,
     audio.NormalizeAudioLoudness,
-    picture.WanVideoClipVisionEncode,
-    picture.WanVideoImageToVideoMultiTalk,
-    picture.WanVideoImageToVideoEncode,
-    picture.WanVideoEmptyEmbeds,
+    images.WanVideoClipVisionEncode,
+    images.WanVideoImageToVideoMultiTalk,
+    images.WanVideoImageToVideoEncode,
+    images.WanVideoEmptyEmbeds,
     latents.WanVideoEncode,
     latents.WanVideoDecode,
     latents.WanVideoPassImagesFromSamples,
@@ -44,7 +42,7 @@ NODES: list[Any] = [
 ]
 
 
-class InfiniteTalkExtension(ComfyExtension):
+class InfiniteTalkExtension(comfyui.ComfyExtension):
     async def get_node_list(self) -> list[Any]:
         return NODES
 

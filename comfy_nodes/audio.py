@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
 
+from .comfyui import io
 from .models import SpeechModel, normalized_audio
 from .schema import SpeechEmbedsType, Wav2VecType, node_schema
 from .types import SpeechEmbeds

@@ -1,11 +1,12 @@
-"""All that this pack asks of ComfyUI: model folders, memory management, progress, previews, interruption.
+"""All that this pack asks of ComfyUI: node schemas, model folders, memory management, progress, previews, interruption.
 
-Nothing else here imports ComfyUI, except the node schemas (`comfy_api`). What differs between ComfyUI versions is
-detected by asking for the feature, never by comparing version numbers.
+No other file imports ComfyUI. What differs between its versions is detected by asking for the feature, never by
+comparing version numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -18,12 +19,32 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import ComfyExtension as ComfyExtension
+from comfy_api.latest import io as io
 from torch import Tensor, nn
 
 from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 
 log = logging.getLogger(__name__)
+
+# --- node schemas ------------------------------------------------------------------------------------------------
+
+
+def make_schema(newer: dict[str, Any], **fields: Any) -> Any:
+    """An io.Schema of `fields`, and of those in `newer` that this ComfyUI knows."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**fields, **{name: value for name, value in newer.items() if name in known})
+
+
+def advanced(widget: Any) -> Any:
+    """Mark a widget as advanced: an attribute in newer ComfyUI, an entry of its options before."""
+    if hasattr(widget, "advanced"):
+        widget.advanced = True
+    else:
+        widget.extra_dict["advanced"] = True
+    return widget
+
 
 # --- model folders -----------------------------------------------------------------------------------------------
 

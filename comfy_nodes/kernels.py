@@ -5,10 +5,9 @@ from __future__ import annotations
 import io as text_io
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..pipeline.attention_policy import POLICIES
 from . import comfyui
+from .comfyui import io
 from .models import VideoModel
 from .schema import WanModelType, node_schema
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
 
 from ..wanvideo.errors import InputError
+from .comfyui import advanced, io
 from .conversion import decode_latent, encode_frames, frames_of
 from .models import VaeModel
-from .schema import WanVaeType, advanced, node_schema
+from .schema import WanVaeType, node_schema
 
 
 def _tile(input_id: str, default: int, least: int, most: int, step: int, tooltip: str) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..fp8_optimization import QUANTIZATIONS
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import comfyui
+from .comfyui import io
 from .models import SpeechModel, TextModel, VaeModel, VideoModel, VisionModel
 from .schema import (
     AdapterType,
@@ -24,7 +23,7 @@ from .schema import (
     Wav2VecType,
     foreign,
     node_schema,
-    refuse_foreign,
+    reject_foreign,
 )
 from .types import Adapter
 
@@ -132,7 +131,7 @@ class WanVideoModelLoader(io.ComfyNode):
         rms_norm_function: str = "default",
         **foreign_sockets: Any,
     ) -> Any:
-        refuse_foreign(cls, foreign_sockets)
+        reject_foreign(cls, foreign_sockets)
         loaded = VideoModel.load(
             comfyui.model_path("dit", model),
             adapter=multitalk_model,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..pipeline.single_window import cfg_schedule
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import comfyui
-from .schema import BlockSwapType, CompileType, LoraType, WanModelType, foreign, node_schema, refuse_foreign
+from .comfyui import io
+from .schema import BlockSwapType, CompileType, LoraType, WanModelType, foreign, node_schema, reject_foreign
 
 MULTI_LORA_SLOTS = range(5)
 
@@ -62,7 +61,7 @@ class WanVideoLoraSelect(io.ComfyNode):
         merge_loras: bool = True,
         **foreign_sockets: Any,
     ) -> Any:
-        refuse_foreign(cls, foreign_sockets)
+        reject_foreign(cls, foreign_sockets)
         chosen = LoraSpec(comfyui.model_path("loras", lora), float(strength), merge_loras)
         return io.NodeOutput((*(prev_lora or ()), chosen))
 
@@ -118,7 +117,7 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
         merge_loras: bool = True,
         **foreign_sockets: Any,
     ) -> Any:
-        refuse_foreign(cls, foreign_sockets)
+        reject_foreign(cls, foreign_sockets)
         names = (lora_0, lora_1, lora_2, lora_3, lora_4)
         strengths = (strength_0, strength_1, strength_2, strength_3, strength_4)
         chosen = [

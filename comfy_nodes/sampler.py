@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
 
+from .comfyui import io
 from .models import VideoModel
 from .sampling import SamplerSettings, sample
 from .schema import (
@@ -16,7 +16,7 @@ from .schema import (
     WanModelType,
     foreign,
     node_schema,
-    refuse_foreign,
+    reject_foreign,
 )
 from .types import LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
@@ -206,7 +206,7 @@ class WanVideoSampler(io.ComfyNode):
         add_noise_to_samples: bool = False,
         **foreign_sockets: Any,
     ) -> Any:
-        refuse_foreign(cls, foreign_sockets)
+        reject_foreign(cls, foreign_sockets)
         settings = SamplerSettings(
             steps=steps,
             cfg=cfg,

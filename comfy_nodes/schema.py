@@ -1,13 +1,11 @@
-"""What all node schemas share: the types on the wires, and how a schema is built on older and newer ComfyUI alike."""
+"""What all node schemas share: the types on the wires, the category, and the sockets that only saved workflows need."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..wanvideo.errors import InputError
+from .comfyui import io, make_schema
 
 CATEGORY = "WanVideo InfiniteTalk"
 
@@ -50,11 +48,11 @@ FOREIGN = {
 
 
 def foreign(type_name: str, input_id: str, tooltip: str) -> Any:
-    """An optional socket of a type in `FOREIGN`: there for the workflow's sake, refused by `refuse_foreign`."""
+    """An optional socket of a type in `FOREIGN`: there for the workflow's sake, refused by `reject_foreign`."""
     return io.Custom(type_name).Input(input_id, optional=True, tooltip=tooltip)
 
 
-def refuse_foreign(node: Any, sockets: dict[str, Any]) -> None:
+def reject_foreign(node: Any, sockets: dict[str, Any]) -> None:
     """Raise InputError for the first socket of a foreign type that something is connected to.
 
     `sockets` are the keyword arguments that `node.execute` has no name for; each must be a foreign socket of it.
@@ -69,15 +67,6 @@ def refuse_foreign(node: Any, sockets: dict[str, Any]) -> None:
             )
 
 
-def advanced(widget: Any) -> Any:
-    """Mark a widget as advanced: an attribute in newer ComfyUI, an entry of its options before."""
-    if hasattr(widget, "advanced"):
-        widget.advanced = True
-    else:
-        widget.extra_dict["advanced"] = True
-    return widget
-
-
 def node_schema(
     node_id: str,
     display_name: str,
@@ -90,10 +79,9 @@ def node_schema(
     hidden: list[Any] | None = None,
     output_node: bool = False,
 ) -> Any:
-    """An io.Schema in the category of this pack; search aliases only where this ComfyUI knows them."""
-    optional_fields: dict[str, Any] = {"search_aliases": aliases}
-    known = {field.name for field in dataclasses.fields(io.Schema)}
-    return io.Schema(
+    """An io.Schema in the category of this pack."""
+    return make_schema(
+        {"search_aliases": aliases},
         node_id=node_id,
         display_name=display_name,
         category=f"{CATEGORY}/{group}",
@@ -102,5 +90,4 @@ def node_schema(
         outputs=outputs,
         hidden=hidden or [],
         is_output_node=output_node,
-        **{name: value for name, value in optional_fields.items() if name in known},
     )

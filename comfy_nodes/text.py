@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
-
 from . import comfyui
+from .comfyui import io
 from .models import TextModel
-from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, refuse_foreign
+from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, reject_foreign
 from .types import TextEmbeds
 
 _POSITIVE_TIP = "What the video shows."
@@ -126,7 +125,7 @@ class WanVideoTextEncodeCached(io.ComfyNode):
         device: str,
         **foreign_sockets: Any,
     ) -> Any:
-        refuse_foreign(cls, foreign_sockets)
+        reject_foreign(cls, foreign_sockets)
         embeds = TextModel.encode_once(
             comfyui.model_path("text_encoder", model_name),
             precision,

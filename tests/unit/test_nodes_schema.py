@@ -90,20 +90,20 @@ def test_all_of_our_schedulers_can_be_chosen(host: Host) -> None:
 
 
 def test_a_foreign_socket_is_refused_when_connected(host: Host) -> None:
-    from wanvideo_infinitetalk.comfy_nodes.schema import FOREIGN, refuse_foreign
+    from wanvideo_infinitetalk.comfy_nodes.schema import FOREIGN, reject_foreign
     from wanvideo_infinitetalk.wanvideo.errors import InputError
 
     refused = 0
     for node in host.nodes.values():
         for socket in node.GET_SCHEMA().inputs:
             if socket.get_io_type() in FOREIGN:
-                refuse_foreign(node, {socket.id: None})
+                reject_foreign(node, {socket.id: None})
                 with pytest.raises(InputError, match=f"disconnect {socket.id}"):
-                    refuse_foreign(node, {socket.id: object()})
+                    reject_foreign(node, {socket.id: object()})
                 refused += 1
     assert refused == len([i for n in PUBLIC.values() for i in n["inputs"].values() if i["type"] in FOREIGN])
     with pytest.raises(TypeError, match="has no input 'nonsense'"):
-        refuse_foreign(host.nodes["WanVideoSampler"], {"nonsense": 1})
+        reject_foreign(host.nodes["WanVideoSampler"], {"nonsense": 1})
 
 
 def test_a_widget_that_an_older_file_lacks_has_its_default(host: Host) -> None:

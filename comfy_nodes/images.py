@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
 
 from ..pipeline.windows import plan_windows
 from ..wanvideo.errors import InputError
+from .comfyui import advanced, io
 from .conversion import keyframe_window
 from .models import VaeModel, clip_embeds_of
-from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, advanced, foreign, node_schema, refuse_foreign
+from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, foreign, node_schema, reject_foreign
 from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow
 
 COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
@@ -262,7 +262,7 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
     def execute(
         cls, width: int, height: int, num_frames: int, control_embeds: Any = None, extra_latents: Any = None
     ) -> Any:
-        _refuse_control(control_embeds, extra_latents)
+        _reject_control(control_embeds, extra_latents)
         return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, (num_frames - 1) // 4 * 4 + 1))
 
 
@@ -378,8 +378,8 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
         empty_frame_pad_image: torch.Tensor | None = None,
         **foreign_sockets: Any,
     ) -> Any:
-        refuse_foreign(cls, foreign_sockets)
-        _refuse_control(control_embeds, extra_latents)
+        reject_foreign(cls, foreign_sockets)
+        _reject_control(control_embeds, extra_latents)
         window = keyframe_window(
             vae,
             width // 16 * 16,
@@ -402,7 +402,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
         return io.NodeOutput(window)
 
 
-def _refuse_control(control_embeds: Any, extra_latents: Any) -> None:
+def _reject_control(control_embeds: Any, extra_latents: Any) -> None:
     for name, value in (("control_embeds", control_embeds), ("extra_latents", extra_latents)):
         if value is not None:
             raise InputError(f"{name} is for control and reference models: not part of this pack, disconnect {name}.")
