@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -442,3 +443,15 @@ def test_kernels_are_reached_through_the_door_only() -> None:
             continue
         if not any(folder in path.parents for folder in allowed):
             assert not names.search(path.read_text()), path
+
+
+def test_a_stride_of_0_is_a_reason_where_the_kernel_misreads_it() -> None:
+    """K and V of one batch for all: every address and stride is aligned, so that nothing else rejects them."""
+    q, k, v = qkv(keys=16)
+    shared = (q, k[:1].expand(k.shape), v[:1].expand(v.shape))
+    contract = lookup("sdpa").contract
+    assert not_supported_reasons(contract, *shared) == []
+    strict = dataclasses.replace(contract, expanded=False)
+    assert not_supported_reasons(strict, *shared) == [f"{x}: it is expanded with a stride of 0" for x in ("k", "v")]
+    assert not_supported_reasons(strict, q, k, v) == []
+    assert not_supported_reasons(strict, *shared, layout=False) == []  # the guard repairs it

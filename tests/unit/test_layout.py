@@ -183,3 +183,9 @@ def test_even_strides_change_no_address_and_copy_nothing() -> None:
     assert torch.equal(even, x)
     plain = torch.randn(2, 17, 4, 64)
     assert even_strides(plain) is plain
+
+
+def test_the_last_element_lies_below_the_largest_extent() -> None:
+    x = torch.zeros(4, 8)  # its last element lies 31 elements from its first
+    assert layout_violations(x, max_extent=32) == []
+    assert layout_violations(x, max_extent=31) == ["its last element lies 31 elements from its first, beyond 30"]
