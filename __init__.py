@@ -1,4 +1,4 @@
-"""InfiniteTalk on Wan2.1: a picture and a recording of speech become a talking video.
+"""InfiniteTalk on Wan2.1: an image of a person and a recording of speech become a talking video.
 
 The repository root is this package (`wanvideo_infinitetalk`) when installed, and a ComfyUI custom node pack when it
 lies in `custom_nodes`. Importing it outside ComfyUI loads nothing heavy.

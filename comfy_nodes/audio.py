@@ -51,7 +51,7 @@ class MultiTalkWav2VecEmbeds(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How strongly speech moves the picture; 0 leaves it out.",
+                    tooltip="How strongly speech moves the mouth and face; 0 leaves it out.",
                 ),
                 io.Float.Input(
                     "audio_cfg_scale",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # --- node schemas ------------------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ FOLDERS = {
 
 
 def register_folders() -> None:
-    """Tell ComfyUI of the folders that it lacks: models/wav2vec2, and GGUF files among the diffusion models."""
+    """Register the folders that ComfyUI lacks: models/wav2vec2, and GGUF files among the diffusion models."""
     known = folder_paths.folder_names_and_paths
     if "wav2vec2" not in known:
         wav2vec = os.path.join(folder_paths.models_dir, "wav2vec2")
@@ -101,7 +101,7 @@ def hub_folder(repo_id: str) -> Path:
     target = models / "wav2vec2" / name
     from huggingface_hub import snapshot_download
 
-    log.info("downloading %s to %s", repo_id, target)
+    logger.info("downloading %s to %s", repo_id, target)
     try:
         snapshot_download(repo_id, local_dir=str(target), ignore_patterns=["*.msgpack", "*.h5", "*.onnx"])
     except (OSError, ValueError) as error:
@@ -204,7 +204,7 @@ class Resident:
         return self.offloader.device
 
     def load(self, working_bytes: int = 0) -> None:
-        """Bring it to its device, with `working_bytes` beside it; others are unloaded as needed."""
+        """Bring it to its device, with `working_bytes` free for its work; others are unloaded as needed."""
         management.load_models_gpu([self._patcher], memory_required=working_bytes)
 
     def unload(self) -> None:

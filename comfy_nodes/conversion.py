@@ -39,7 +39,7 @@ def to_images(video: Tensor) -> Tensor:
 
 
 def covered(images: Tensor | None, height: int, width: int) -> Tensor | None:
-    """IMAGE [N, h, w, 3] resized to cover the size, the centre cut out: [N, 3, height, width] in [-1, 1]."""
+    """IMAGE [N, h, w, 3] resized to cover the size, the center cut out: [N, 3, height, width] in [-1, 1]."""
     if images is None:
         return None
     pixels = images[..., :3].float().movedim(-1, 1) * 2 - 1
@@ -85,7 +85,7 @@ def decode_latent(vae: VaeModel, samples: dict[str, Any], tiles: Tiles | None, n
 def frames_of(samples: dict[str, Any]) -> tuple[Tensor, str]:
     """(IMAGE, path) of a long video that the sampler has decoded."""
     if samples.get("video") is None:
-        raise InputError("These samples hold no pictures, only latents: use WanVideo Decode instead.")
+        raise InputError("These samples hold no images, only latents: use WanVideo Decode instead.")
     return samples["video"], str(samples.get("output_path", ""))
 
 
@@ -107,9 +107,9 @@ def keyframe_window(
     tiled: bool,
     clip: ClipEmbeds | None,
 ) -> OneWindow:
-    """A window that starts or ends with pictures."""
+    """A window that starts or ends with given images, encoded as the condition."""
     if vae is None:
-        raise InputError("Pictures are encoded by the VAE: connect vae.")
+        raise InputError("Images are encoded by the VAE: connect vae.")
     if end is not None and not end_is_last_frame:
         raise InputError("end_image as a frame behind the video is not part of this pack: turn fun_or_fl2v_model on.")
     keys = Keyframes(

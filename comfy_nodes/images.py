@@ -1,4 +1,4 @@
-"""Pictures: what the video starts from, as the sampler wants it."""
+"""Images: what the video starts from, as the sampler takes it."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ class WanVideoClipVisionEncode(io.ComfyNode):
         return node_schema(
             "WanVideoClipVisionEncode",
             "WanVideo ClipVision Encode",
-            "Describe one or two pictures with CLIP vision, for I2V models.",
-            group="picture",
+            "Describe one or two images with CLIP vision, for I2V models.",
+            group="image",
             aliases=["clip vision encode", "image embeds", "CLIP 视觉编码"],
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision or InfiniteTalk CLIP Vision Loader."),
-                io.Image.Input("image_1", tooltip="The picture."),
+                io.Image.Input("image_1", tooltip="The image."),
                 io.Float.Input(
-                    "strength_1", default=1.0, min=0.0, max=10.0, step=0.001, tooltip="Factor on the first picture."
+                    "strength_1", default=1.0, min=0.0, max=10.0, step=0.001, tooltip="Factor on the first image."
                 ),
                 io.Float.Input(
-                    "strength_2", default=1.0, min=0.0, max=10.0, step=0.001, tooltip="Factor on the second picture."
+                    "strength_2", default=1.0, min=0.0, max=10.0, step=0.001, tooltip="Factor on the second image."
                 ),
                 io.Combo.Input(
                     "crop",
                     options=["center", "disabled"],
                     default="center",
-                    tooltip="center: the middle square of the picture. disabled: the whole picture, squeezed.",
+                    tooltip="center: the middle square of the image. disabled: the whole image, squeezed.",
                 ),
                 io.Combo.Input(
                     "combine_embeds",
                     options=["average", "sum", "concat", "batch"],
                     default="average",
-                    tooltip="How several pictures become one description.",
+                    tooltip="How several images become one description.",
                 ),
                 io.Boolean.Input(
                     "force_offload", default=True, tooltip="Move the CLIP model to host memory when it is done."
                 ),
-                io.Image.Input("image_2", optional=True, tooltip="A second picture to combine with the first."),
+                io.Image.Input("image_2", optional=True, tooltip="A second image to combine with the first."),
                 io.Image.Input(
-                    "negative_image", optional=True, tooltip="A picture to move away from; needs cfg above 1."
+                    "negative_image", optional=True, tooltip="An image to move away from; needs cfg above 1."
                 ),
                 io.Int.Input(
                     "tiles",
@@ -72,7 +72,7 @@ class WanVideoClipVisionEncode(io.ComfyNode):
                     max=16,
                     step=2,
                     optional=True,
-                    tooltip="Also look at this many tiles of the picture; 0 looks at the whole only.",
+                    tooltip="Also look at this many tiles of the image; 0 looks at the whole only.",
                 ),
                 io.Float.Input(
                     "ratio",
@@ -81,7 +81,7 @@ class WanVideoClipVisionEncode(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Share of the tiles in the result; 0 is the whole picture alone.",
+                    tooltip="Share of the tiles in the result; 0 is the whole image alone.",
                 ),
             ],
             outputs=[
@@ -125,8 +125,8 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
         return node_schema(
             "WanVideoImageToVideoMultiTalk",
             "WanVideo Long I2V Multi/InfiniteTalk",
-            "A talking video of any length from a picture (or a source video), made in windows that follow each other.",
-            group="picture",
+            "A talking video of any length from an image (or a source video), made in windows that follow each other.",
+            group="image",
             aliases=["infinitetalk", "multitalk", "long video", "talking head", "数字人", "长视频"],
             inputs=[
                 WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader; it encodes and decodes every window."),
@@ -158,13 +158,13 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
                     "colormatch",
                     options=COLOR_MATCHES,
                     default="disabled",
-                    tooltip="Keep the colours of the picture through a long video. reinhard is the method here; "
-                    "the others are answered with a message.",
+                    tooltip="Keep the colors of the image through a long video. reinhard is the method here; "
+                    "the others end in a message.",
                 ),
                 io.Image.Input(
                     "start_image",
                     optional=True,
-                    tooltip="The picture, or all frames of a source video (dubbing). Resized and cut to the size.",
+                    tooltip="The image, or all frames of a source video (dubbing). Resized and cut to the size.",
                 ),
                 io.Boolean.Input(
                     "tiled_vae", default=False, optional=True, tooltip="Encode and decode in tiles: slower, needs less."
@@ -176,7 +176,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="auto goes by the name of the adapter file. infinitetalk anchors every window to the "
-                    "picture, multitalk to the last frame of the window before.",
+                    "image, multitalk to the last frame of the window before.",
                 ),
                 io.String.Input(
                     "output_path",
@@ -234,8 +234,8 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
         return node_schema(
             "WanVideoEmptyEmbeds",
             "WanVideo Empty Embeds",
-            "Size and length of a video that starts from no picture (text to video).",
-            group="picture",
+            "Size and length of a video that starts from no image (text to video).",
+            group="image",
             aliases=["t2v", "text to video", "empty latent", "文生视频"],
             inputs=[
                 _size("width", 832, 8096),
@@ -272,8 +272,8 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
         return node_schema(
             "WanVideoImageToVideoEncode",
             "WanVideo ImageToVideo Encode",
-            "One window of video that starts from a picture, ends in a picture, or both.",
-            group="picture",
+            "One window of video that starts from an image, ends in an image, or both.",
+            group="image",
             aliases=["i2v", "image to video", "start end frame", "图生视频", "首尾帧"],
             inputs=[
                 _size("width", 832, 8096),
@@ -292,7 +292,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.001,
-                    tooltip="Noise added to the pictures: more motion, less likeness.",
+                    tooltip="Noise added to the images: more motion, less likeness.",
                 ),
                 io.Float.Input(
                     "start_latent_strength",
@@ -300,7 +300,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.001,
-                    tooltip="Factor on the latents of the first picture; below 1 gives more motion.",
+                    tooltip="Factor on the latents of the first image; below 1 gives more motion.",
                 ),
                 io.Float.Input(
                     "end_latent_strength",
@@ -308,10 +308,10 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.001,
-                    tooltip="Factor on the latents of the last picture.",
+                    tooltip="Factor on the latents of the last image.",
                 ),
                 io.Boolean.Input("force_offload", default=True, tooltip="Move the VAE to host memory when it is done."),
-                WanVaeType.Input("vae", optional=True, tooltip="From WanVideo VAE Loader; needed where a picture is."),
+                WanVaeType.Input("vae", optional=True, tooltip="From WanVideo VAE Loader; needed where an image is."),
                 ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From WanVideo ClipVision Encode."),
                 io.Image.Input("start_image", optional=True, tooltip="The first frame, or several first frames."),
                 io.Image.Input("end_image", optional=True, tooltip="The last frame."),
@@ -322,7 +322,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     "fun_or_fl2v_model",
                     default=True,
                     optional=True,
-                    tooltip="On for first-last-frame models: the last picture counts as the last frame. "
+                    tooltip="On for first-last-frame models: the last image counts as the last frame. "
                     "Off: it gets a latent frame of its own behind the video, as plain I2V models want it.",
                 ),
                 io.Mask.Input(
@@ -344,12 +344,12 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Noise in the frames that no picture fills: more motion.",
+                    tooltip="Noise in the frames that no image fills: more motion.",
                 ),
                 io.Image.Input(
                     "empty_frame_pad_image",
                     optional=True,
-                    tooltip="What the frames that no picture fills are filled with; grey without it.",
+                    tooltip="What the frames that no image fills are filled with; gray without it.",
                 ),
             ],
             outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler.")],

@@ -47,7 +47,7 @@ class WanVideoAttentionDoctor(io.ComfyNode):
         return node_schema(
             "WanVideoAttentionDoctor",
             "WanVideo Attention Doctor",
-            "Try every attention mode and quantization on this machine: what serves, how exact, how fast, and what to "
+            "Try every attention mode and quantization on this machine: what runs, how exact, how fast, and what to "
             "install for better. Connect the report to Preview Any.",
             group="options",
             aliases=["doctor", "diagnose", "sageattention test", "misaligned address", "诊断"],

@@ -86,7 +86,7 @@ class WanVideoDecode(io.ComfyNode):
         return node_schema(
             "WanVideoDecode",
             "WanVideo Decode",
-            "Decode latents into pictures. Videos made in windows come decoded already and pass through. "
+            "Decode latents into images. Videos made in windows come decoded already and pass through. "
             "When GPU memory runs out it tries again in tiles and says so.",
             group="latents",
             aliases=["vae decode", "VAE 解码"],
@@ -105,7 +105,7 @@ class WanVideoDecode(io.ComfyNode):
                         "normalization",
                         options=["default", "minmax", "none"],
                         optional=True,
-                        tooltip="How decoded values become colours. default: -1 to 1 becomes 0 to 1. minmax: the least "
+                        tooltip="How decoded values become colors. default: -1 to 1 becomes 0 to 1. minmax: the least "
                         "becomes 0 and the most 1. none: values as they are.",
                     )
                 ),
@@ -135,7 +135,7 @@ class WanVideoPassImagesFromSamples(io.ComfyNode):
         return node_schema(
             "WanVideoPassImagesFromSamples",
             "WanVideo Pass Images From Samples",
-            "The pictures of a video that the sampler made in windows and has decoded already.",
+            "The images of a video that the sampler made in windows and has decoded already.",
             group="latents",
             aliases=["images from samples", "infinitetalk output", "取出图像"],
             inputs=[

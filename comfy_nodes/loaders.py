@@ -73,14 +73,14 @@ class WanVideoModelLoader(io.ComfyNode):
                     "base_precision",
                     options=["fp32", "bf16", "fp16", "fp16_fast"],
                     default="bf16",
-                    tooltip="What is computed in where nothing is quantised. fp16_fast also lets the GPU accumulate in "
+                    tooltip="What is computed in where nothing is quantized. fp16_fast also lets the GPU accumulate in "
                     "fp16: faster on consumer GPUs, less exact.",
                 ),
                 io.Combo.Input(
                     "quantization",
                     options=list(QUANTIZATIONS),
                     default="disabled",
-                    tooltip="How the weights of the transformer blocks are kept. Files that are quantised already keep "
+                    tooltip="How the weights of the transformer blocks are kept. Files that are quantized already keep "
                     "their own format. fp8: half the memory. scaled: with a scale per layer. fast: also multiply in "
                     "fp8. fp4_scaled: NVFP4, a quarter of the memory.",
                 ),
@@ -110,7 +110,7 @@ class WanVideoModelLoader(io.ComfyNode):
                     options=["default", "pytorch"],
                     default="default",
                     optional=True,
-                    tooltip="Kept for saved workflows: both compute the same normalisation in float32.",
+                    tooltip="Kept for saved workflows: both compute the same normalization in float32.",
                 ),
             ],
             outputs=[WanModelType.Output(display_name="model", tooltip="The loaded model.")],
@@ -160,7 +160,7 @@ class MultiTalkModelLoader(io.ComfyNode):
                     "model",
                     options=comfyui.model_files("dit"),
                     tooltip="An adapter file of ComfyUI/models/diffusion_models, safetensors or GGUF. With 'infinite' "
-                    "in its name it is taken for InfiniteTalk, else for MultiTalk; the video node can overrule that.",
+                    "in its name it counts as InfiniteTalk, else as MultiTalk; the video node can overrule that.",
                 )
             ],
             outputs=[AdapterType.Output(display_name="model", tooltip="For WanVideo Model Loader.")],
@@ -177,7 +177,7 @@ class WanVideoVAELoader(io.ComfyNode):
         return node_schema(
             "WanVideoVAELoader",
             "WanVideo VAE Loader",
-            "Load the Wan2.1 VAE, which turns pictures into latents and latents into pictures.",
+            "Load the Wan2.1 VAE, which turns images into latents and latents into images.",
             group="loaders",
             aliases=["wan vae", "加载 VAE"],
             inputs=[

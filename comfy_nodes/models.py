@@ -34,7 +34,7 @@ from ..wanvideo.runtime.offload import BlockSwap
 from . import comfyui
 from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_fast": torch.float16}
 
@@ -45,7 +45,7 @@ def _loading_bar() -> Callable[[int, int], None]:
 
 
 def _stamp(path: str | Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another."""
+    """The identity of a file's state: path, size in bytes, time of the last change."""
     status = Path(path).stat()
     return str(path), status.st_size, status.st_mtime_ns
 
@@ -59,8 +59,8 @@ class Weights:
 
     model: WanModel
     resident: comfyui.Resident
-    # LoRAs that were to be merged and run beside the weights instead, because those are quantised.
-    kept_beside: tuple[LoraSpec, ...] = ()
+    # LoRAs that were to be merged and stay unmerged, because the weights are quantized.
+    left_unmerged: tuple[LoraSpec, ...] = ()
 
 
 # Tensors of the size of all tokens that one forward holds at a time: measured 14.5 at 14B, 480p, 81 frames.
@@ -85,7 +85,7 @@ class VideoModel:
     attention_policy: str = "default"
     swap: BlockSwap | None = None
     compile_settings: CompileSettings | None = None
-    loras: tuple[LoraSpec, ...] = ()  # those that run beside the weights
+    loras: tuple[LoraSpec, ...] = ()  # the unmerged ones
     keep_on_device: bool = False
 
     @classmethod
@@ -108,7 +108,7 @@ class VideoModel:
         check_with_block_swap(compile_settings, swap)
         _try_attention(attention_mode, inspect_dit(path, None if adapter is None else adapter.path), dtype)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
-        beside = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
+        unmerged = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
         key = (
             _stamp(path),
             adapter and _stamp(adapter.path),
@@ -123,7 +123,7 @@ class VideoModel:
                 weights = _load_weights(path, adapter, precision, quantization, merged, compile_settings, swap)
             _in_use[key] = weights
         else:
-            log.info("%s is loaded already with these settings", path.name)
+            logger.info("%s is loaded already with these settings", path.name)
         model = cls(
             weights,
             name=path.name,
@@ -132,7 +132,7 @@ class VideoModel:
             adapter_mode=None if adapter is None else adapter.mode,
             swap=swap,
             compile_settings=compile_settings,
-            loras=beside,
+            loras=unmerged,
             keep_on_device=keep_on_device,
         )
         model.apply_loras()  # now, so that a wrong file is reported on this node
@@ -141,7 +141,7 @@ class VideoModel:
         return model
 
     def with_loras(self, loras: tuple[LoraSpec, ...]) -> VideoModel:
-        """The same weights with `loras` beside them, instead of those before."""
+        """The same weights with `loras` unmerged, instead of those before."""
         model = replace(self, loras=tuple(lora for lora in loras if lora.strength != 0))
         model.apply_loras()
         return model
@@ -159,11 +159,11 @@ class VideoModel:
 
     @property
     def mode(self) -> str:
-        """How windows follow each other: what the adapter's name says, else what the model's says."""
+        """How windows follow each other, "infinitetalk" or "multitalk": by the adapter's name or the model's."""
         return self.adapter_mode or ("multitalk" if "multitalk" in self.name.lower() else "infinitetalk")
 
     def working_bytes(self, frames: int, height: int, width: int) -> int:
-        """About what one forward needs beside the weights, for a window of that size in pixels."""
+        """About the bytes that one forward needs on top of the weights, for a window of that size in pixels."""
         tokens = (1 + (frames - 1) // 4) * (height // 16) * (width // 16)
         return ACTIVATIONS * tokens * self.model.config.dim * self.model.dtype.itemsize
 
@@ -178,15 +178,15 @@ class VideoModel:
             self.weights.resident.unload()
 
     def apply_loras(self) -> None:
-        """Put the LoRAs of this view beside the weights, where others are."""
-        wanted = (*self.weights.kept_beside, *(replace(lora, merge=False) for lora in self.loras))
+        """Apply the LoRAs of this view, unmerged, where the weights carry others."""
+        wanted = (*self.weights.left_unmerged, *(replace(lora, merge=False) for lora in self.loras))
         if tuple(active_loras(self.model)) != wanted:
             with comfyui.ordinary_tensors(), self.weights.resident.offloader.changing():
                 apply_loras(self.model, wanted)
 
 
 def _try_attention(mode: str, config: WanConfig, dtype: torch.dtype) -> None:
-    """One small call: a mode that cannot run here is refused with its reasons before any weight is read."""
+    """One small call: a mode that cannot run here is rejected with its reasons before any weight is read."""
     with comfyui.ordinary_tensors():
         q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=comfyui.device())
         attention(q, q.clone(), q.clone(), mode)
@@ -261,7 +261,7 @@ class VaeModel:
         with comfyui.ordinary_tensors():
             result = action(x, tiled=tiled, callback=lambda part, parts: comfyui.stop_if_interrupted(), **options)
         if self.verbose:
-            log.info("VAE %s %s to %s in %.1f s", done, list(x.shape), list(result.shape), time.monotonic() - begin)
+            logger.info("VAE %s %s to %s in %.1f s", done, list(x.shape), list(result.shape), time.monotonic() - begin)
         return result
 
 
@@ -370,7 +370,7 @@ def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Call
 
 
 def _tokenizer_source(path: Path) -> str | None:
-    """None where the file brings its tokenizer or has one beside it, else the hub's."""
+    """None where the file brings its tokenizer or has one in its folder, else the hub's name of it."""
     with CheckpointFile(path) as file:
         if "spiece_model" in file.shapes:
             return None
@@ -427,7 +427,7 @@ def clip_embeds_of(
     tile_share: float,
     force_offload: bool,
 ) -> ClipEmbeds:
-    """Features of (picture, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION."""
+    """Features of (image, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION."""
     if tiles > 0 and tile_share > 0:
         raise InputError("Tiled CLIP features are not part of this pack: set tiles to 0.")
     if combine not in COMBINATIONS and len(images) > 1:
@@ -492,10 +492,10 @@ class SpeechModel:
         if frames < 1:
             raise InputError("The recordings are shorter than one video frame: give longer ones.")
         lines = [line[: int(frames / fps * SAMPLE_RATE) + 1] for line in lines]
-        heard = [add_noise_floor(line) for line in lines] if noise_floor else lines
+        audible = [add_noise_floor(line) for line in lines] if noise_floor else lines
         with comfyui.ordinary_tensors():
             self.features.to(comfyui.device())
-            rows = tuple(self._features(line, frames, fps) for line in heard)
+            rows = tuple(self._features(line, frames, fps) for line in audible)
             if not self.keep_on_device:
                 self.features.to("cpu")
         return SpeechEmbeds(rows, frames, fps, audio_scale, audio_cfg, masks, _sound(recordings, lines))

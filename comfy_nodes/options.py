@@ -16,7 +16,7 @@ MULTI_LORA_SLOTS = range(5)
 
 _MERGE_TIP = (
     "On: the LoRA is folded into the weights when the model loads (no cost while sampling). "
-    "Off: it runs beside the weights, so its strength can change without loading the model again."
+    "Off: it stays unmerged and is added in every step, so its strength can change without loading the model again."
 )
 _LOW_MEM_TIP = (
     "Kept for saved workflows. LoRA files are always read one layer at a time, so there is nothing to choose."
@@ -134,8 +134,8 @@ class WanVideoSetLoRAs(io.ComfyNode):
         return node_schema(
             "WanVideoSetLoRAs",
             "WanVideo Set LoRAs",
-            "Put LoRAs beside the weights of a loaded model, without loading or merging anything again. "
-            "They take the place of others beside the weights; merged ones stay.",
+            "Add unmerged LoRAs to a loaded model, without loading or merging anything again. "
+            "They replace other unmerged LoRAs; merged ones stay.",
             group="options",
             aliases=["apply lora", "lora to model", "应用 LoRA"],
             inputs=[
@@ -144,9 +144,7 @@ class WanVideoSetLoRAs(io.ComfyNode):
                     "lora", optional=True, tooltip="The LoRAs to use; none gives the model back as it came."
                 ),
             ],
-            outputs=[
-                WanModelType.Output(display_name="model", tooltip="The same weights with these LoRAs beside them.")
-            ],
+            outputs=[WanModelType.Output(display_name="model", tooltip="The same weights with these LoRAs, unmerged.")],
         )
 
     @classmethod
@@ -276,7 +274,9 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
                     tooltip="What torch compiles with.",
                 ),
                 io.Boolean.Input(
-                    "fullgraph", default=False, tooltip="Refuse to run when a block does not compile into one graph."
+                    "fullgraph",
+                    default=False,
+                    tooltip="Fail when a block does not compile into one graph.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -320,7 +320,7 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
                     "allow_unmerged_lora_compile",
                     default=False,
                     optional=True,
-                    tooltip="Kept for saved workflows: LoRAs beside the weights are always compiled with them.",
+                    tooltip="Kept for saved workflows: unmerged LoRAs are always compiled with the weights.",
                 ),
             ],
             outputs=[CompileType.Output(display_name="torch_compile_args", tooltip="For the model loader.")],

@@ -58,7 +58,7 @@ class WanVideoSampler(io.ComfyNode):
             inputs=[
                 WanModelType.Input("model", tooltip="From WanVideo Model Loader."),
                 ImageEmbedsType.Input(
-                    "image_embeds", tooltip="Picture, size and length: from WanVideo Long I2V, ImageToVideo or Empty."
+                    "image_embeds", tooltip="Image, size and length: from WanVideo Long I2V, ImageToVideo or Empty."
                 ),
                 io.Int.Input(
                     "steps", default=30, min=1, tooltip="Denoising steps per window; 4 to 8 with a distillation LoRA."

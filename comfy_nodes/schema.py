@@ -48,7 +48,7 @@ FOREIGN = {
 
 
 def foreign(type_name: str, input_id: str, tooltip: str) -> Any:
-    """An optional socket of a type in `FOREIGN`: there for the workflow's sake, refused by `reject_foreign`."""
+    """An optional socket of a type in `FOREIGN`: it lets workflows load; `reject_foreign` rejects what is connected."""
     return io.Custom(type_name).Input(input_id, optional=True, tooltip=tooltip)
 
 

@@ -17,13 +17,13 @@ class Adapter:
 
     @property
     def mode(self) -> str:
-        """How its windows follow each other, as far as the name of the file tells."""
+        """How its windows follow each other, read from the name of the file."""
         return "infinitetalk" if "infinite" in self.path.name.lower() else "multitalk"
 
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Prompt embeddings [tokens, text_dim]; the negative one serves where cfg is not 1."""
+    """Prompt embeddings [tokens, text_dim]; the negative one is used where cfg is not 1."""
 
     positive: torch.Tensor
     negative: torch.Tensor | None = None
@@ -31,7 +31,7 @@ class TextEmbeds:
 
 @dataclass(frozen=True)
 class ClipEmbeds:
-    """CLIP image features [1, tokens, 1280] of the start picture, and of a picture to move away from."""
+    """CLIP image features [1, tokens, 1280] of the start image, and of an image to move away from."""
 
     positive: torch.Tensor
     negative: torch.Tensor | None = None
@@ -50,13 +50,13 @@ class SpeechEmbeds:
     audio: dict[str, Any] | None = field(default=None, compare=False)  # what the video will sound like
 
 
-# Strength of the colour correction for each value of colormatch that we run.
+# Strength of the color correction for each value of colormatch that we run.
 COLOR_STRENGTH = {"disabled": 0.0, "reinhard": 1.0}
 
 
 @dataclass(frozen=True)
 class LongVideo:
-    """What WanVideo Long I2V Multi/InfiniteTalk says about the video; the windows are made by the sampler."""
+    """What WanVideo Long I2V Multi/InfiniteTalk states about the video; the sampler makes the windows."""
 
     vae: Any  # VaeModel
     width: int

@@ -80,9 +80,9 @@ def test_example_workflow_ends_in_a_video_with_sound(server: Server, tmp_path: P
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", messages(entry, "execution_error")
     (file,) = saved_files(entry, node_of(prompt, "SaveVideo"))
-    frames, picture, sound = streams_of(server.download(file, tmp_path))
+    frames, shown, sound = streams_of(server.download(file, tmp_path))
     assert frames == 25
-    assert sound == pytest.approx(picture, abs=0.07)
+    assert sound == pytest.approx(shown, abs=0.07)
 
 
 def test_one_line_says_what_ran(server: Server, prompt) -> None:
@@ -105,7 +105,7 @@ def test_a_second_run_takes_the_models_that_are_there(server: Server, prompt) ->
     assert server.log.count("Loaded wan2.1-i2v-tiny") == loaded
 
 
-def test_a_value_that_is_no_choice_is_refused_on_its_node(server: Server, prompt) -> None:
+def test_a_value_that_is_no_choice_is_rejected_on_its_node(server: Server, prompt) -> None:
     loader = node_of(prompt, "WanVideoModelLoader")
     prompt[loader]["inputs"]["model"] = "gone.safetensors"
     status, answer = server.post("/prompt", {"prompt": prompt})
@@ -151,7 +151,7 @@ def test_interruption_ends_within_a_step_and_the_next_run_works(server: Server, 
     assert server.run(prompt)["status"]["status_str"] == "success"
 
 
-def test_documents_and_translations_are_served(server: Server) -> None:
+def test_documents_and_translations_are_delivered(server: Server) -> None:
     for node in (*PUBLIC, *OWN):
         for page in (f"{node}.md", f"{node}/zh.md"):
             status, body = server.fetch(f"/extensions/{PACK}/docs/{page}")

@@ -39,7 +39,7 @@ NODES = """() => app.graph.nodes.map(n => ({
 
 READY = "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types || {}).length > 100"
 
-# Counts what the server says while a prompt runs.
+# Counts what the server reports while a prompt runs.
 LISTEN = """() => { window.seen = {};
     for (const kind of ['execution_start', 'execution_error', 'execution_success', 'progress', 'progress_state',
                         'b_preview', 'b_preview_with_metadata'])
@@ -194,9 +194,9 @@ def test_the_run_button_makes_a_video(server: Server, page: Any, tmp_path: Path)
     assert seen.get("progress", 0) + seen.get("progress_state", 0) >= 8
     (save,) = [node_id for node_id, node in small.items() if node["class_type"] == "SaveVideo"]
     (file,) = saved_files(entry, save)
-    frames, picture, sound = streams_of(server.download(file, tmp_path))
+    frames, shown, sound = streams_of(server.download(file, tmp_path))
     assert frames == 57
-    assert sound == pytest.approx(picture, abs=0.07)
+    assert sound == pytest.approx(shown, abs=0.07)
     page.evaluate(
         "() => { app.canvas.ds.scale = 0.5; app.canvas.ds.offset = [130, 120]; app.canvas.setDirty(true, true); }"
     )

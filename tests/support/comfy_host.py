@@ -117,8 +117,8 @@ class CoreNodes:
     def LoadImage(self, image: str) -> tuple[Any, ...]:
         from PIL import Image
 
-        picture = Image.open(self.input / image)
-        pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+        opened = Image.open(self.input / image)
+        pixels = torch.from_numpy(np.asarray(opened.convert("RGB"), dtype=np.float32) / 255)[None]
         return pixels, torch.zeros(1, *pixels.shape[1:3])
 
     def LoadAudio(self, audio: str, **upload: Any) -> tuple[Any, ...]:
@@ -222,8 +222,8 @@ def _forget_pack() -> None:
     """The node modules hold on to the stand-ins that they were imported with."""
     package = "wanvideo_infinitetalk"
     for name in list(sys.modules):
-        if name in (f"{package}.nodes", f"{package}.host") or name.startswith(f"{package}.comfy_nodes"):
+        if name in (f"{package}.nodes",) or name.startswith(f"{package}.comfy_nodes"):
             del sys.modules[name]
-    for name in ("nodes", "host", "comfy_nodes"):  # where `from package import name` looks first
+    for name in ("nodes", "comfy_nodes"):  # where `from package import name` looks first
         if hasattr(sys.modules.get(package), name):
             delattr(sys.modules[package], name)

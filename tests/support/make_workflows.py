@@ -123,7 +123,7 @@ def speech(frames: int, links: dict[str, tuple[str, int]], **widgets: Any) -> No
 
 
 def sampling(prefix: str, **widgets: Any) -> tuple[dict[str, Node], list[list[str]]]:
-    """Everything behind the embeds: sampler, pictures, the saved video."""
+    """Everything behind the embeds: sampler, images, the saved video."""
     nodes = {
         "sampler": Node(
             "WanVideoSampler",
@@ -158,18 +158,18 @@ def talking_picture() -> Workflow:
     nodes, left = loaders(REAL)
     after, right = sampling("infinitetalk")
     nodes |= {
-        "picture": Node("LoadImage", {"image": "portrait.png"}),
+        "image": Node("LoadImage", {"image": "portrait.png"}),
         "speech": Node("LoadAudio", {"audio": "speech.wav"}),
-        "look": clip_encode(("picture", 0)),
+        "look": clip_encode(("image", 0)),
         "embeds": speech(1500, {}),
-        "long": long_video(("picture", 0), width=480, height=480),
+        "long": long_video(("image", 0), width=480, height=480),
         **after,
     }
     note = (
-        "# A talking picture\nA picture and a recording become a video, as long as the recording or num_frames.\n\n"
+        "# A talking picture\nAn image and a recording become a video, as long as the recording or num_frames.\n\n"
         + MODELS_NOTE.format(adapter=REAL["adapter"])
     )
-    return Workflow([*left, ["picture", "speech", "look"], ["embeds", "long"], *right], nodes, note)
+    return Workflow([*left, ["image", "speech", "look"], ["embeds", "long"], *right], nodes, note)
 
 
 def two_speakers() -> Workflow:
@@ -179,20 +179,20 @@ def two_speakers() -> Workflow:
     whole = {"value": 0.0, "width": 832, "height": 480}
     place = {"destination": ("black", 0), "source": ("white", 0)}
     nodes |= {
-        "picture": Node("LoadImage", {"image": "two_people.png"}),
+        "image": Node("LoadImage", {"image": "two_people.png"}),
         "speech": Node("LoadAudio", {"audio": "speech.wav"}, title="Left speaker"),
         "second": Node("LoadAudio", {"audio": "speech_2.wav"}, title="Right speaker"),
         "black": Node("SolidMask", whole, title="Nobody"),
-        "white": Node("SolidMask", half, title="Half of the picture"),
+        "white": Node("SolidMask", half, title="Half of the image"),
         "left_mask": Node("MaskComposite", {"x": 0, "y": 0, "operation": "add"}, place, "Where the left one is"),
         "right_mask": Node("MaskComposite", {"x": 416, "y": 0, "operation": "add"}, place, "Where the right one is"),
         "left_image": Node("MaskToImage", {}, {"mask": ("left_mask", 0)}),
         "right_image": Node("MaskToImage", {}, {"mask": ("right_mask", 0)}),
         "batch": Node("ImageBatch", {}, {"image1": ("left_image", 0), "image2": ("right_image", 0)}),
         "masks": Node("ImageToMask", {"channel": "red"}, {"image": ("batch", 0)}, "One mask per speaker"),
-        "look": clip_encode(("picture", 0)),
+        "look": clip_encode(("image", 0)),
         "embeds": speech(1500, {"audio_2": ("second", 0), "ref_target_masks": ("masks", 0)}, multi_audio_type="add"),
-        "long": long_video(("picture", 0), width=832, height=480),
+        "long": long_video(("image", 0), width=832, height=480),
         **after,
     }
     masks = ["black", "white", "left_mask", "right_mask", "left_image", "right_image", "batch", "masks"]
@@ -201,7 +201,7 @@ def two_speakers() -> Workflow:
         "para: both at once. Paint masks of your own in place of the halves: white where the speaker is.\n\n"
         + MODELS_NOTE.format(adapter=REAL["multi_adapter"])
     )
-    return Workflow([*left, ["picture", "speech", "second"], masks, ["look", "embeds", "long"], *right], nodes, note)
+    return Workflow([*left, ["image", "speech", "second"], masks, ["look", "embeds", "long"], *right], nodes, note)
 
 
 def dubbing() -> Workflow:
@@ -233,11 +233,11 @@ def tiny() -> Workflow:
     nodes, left = loaders(TINY)
     after, right = sampling("infinitetalk_tiny", steps=8, shift=3.0, scheduler="multitalk")
     nodes |= {
-        "picture": Node("LoadImage", {"image": "portrait.png"}),
+        "image": Node("LoadImage", {"image": "portrait.png"}),
         "speech": Node("LoadAudio", {"audio": "speech.wav"}),
-        "look": clip_encode(("picture", 0)),
+        "look": clip_encode(("image", 0)),
         "embeds": speech(127, {}),
-        "long": long_video(("picture", 0), width=128, height=128, frame_window_size=81),
+        "long": long_video(("image", 0), width=128, height=128, frame_window_size=81),
         **after,
     }
     note = (
@@ -246,7 +246,7 @@ def tiny() -> Workflow:
         "infinitetalk-tiny; vae, text_encoders, clip_vision, wav2vec2: one each). portrait.png and speech.wav are in "
         "the pack's assets folder: copy them to ComfyUI/input.\n"
     )
-    return Workflow([*left, ["picture", "speech", "look"], ["embeds", "long"], *right], nodes, note)
+    return Workflow([*left, ["image", "speech", "look"], ["embeds", "long"], *right], nodes, note)
 
 
 WORKFLOWS = {
@@ -356,7 +356,7 @@ def build() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def thumbnail(name: str) -> Any:
-    """A picture of what the workflow does: its people, and the sound below them."""
+    """An image of what the workflow does: its people, and the sound below them."""
     import numpy as np
     import soundfile
     from PIL import Image, ImageDraw, ImageOps
@@ -364,7 +364,7 @@ def thumbnail(name: str) -> Any:
     size, strip = 384, 96
     portrait = Image.open(ROOT / "assets/portrait.png").convert("RGB")
     people = {"infinitetalk_two_speakers": 2, "infinitetalk_dubbing": 3}.get(name, 1)
-    picture = Image.new("RGB", (size, size), (24, 28, 38))
+    thumbnail = Image.new("RGB", (size, size), (24, 28, 38))
     width = size // people
     for i in range(people):
         person = ImageOps.fit(portrait, (width - 4, size - strip - 4))
@@ -372,15 +372,15 @@ def thumbnail(name: str) -> Any:
             person = ImageOps.mirror(person)
         if name == "infinitetalk_tiny":
             person = person.resize((24, 18), Image.Resampling.BILINEAR).resize(person.size, Image.Resampling.NEAREST)
-        picture.paste(person, (i * width + 2, 2))
+        thumbnail.paste(person, (i * width + 2, 2))
     samples, _ = soundfile.read(ROOT / "assets/speech.wav", dtype="float32")
     bars = [float(np.abs(part).max()) for part in np.array_split(samples[: len(samples) // 2], 64)]
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(thumbnail)
     middle = size - strip // 2
     for i, level in enumerate(bars):
         x, half = i * size // 64 + 1, max(1, int(level / max(bars) * (strip // 2 - 8)))
         draw.rectangle((x, middle - half, x + 3, middle + half), fill=(120, 200, 255))
-    return picture
+    return thumbnail
 
 
 def main() -> None:

@@ -71,10 +71,10 @@ def _two_people(path: Path) -> None:
     from PIL import Image, ImageOps
 
     person = Image.open(ROOT / "assets/portrait.png").convert("RGB").resize((416, 480))
-    picture = Image.new("RGB", (832, 480))
-    picture.paste(person, (0, 0))
-    picture.paste(ImageOps.mirror(person), (416, 0))
-    picture.save(path)
+    both = Image.new("RGB", (832, 480))
+    both.paste(person, (0, 0))
+    both.paste(ImageOps.mirror(person), (416, 0))
+    both.save(path)
 
 
 def _source_video(path: Path, frames: int = 30) -> None:

@@ -143,7 +143,7 @@ def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
     assert 0 < difference < 0.15
 
 
-# --- pictures
+# --- images
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def look(host: Host, clip: Any, **changes: Any) -> Any:
     return run(host, "WanVideoClipVisionEncode", **{**settings, **changes})[0]
 
 
-def test_pictures_are_combined(host: Host, clip) -> None:
+def test_images_are_combined(host: Host, clip) -> None:
     second = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(2))
     one, two = look(host, clip).positive, look(host, clip, image_1=second).positive
     assert one.shape == (1, 257, clip.clip.hidden_size)
@@ -211,7 +211,7 @@ def test_a_compiled_vae_decodes_the_same(host: Host, monkeypatch) -> None:
     torch._dynamo.reset()
 
 
-def test_minmax_uses_the_whole_range_of_colours(host: Host) -> None:
+def test_minmax_uses_the_whole_range_of_colors(host: Host) -> None:
     (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
     tiles = {"tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128, "enable_vae_tiling": False}
     latents = {"samples": torch.randn(1, 16, 1, 4, 4) * 0.1}

@@ -34,9 +34,9 @@ def test_example_workflow_ends_in_a_video_with_sound(host: Host, name: str) -> N
     prompt = shrink(workflows.load(name))
     outputs = host.run(prompt)
     path = outputs[node_of(prompt, "SaveVideo")][0]
-    frames, picture, sound = streams_of(path)
+    frames, shown, sound = streams_of(path)
     assert frames == 25
-    assert sound == pytest.approx(picture, abs=0.07)  # AAC packets of 1024 samples at 16 kHz
+    assert sound == pytest.approx(shown, abs=0.07)  # AAC packets of 1024 samples at 16 kHz
     images = outputs[node_of(prompt, "WanVideoPassImagesFromSamples")][0]
     assert images.shape == (25, 64, 64, 3)
     assert torch.isfinite(images).all()
@@ -117,7 +117,7 @@ def test_block_swap_gives_identical_latents(host: Host, prompt, blocks: int) -> 
     assert torch.equal(host.run(prompt)[sampler][0]["samples"], expected)
 
 
-def test_loras_merged_and_beside_are_alike_and_change_the_video(host: Host, prompt) -> None:
+def test_loras_merged_and_unmerged_are_alike_and_change_the_video(host: Host, prompt) -> None:
     sampler, loader = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoModelLoader")
     prompt[loader]["inputs"].update(base_precision="fp32", attention_mode="eager")
     plain = host.run(prompt)[sampler][0]["samples"]
@@ -126,14 +126,14 @@ def test_loras_merged_and_beside_are_alike_and_change_the_video(host: Host, prom
     prompt[loader]["inputs"]["lora"] = ["100", 0]
     merged = host.run(prompt)[sampler][0]["samples"]
     prompt["100"]["inputs"]["merge_loras"] = False
-    beside = host.run(prompt)[sampler][0]["samples"]
+    unmerged = host.run(prompt)[sampler][0]["samples"]
     assert (merged - plain).abs().max() > 1e-3
-    torch.testing.assert_close(beside, merged, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(unmerged, merged, atol=2e-3, rtol=2e-3)
     # Set LoRAs: on a model without any, and gone again with the node.
     del prompt[loader]["inputs"]["lora"]
     prompt["101"] = {"class_type": "WanVideoSetLoRAs", "inputs": {"model": [loader, 0], "lora": ["100", 0]}}
     prompt[sampler]["inputs"]["model"] = ["101", 0]
-    assert torch.equal(host.run(prompt)[sampler][0]["samples"], beside)
+    assert torch.equal(host.run(prompt)[sampler][0]["samples"], unmerged)
     prompt[sampler]["inputs"]["model"] = [loader, 0]
     assert torch.equal(host.run(prompt)[sampler][0]["samples"], plain)
 
@@ -173,7 +173,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "riflex": ("WanVideoSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
     "no step left": ("WanVideoSampler", {"start_step": 5}, InputError, "start step"),
     "an end step": ("WanVideoSampler", {"end_step": 1}, InputError, "end_step"),
-    "another colour match": ("WanVideoImageToVideoMultiTalk", {"colormatch": "mkl"}, InputError, "choose reinhard"),
+    "another color match": ("WanVideoImageToVideoMultiTalk", {"colormatch": "mkl"}, InputError, "choose reinhard"),
     "a window of 16": ("WanVideoImageToVideoMultiTalk", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
     "no room for new frames": ("WanVideoImageToVideoMultiTalk", {"motion_frame": 33}, InputError, "no room"),
 }
@@ -246,7 +246,7 @@ def one_window(prompt: dict[str, Any], image_embeds: dict[str, Any]) -> str:
 
 
 def keyframes(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    picture = [node_of(prompt, "LoadImage"), 0]
+    image = [node_of(prompt, "LoadImage"), 0]
     return {
         "class_type": "WanVideoImageToVideoEncode",
         "inputs": {
@@ -259,8 +259,8 @@ def keyframes(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
             "force_offload": True,
             "vae": [node_of(prompt, "WanVideoVAELoader"), 0],
             "clip_embeds": [node_of(prompt, "WanVideoClipVisionEncode"), 0],
-            "start_image": picture,
-            "end_image": picture,
+            "start_image": image,
+            "end_image": image,
             **inputs,
         },
     }

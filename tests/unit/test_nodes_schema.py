@@ -89,19 +89,19 @@ def test_all_of_our_schedulers_can_be_chosen(host: Host) -> None:
     assert set(sampling.INSTEAD.values()) <= set(SCHEDULERS)
 
 
-def test_a_foreign_socket_is_refused_when_connected(host: Host) -> None:
+def test_a_foreign_socket_is_rejected_when_connected(host: Host) -> None:
     from wanvideo_infinitetalk.comfy_nodes.schema import FOREIGN, reject_foreign
     from wanvideo_infinitetalk.wanvideo.errors import InputError
 
-    refused = 0
+    rejected = 0
     for node in host.nodes.values():
         for socket in node.GET_SCHEMA().inputs:
             if socket.get_io_type() in FOREIGN:
                 reject_foreign(node, {socket.id: None})
                 with pytest.raises(InputError, match=f"disconnect {socket.id}"):
                     reject_foreign(node, {socket.id: object()})
-                refused += 1
-    assert refused == len([i for n in PUBLIC.values() for i in n["inputs"].values() if i["type"] in FOREIGN])
+                rejected += 1
+    assert rejected == len([i for n in PUBLIC.values() for i in n["inputs"].values() if i["type"] in FOREIGN])
     with pytest.raises(TypeError, match="has no input 'nonsense'"):
         reject_foreign(host.nodes["WanVideoSampler"], {"nonsense": 1})
 
