@@ -1,4 +1,4 @@
-# make demo | test | lint | test-oldest | test-comfyui COMFYUI=<folder>
+# make demo | test | test-slow | lint | test-oldest | test-comfyui COMFYUI=<folder>
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test lint test-oldest test-comfyui sanitize gpu clean
+.PHONY: demo test test-slow lint test-oldest test-comfyui sanitize gpu clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +24,14 @@ demo: $(VENV)/.ready
 # One process per core, each with one thread; four that share the GPU, a file of tests each (-m cuda).
 JOBS ?= $(if $(findstring cuda,$(PYTEST_ARGS)),4 --dist loadfile,auto)
 
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS)
+
+# Without the tests marked slow; PYTEST_ARGS="--slow 1" runs them too, "--slow 0.3 --slow-seed 7" a part of them.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # mypy names a package after its folder; the link gives the repository root the package's name.
 lint: $(VENV)/.ready

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--goldens", type=Path, default=DEFAULT_GOLDENS, help="folder of golden numbers (X.safetensors with X.json)"
     )
+    parser.addoption(
+        "--slow", type=float, metavar="SHARE", help="share of the slow tests to run: 0, or 1 where -m names slow"
+    )
+    parser.addoption("--slow-seed", type=int, default=0, metavar="N", help="which ones, where the share is below 1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.slow is None:
+        config.option.slow = float("slow" in config.option.markexpr)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"slow tests: --slow {config.option.slow:g} --slow-seed {config.option.slow_seed}"
+
+
+@pytest.hookimpl(trylast=True)  # behind -k and -m, so that the share is of what they leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = [item for item in items if "slow" in item.keywords]
+    count = math.ceil(config.option.slow * len(slow))
+    kept = set(random.Random(config.option.slow_seed).sample(slow, count))
+    left_out = [item for item in slow if item not in kept]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
         for item in items:

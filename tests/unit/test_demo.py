@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from wanvideo_infinitetalk.benchmarks.lipsync import correlation, lag, openings
 from wanvideo_infinitetalk.cli import demo
+from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.media.audio import load_speech
 from wanvideo_infinitetalk.pipeline.windows import plan_windows
@@ -24,6 +25,7 @@ MOUTH = [53.0, 74.0, 75.0, 93.0]
 """Left, top, right, bottom of the portrait's open mouth at the demo's size, pixels."""
 
 
+@pytest.mark.slow
 def test_the_demo_ends_in_a_video_with_sound_as_long_as_the_recording(tmp_path: Path) -> None:
     out = tmp_path / "demo.mp4"
     command = [sys.executable, "-m", "wanvideo_infinitetalk.cli", "demo", "--out", str(out)]
@@ -55,6 +57,22 @@ def test_the_demo_ends_in_a_video_with_sound_as_long_as_the_recording(tmp_path: 
     heard = torch.from_numpy(mouth_of(load_speech(recording, rate), len(frames)).opening)
     assert correlation(seen[3:], heard[3:]) > 0.9  # 0.97 when this was written
     assert abs(lag(seen[3:], heard[3:])) <= 1
+
+
+def test_the_command_makes_the_demo_on_any_set(
+    tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same way in a smaller size, in one step and with random weights: quick, and no face to look at."""
+    monkeypatch.setattr(demo, "SIZE", 32)
+    monkeypatch.setattr(demo, "STEPS", 1)
+    out = tmp_path / "demo.mp4"
+    assert main(["demo", "--out", str(out), "--models", str(tiny_set.model.parent)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"video: {out}"
+    with av.open(str(out)) as container:
+        assert container.streams.audio
+        frames = sum(1 for _ in container.decode(video=0))
+    info = soundfile.info(ASSETS / "speech.wav")
+    assert abs(frames / 25 - info.duration) < 1 / 25
 
 
 def test_the_demo_takes_several_windows() -> None:
@@ -96,7 +114,5 @@ def test_what_the_package_brings_is_small() -> None:
 
 @pytest.mark.parametrize("option", ["--attention-mode=flash_attn_9", "--device=toaster"])
 def test_a_wrong_option_is_a_sentence(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from wanvideo_infinitetalk.cli.parser import main
-
     assert main(["demo", "--out", str(tmp_path / "x.mp4"), option]) == 2
     assert capsys.readouterr().err.rstrip().splitlines()[-1].startswith("infinitetalk: There is no ")

@@ -48,6 +48,7 @@ def test_every_test_file_and_benchmark_has_a_step(tool: ModuleType) -> None:
         tool.chosen(["tset"])
 
 
+@pytest.mark.slow
 def test_a_step_ends_in_time_and_leaves_a_log(tool: ModuleType, tmp_path: Path) -> None:
     fine = tool.run(step(tool, "a:b", "import os; print(os.environ['OMP_NUM_THREADS'])"), None, tmp_path, 3, 60)
     assert (fine.code, fine.last) == (0, "3")

@@ -125,6 +125,7 @@ def test_sinusoid_is_made_in_float64() -> None:
 # ----------------------------------------------------------------------------------------------- compiled, hooked
 
 
+@pytest.mark.slow
 def test_compiles_whole_as_one_graph() -> None:
     """One graph also means that nothing in a forward reads a tensor's value on the host: that would break it."""
     torch._dynamo.reset()

@@ -48,11 +48,12 @@ def test_a_right_mode_on_quantised_weights_keeps_the_mouth(exact: float, tmp_pat
 
 WRONG: dict[str, Attention] = {
     "mean of V": lambda q, k, v: v.mean(1, keepdim=True).expand(q.shape).clone(),
-    "the head beside": lambda q, k, v: door.attention(q, k.roll(1, 2), v, "eager"),
+    "the next head": lambda q, k, v: door.attention(q, k.roll(1, 2), v, "eager"),
     "zeros": lambda q, k, v: torch.zeros_like(q),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_broken_mode_loses_the_mouth(
     wrong: str, exact: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
