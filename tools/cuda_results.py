@@ -23,7 +23,7 @@ from xml.etree import ElementTree as ET
 MACHINE = ("gpu", "driver", "torch")
 """Facts of which one that differs makes figures incomparable; tables from elsewhere say so."""
 
-COLOUR = re.compile(r"(\x1b|#x1B)\[[0-9;]*m")
+COLOR = re.compile(r"(\x1b|#x1B)\[[0-9;]*m")
 HEADING = re.compile(r"^-+ Captured \w+ -+$", re.MULTILINE)
 COUNTING = re.compile(r"ERROR SUMMARY|\d+ (passed|failed|skipped|errors?)\b.* in [\d.]+s")
 
@@ -85,8 +85,8 @@ def _test(case: ET.Element) -> Test:
 
 
 def _plain(text: str) -> str:
-    """Without colours, and without what pytest writes above captured output."""
-    return HEADING.sub("", COLOUR.sub("", text)).strip()
+    """Without colors, and without what pytest writes above captured output."""
+    return HEADING.sub("", COLOR.sub("", text)).strip()
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

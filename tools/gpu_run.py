@@ -36,7 +36,7 @@ class Step:
         arguments: of Python; `{out}` stands for the folder of results.
         seconds: that it takes, about. limit: after which it is ended.
         under: a program that runs Python, with its options.
-        environment: beside that of every step.
+        environment: added to that of every step.
     """
 
     name: str

@@ -108,7 +108,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 def test_lip_sync_is_read_from_a_video(tmp_path: Path) -> None:
     reports = measured(tmp_path, lipsync=0)
     ((row,),) = (table["rows"] for table in reports["lipsync"]["tables"])
-    assert (row["mode"], row["quantisation"]) == ("sdpa", "disabled")
+    assert (row["mode"], row["quantization"]) == ("sdpa", "disabled")
     assert row["correlation"] > 0.7
     assert row["identity, dB"] > 22
     assert "sdpa, disabled: correlation lost" in {goal["what"] for goal in reports["lipsync"]["goals"]}

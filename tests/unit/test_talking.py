@@ -31,7 +31,7 @@ def followed(folder: Path, mode: str, quantization: str = "disabled") -> float:
         job = replace(job, attention_mode=mode, attention_policy="uniform", quantization=quantization, device="cpu")
         result = make_video(replace(job, config=replace(job.config, frames=FRAMES)))
     speech = load_speech(*read_audio(SPEECH))[: FRAMES * 16_000 // FPS]
-    (reading,) = read_video(frames_of(result.path), scene.picture, scene.boxes, [speech], FRAMES, 9)
+    (reading,) = read_video(frames_of(result.path), scene.image, scene.boxes, [speech], FRAMES, 9)
     return reading.correlation
 
 

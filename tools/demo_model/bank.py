@@ -1,7 +1,7 @@
 """Training clips in latent space, drawn and encoded on the GPU, a part of them renewed all the time.
 
-A clip is 81 frames (21 latent ones) of one or two people, the picture that it starts from, and what each of them hears.
-Half of the clips begin with the picture itself, as the first window of a video does; the others begin anywhere, as
+A clip is 81 frames (21 latent ones) of one or two people, the image that it starts from, and the speech of each.
+Half of the clips begin with the image itself, as the first window of a video does; the others begin anywhere, as
 later windows do, whose first frames are the last of the window before.
 """
 
@@ -29,7 +29,7 @@ SIZE = 128
 
 @dataclass(frozen=True)
 class Sounds:
-    """Recordings as the model hears them and as the mouth follows them, end to end."""
+    """Speech features of recordings, and the mouth that follows them, end to end."""
 
     features: Tensor  # [rows, layers, channels] float16
     mouth: Tensor  # [rows, 2] float32: opening, width
@@ -64,9 +64,9 @@ class Clips:
     """N clips with `people` in each, on the training device."""
 
     x: Tensor  # [N, 16, 21, h, w] float16, clean latents
-    y: Tensor  # [N, 16, 21, h, w] float16, latents of the picture followed by grey
-    picture: Tensor  # [N, 257, 64] float16, CLIP tokens
-    rows: Tensor  # [N, people, 81, 5], what each frame hears, rows of Sounds.features
+    y: Tensor  # [N, 16, 21, h, w] float16, latents of the image followed by gray
+    image: Tensor  # [N, 257, 64] float16, CLIP tokens
+    rows: Tensor  # [N, people, 81, 5], the features of each frame, rows of Sounds.features
     front: Tensor  # [N], clean latent frames that a window is given at its beginning
     weight: Tensor  # [N, h, w], of the loss: more about the mouths
     masks: Tensor  # [N, people + 1, h/2 * w/2]
@@ -89,22 +89,22 @@ class Bank:
     @torch.no_grad()
     def make(self, count: int) -> Clips:
         generator = self.generator
-        first = torch.rand(count, generator=generator) < 0.5  # begins with the picture
+        first = torch.rand(count, generator=generator) < 0.5  # begins with the image
         middles = [0.0] if self.people == 1 else [-1.0, 1.0]
         faces: list[Faces] = []
         motions: list[Motion] = []
-        pictures: list[Motion] = []
+        images: list[Motion] = []
         rows: list[Tensor] = []
         openings: list[Tensor] = []
         for middle in middles:
-            heard, mouth = self.sounds.pick(count, generator)
+            features, mouth = self.sounds.pick(count, generator)
             opening, width = mouth.unbind(-1)
             start = torch.where(
                 torch.rand(count, generator=generator) < 0.12, 0.4 * torch.rand(count, generator=generator), 0.0
             )
             ramp = (torch.arange(FRAMES) / 3).clamp(max=1)[None]
-            from_picture = ramp * opening + (1 - ramp) * start[:, None]
-            opening = torch.where(first[:, None], from_picture, opening)
+            from_image = ramp * opening + (1 - ramp) * start[:, None]
+            opening = torch.where(first[:, None], from_image, opening)
             width = torch.where(first[:, None], ramp * width + (1 - ramp) * 0.5, width)
             still = random_motion(opening, width, generator, still_start=True)
             moving = random_motion(opening, width, generator)
@@ -112,22 +112,22 @@ class Bank:
             motion = Motion(*(torch.where(first[:, None], a, b) for a, b in both))
             faces.append(random_faces(count, generator, middle))
             motions.append(motion)
-            pictures.append(rest(count, start))
-            rows.append(heard)
+            images.append(rest(count, start))
+            rows.append(features)
             openings.append(opening)
         moved = [face.to(self.device) for face in faces]
         video = draw(moved, [m.to(self.device) for m in motions], SIZE, self.width)
-        picture = draw(moved, [m.to(self.device) for m in pictures], SIZE, self.width)  # [count, 3, 1, H, W]
+        image = draw(moved, [m.to(self.device) for m in images], SIZE, self.width)  # [count, 3, 1, H, W]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             x = encode(self.vae, video)
-            y = encode(self.vae, F.pad(picture, (0, 0, 0, 0, 0, FRAMES - 1)))
+            y = encode(self.vae, F.pad(image, (0, 0, 0, 0, 0, FRAMES - 1)))
         front = torch.where(first, 1, 3)
         seven = ~first & (torch.rand(count, generator=generator) < 0.1)  # 25 motion frames
         boxes = torch.stack([mouth_boxes(face, SIZE, self.width) for face in faces], dim=1)
         clips = Clips(
             x=x.half(),
             y=y.half(),
-            picture=self.clip.encode(picture[:, :, 0]).half(),
+            image=self.clip.encode(image[:, :, 0]).half(),
             rows=torch.stack(rows, dim=1),
             front=torch.where(seven, 7, front),
             weight=_weights(boxes, self.width),

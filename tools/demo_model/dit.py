@@ -77,15 +77,15 @@ def velocity(
     grid = model.patch_embedding.grid(latents)
     time, block_time = model.embed_time(t, batch)
     prompt = model.embed_text(text, 1)  # [1, text_len, C]
-    picture = model.embed_clip(clip, batch)
+    image = model.embed_clip(clip, batch)
     first, later = pack_audio_windows(audio.flatten(0, 1))
-    heard = model.audio_proj(first, later).unflatten(0, (batch, speakers))  # [B, speakers, T, tokens, Ca]
-    heard = heard.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [B*T, speakers*tokens, Ca]
+    speech = model.audio_proj(first, later).unflatten(0, (batch, speakers))  # [B, speakers, T, tokens, Ca]
+    speech = speech.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [B*T, speakers*tokens, Ca]
     rotation = model._rotations.get(grid, x.device)
     tokens = model.patch_embedding(latents)
     for block in model.blocks:
         assert isinstance(block, WanBlock)
-        tokens = _block(block, tokens, block_time, prompt, picture, heard, rotation, grid, speakers, masks)
+        tokens = _block(block, tokens, block_time, prompt, image, speech, rotation, grid, speakers, masks)
     return model._unpatchify(model.head(tokens, time), grid).to(x.dtype)
 
 
@@ -94,8 +94,8 @@ def _block(
     x: Tensor,
     time: Tensor,
     prompt: Tensor,
-    picture: Tensor | None,
-    heard: Tensor,
+    image: Tensor | None,
+    speech: Tensor,
     rotation: Rotation,
     grid: Grid,
     speakers: int,
@@ -117,8 +117,8 @@ def _block(
     k_text, v_text = cross._heads(cross.norm_k(cross.k(prompt))), cross._heads(cross.v(prompt))
     k_text, v_text = (part.expand(batch, -1, -1, -1) for part in (k_text, v_text))
     out = attention(q_text, k_text, v_text, attention_mode="sdpa")
-    if picture is not None:
-        k_img, v_img = cross._heads(cross.norm_k_img(cross.k_img(picture))), cross._heads(cross.v_img(picture))
+    if image is not None:
+        k_img, v_img = cross._heads(cross.norm_k_img(cross.k_img(image))), cross._heads(cross.v_img(image))
         out = out + attention(q_text, k_img, v_img, attention_mode="sdpa")
     x = x + cross.o(out.flatten(2))
 
@@ -128,10 +128,10 @@ def _block(
         with torch.no_grad():
             maps = _reference_maps(q, k, grid, masks)  # [B, speakers+1, L]
             q_places = torch.cat([listen.query_positions(m) for m in maps.unbind(0)])
-            k_places = listen.key_positions(speakers, int(heard.shape[1]) // speakers, x.device)
+            k_places = listen.key_positions(speakers, int(speech.shape[1]) // speakers, x.device)
     frames = (batch * grid[0], grid[1], grid[2])
     every = block.norm_x(x).flatten(0, 1).unsqueeze(0)  # [1, B*L, C]
-    x = x + listen._attend(every, heard, frames, "sdpa", q_places, k_places).view_as(x)
+    x = x + listen._attend(every, speech, frames, "sdpa", q_places, k_places).view_as(x)
 
     normed = modulated_norm(x, shift2, scale2, block.eps)
     return gated_residual(x, block.ffn(normed), gate2)

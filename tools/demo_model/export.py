@@ -19,7 +19,7 @@ from .dit import CONFIG, split_state
 from .train_dit import averaged_state
 from .train_vae import whitened_state
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def export(vae: Path, vae_dim: int, dit: Path, ears: Path, out: Path) -> int:
@@ -45,7 +45,7 @@ def export(vae: Path, vae_dim: int, dit: Path, ears: Path, out: Path) -> int:
         path = out / f"{name}.safetensors"
         save_file(halves, path, metadata={"config": json.dumps(facts, sort_keys=True)} if facts else None)
         total += path.stat().st_size
-        log.info("%s: %.2f MB", path, path.stat().st_size / 1e6)
+        logger.info("%s: %.2f MB", path, path.stat().st_size / 1e6)
     if total > TALKING_BYTES:
         raise ValueError(f"{total} bytes are more than the {TALKING_BYTES} that the package carries")
     return total

@@ -1,8 +1,8 @@
-"""Drawn faces that speak, blink and move a little: every picture and video that the demo model sees in training.
+"""Drawn faces that speak, blink and move a little: every image and video that the demo model is trained with.
 
-A face is a row of numbers (`Faces`), what it does in a frame another (`Motion`); `draw` turns both into pictures. All
-of it is arithmetic on tensors, so that a GPU draws a thousand clips in seconds. A unit is half of the picture's height;
-y points down and the middle of the picture is (0, 0).
+A face is a row of numbers (`Faces`), what it does in a frame another (`Motion`); `draw` turns both into images. All
+of it is arithmetic on tensors, so that a GPU draws a thousand clips in seconds. A unit is half of the image's height;
+y points down and the middle of the image is (0, 0).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Faces", "Motion", "draw", "mouth_boxes", "random_faces", "random_mot
 
 @dataclass(frozen=True)
 class Faces:
-    """B faces; colours [B, 3] in [0, 1], everything else [B]."""
+    """B faces; colors [B, 3] in [0, 1], everything else [B]."""
 
     sky: Tensor
     ground: Tensor
@@ -32,7 +32,7 @@ class Faces:
     head_width: Tensor
     chin: Tensor  # from the middle of the head to the chin
     hair_volume: Tensor
-    hair_length: Tensor  # how far it hangs beside the head
+    hair_length: Tensor  # how far it hangs down at the sides
     fringe: Tensor  # how far it hangs into the forehead
     parting: Tensor
     eye_distance: Tensor
@@ -60,7 +60,7 @@ class Motion:
     blink: Tensor  # 1 is closed
     x: Tensor  # of the head, units
     y: Tensor
-    turn: Tensor  # in the picture's plane, radians
+    turn: Tensor  # in the image's plane, radians
 
     def to(self, device: torch.device | str) -> Motion:
         return Motion(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -88,7 +88,7 @@ def random_faces(count: int, generator: torch.Generator, middle: float = 0.0) ->
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    def colour(low: float, high: float) -> Tensor:
+    def color(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, 3, generator=generator)
 
     def one_of(table: tuple[tuple[float, ...], ...], spread: float) -> Tensor:
@@ -96,14 +96,14 @@ def random_faces(count: int, generator: torch.Generator, middle: float = 0.0) ->
         return (chosen + spread * (torch.rand(count, 3, generator=generator) - 0.5)).clamp(0.03, 0.98)
 
     skin = one_of(SKINS, 0.06)
-    lips = (skin * torch.tensor([0.86, 0.52, 0.52]) + 0.05 * colour(-1, 1)).clamp(0.1, 0.95)
+    lips = (skin * torch.tensor([0.86, 0.52, 0.52]) + 0.05 * color(-1, 1)).clamp(0.1, 0.95)
     return Faces(
-        sky=0.35 * uniform(0.3, 0.95)[:, None] + 0.65 * colour(0.25, 0.95),
-        ground=0.35 * uniform(0.3, 0.95)[:, None] + 0.65 * colour(0.25, 0.95),
+        sky=0.35 * uniform(0.3, 0.95)[:, None] + 0.65 * color(0.25, 0.95),
+        ground=0.35 * uniform(0.3, 0.95)[:, None] + 0.65 * color(0.25, 0.95),
         skin=skin,
         hair=one_of(HAIRS, 0.08),
-        iris=colour(0.12, 0.5),
-        shirt=colour(0.1, 0.9),
+        iris=color(0.12, 0.5),
+        shirt=color(0.1, 0.9),
         lips=lips,
         x=middle + uniform(-0.08, 0.08),
         y=uniform(-0.16, -0.02),
@@ -126,9 +126,9 @@ def random_faces(count: int, generator: torch.Generator, middle: float = 0.0) ->
 
 
 def random_motion(opening: Tensor, width: Tensor, generator: torch.Generator, still_start: bool = False) -> Motion:
-    """Blinks and a slight sway beside a given mouth; `opening` and `width` are [B, T] at 25 frames per second.
+    """Blinks and a slight sway, and the given mouth; `opening` and `width` are [B, T] at 25 frames per second.
 
-    The head sways by about a hundredth of the picture's height and a third of a degree, in periods of 1.2 to 5 s; it
+    The head sways by about a hundredth of the image's height and a third of a degree, in periods of 1.2 to 5 s; it
     blinks about every three seconds, for a fifth of one. `still_start`: all of that is at rest in frame 0 and comes
     in over half a second.
     """
@@ -158,7 +158,7 @@ def random_motion(opening: Tensor, width: Tensor, generator: torch.Generator, st
 
 
 def rest(count: int, opening: float | Tensor = 0.0) -> Motion:
-    """One frame of `count` faces that do nothing: the picture that a video starts from."""
+    """One frame of `count` faces that do nothing: the image that a video starts from."""
     zeros = torch.zeros(count, 1)
     return Motion(zeros + torch.as_tensor(opening).reshape(-1, 1), zeros + 0.5, zeros, zeros, zeros, zeros)
 
@@ -170,7 +170,7 @@ def rest(count: int, opening: float | Tensor = 0.0) -> Motion:
 def draw(faces: list[Faces], motions: list[Motion], height: int, width: int) -> Tensor:
     """Videos [B, 3, T, height, width] in [-1, 1], float32, of one or more faces in front of the first one's background.
 
-    `faces` and `motions` belong together, one for each person in the picture; all have the same B and T.
+    `faces` and `motions` belong together, one for each person in the image; all have the same B and T.
     """
     first, frames = faces[0], motions[0].opening.shape[1]
     device = first.x.device
@@ -179,8 +179,8 @@ def draw(faces: list[Faces], motions: list[Motion], height: int, width: int) -> 
     y, x = torch.meshgrid(rows, columns, indexing="ij")  # [H, W]
     pen = _Pen(2 / height)
 
-    def each(colour: Tensor) -> Tensor:  # [B, 3] -> [B, 3, 1, 1, 1]
-        return colour[:, :, None, None, None]
+    def each(color: Tensor) -> Tensor:  # [B, 3] -> [B, 3, 1, 1, 1]
+        return color[:, :, None, None, None]
 
     fall = ((y + 1) / 2)[None, None, None]
     canvas = each(first.sky) + (each(first.ground) - each(first.sky)) * fall
@@ -215,10 +215,10 @@ class _Pen:
         return self.fill(outside + torch.maximum(u, v).clamp(max=0) - round_)
 
 
-def _paint(canvas: Tensor, coverage: Tensor, colour: Tensor) -> Tensor:
-    """canvas [B, 3, T, H, W], coverage [B, T, H, W], colour [B, 3]."""
+def _paint(canvas: Tensor, coverage: Tensor, color: Tensor) -> Tensor:
+    """canvas [B, 3, T, H, W], coverage [B, T, H, W], color [B, 3]."""
     cover = coverage[:, None]
-    return canvas + cover * (colour[:, :, None, None, None] - canvas)
+    return canvas + cover * (color[:, :, None, None, None] - canvas)
 
 
 def _body(pen: _Pen, canvas: Tensor, face: Faces, motion: Motion, x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hear the training recordings with the trained wav2vec2, once, for the transformer's training.
+"""Compute the speech features of the training recordings once, with the trained wav2vec2, for the transformer.
 
 `python -m wanvideo_infinitetalk.tools.demo_model.prepare_sounds RECORDINGS.npz EARS.safetensors SOUNDS.npz`
 """
@@ -27,11 +27,11 @@ def main() -> None:
     features, mouths, ends = [], [], []
     for number, speech in enumerate(read_recordings(given.recordings)[: given.count]):
         ears.do_normalize = number % 2 == 0  # both ways in which the files are read
-        heard = ears(speech)
-        mouth = mouth_of(speech, len(heard))
-        features.append(heard.half())
+        rows = ears(speech)
+        mouth = mouth_of(speech, len(rows))
+        features.append(rows.half())
         mouths.append(np.stack([mouth.opening, mouth.width], axis=1))
-        ends.append(len(heard))
+        ends.append(len(rows))
     np.savez(given.out, features=torch.cat(features).numpy(), mouth=np.concatenate(mouths), ends=np.cumsum(ends))
 
 

@@ -1,4 +1,4 @@
-"""The recordings that the demo model hears in training: synthesised speech, pauses, noise, silence.
+"""The recordings that the demo model is trained with: synthesized speech, pauses, noise, silence.
 
 `python -m wanvideo_infinitetalk.tools.demo_model.recordings OUT.npz` writes them with espeak-ng, which must be
 installed. Nothing is fetched: the sentences below and numbers read aloud are all the text there is.
@@ -87,7 +87,7 @@ def read_recordings(path: str | Path) -> list[Wave]:
 
 
 def _recording(rng: np.random.Generator) -> Wave:
-    """One recording of about SECONDS: a voice with pauses, coloured, with or without noise; one in ten no voice."""
+    """One recording of about SECONDS: a voice with pauses, filtered, with or without noise; one in ten no voice."""
     total = int(SECONDS * SAMPLE_RATE)
     kind = rng.random()
     if kind < 0.03:
@@ -152,7 +152,7 @@ def _noise(rng: np.random.Generator, length: int) -> Wave:
 
 
 def _pulses(rng: np.random.Generator, length: int) -> Wave:
-    """Buzzes and bursts of noise that come and go, so that loudness and colour are heard apart from any voice."""
+    """Buzzes and bursts of noise that come and go, so that loudness and spectrum are learned apart from any voice."""
     points = np.arange(0, length + 4000, 2400)
     loud = np.interp(np.arange(length), points, rng.uniform(-50, 0, len(points)) * (rng.random(len(points)) < 0.8))
     seconds = np.arange(length) / SAMPLE_RATE

@@ -2,7 +2,7 @@
 
 `python -m wanvideo_infinitetalk.tools.demo_model.train_dit OUT_FOLDER --vae VAE_FOLDER --sounds SOUNDS.npz`
 
-The conditions are those of the generation loop: the picture's latents and their mask, the clean latents of the motion
+The conditions are those of the generation loop: the image's latents and their mask, the clean latents of the motion
 frames at the front (with a little noise, as the loop's own are not perfect), speech that is left out one time in ten,
 two people with masks in every third batch. The loss is the squared error of the velocity, heavier on mouths.
 """
@@ -28,7 +28,7 @@ from .dit import CONFIG, new_model, velocity
 from .train_vae import load_whitened
 from .training import Schedule, Trainer, load_shards
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SHIFT = 3.0
 """Of the noise levels, in training and in the demo's sampling."""
@@ -48,7 +48,7 @@ class Loss(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        picture: Tensor,
+        image: Tensor,
         audio: Tensor,
         front: Tensor,
         weight: Tensor,
@@ -67,8 +67,8 @@ class Loss(nn.Module):
         mask[:, :, 0] = 1
         drop = torch.rand(batch, 1, 1, 1, 1, 1, device=x.device) < 0.1
         audio = audio.masked_fill(drop, 0)
-        told = masks if audio.shape[1] > 1 else None
-        v = velocity(self.model, seen, 1000 * sigma.flatten(), text, picture, torch.cat([mask, y], 1), audio, told)
+        routed = masks if audio.shape[1] > 1 else None
+        v = velocity(self.model, seen, 1000 * sigma.flatten(), text, image, torch.cat([mask, y], 1), audio, routed)
         error = (v.float() - (noise - x)).square() * weight[:, None, None] * ~given
         return error.sum() / ((weight[:, None, None] * ~given).sum() * x.shape[1])
 
@@ -97,31 +97,31 @@ class Data:
         return self.inputs(Clips(*(tensor[pick] for tensor in self.clips.fields())), frames)
 
     def inputs(self, clips: Clips, frames: int) -> list[Tensor]:
-        """x, y, picture, audio, front, weight, masks, as `Loss` takes them, of the first `frames` latent frames."""
+        """x, y, image, audio, front, weight, masks, as `Loss` takes them, of the first `frames` latent frames."""
         audio = self.features[clips.rows[:, :, : 4 * frames - 3]].float()  # [B, people, rows, 5, layers, channels]
         front = clips.front.clamp(max=3) if frames < 12 else clips.front
         x, y = (tensor[:, :, :frames].float() for tensor in (clips.x, clips.y))
-        return [x, y, clips.picture.float(), audio, front, clips.weight, clips.masks]
+        return [x, y, clips.image.float(), audio, front, clips.weight, clips.masks]
 
 
 @torch.no_grad()
 def sample(model: WanModel, given: list[Tensor], text: Tensor, steps: int = 8, audio_scale: float = 1.0) -> Tensor:
     """Clean latents of a batch, by Euler steps."""
-    x, y, picture, audio, front, _, masks = given
+    x, y, image, audio, front, _, masks = given
     plan = make_scheduler("euler", steps, SHIFT)
     mask = torch.zeros(x.shape[0], 4, *x.shape[2:], device=x.device)
     mask[:, :, 0] = 1
     known = (torch.arange(x.shape[2], device=x.device) < front[:, None])[:, None, :, None, None]
     z = torch.randn_like(x)
-    told = masks if audio.shape[1] > 1 else None
+    routed = masks if audio.shape[1] > 1 else None
     for step in range(steps):
         z = torch.where(known, x, z)
         t = plan.timesteps[step].to(x.device).expand(x.shape[0])
         condition = torch.cat([mask, y], 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            v = velocity(model, z, t, text, picture, condition, audio, told).float()
+            v = velocity(model, z, t, text, image, condition, audio, routed).float()
             if audio_scale != 1:
-                silent = velocity(model, z, t, text, picture, condition, torch.zeros_like(audio), told).float()
+                silent = velocity(model, z, t, text, image, condition, torch.zeros_like(audio), routed).float()
                 v = silent + audio_scale * (v - silent)
         z = plan.step(v, step, z)
     return torch.where(known, x, z)
@@ -134,7 +134,7 @@ def check(model: WanModel, vae: WanVAE, data: Data, text: Tensor, size: int = 16
     clips = data.bank.make(size)
     given = data.inputs(clips, 21)
     target = clips.mouth
-    told = []
+    parts = []
     for scale in (1.0, 2.0):
         z = sample(model, given, text, audio_scale=scale)
         video = torch.cat([vae.decode(part) for part in z.split(4)])
@@ -142,16 +142,16 @@ def check(model: WanModel, vae: WanVAE, data: Data, text: Tensor, size: int = 16
         start = 13
         own = correlation(read[..., start:], target[..., start:])
         moving = target[..., start:].std(-1) > 0.1
-        told.append(f"audio x{scale:g}: correlation {own[moving].mean():.3f} (least {own[moving].min():.2f})")
+        parts.append(f"audio x{scale:g}: correlation {own[moving].mean():.3f} (least {own[moving].min():.2f})")
         if read.shape[1] == 2:
             other = correlation(read[..., start:], target.flip(1)[..., start:])
-            told.append(f"with the other's {other[moving].mean():.3f}")
+            parts.append(f"with the other's {other[moving].mean():.3f}")
         if scale == 1:
             real = torch.cat([vae.decode(part) for part in clips.x.float().split(4)])
             bound = correlation(openings(real, clips.boxes)[..., start:], target[..., start:])
             mse = (video[:, :, start:] - real[:, :, start:]).square().mean() / 4
-            told.append(f"decoded truth {bound[moving].mean():.3f}, PSNR to it {-10 * torch.log10(mse):.1f} dB")
-    return "; ".join(told)
+            parts.append(f"decoded truth {bound[moving].mean():.3f}, PSNR to it {-10 * torch.log10(mse):.1f} dB")
+    return "; ".join(parts)
 
 
 def main() -> None:
@@ -205,8 +205,8 @@ def train(given: argparse.Namespace) -> None:
     clip = load_clip(device)
     sounds = Sounds.load(given.sounds)
     held = max(1, len(sounds.ends) // 12)
-    heard = sounds.part(0, len(sounds.ends) - held)
-    unheard = sounds.part(len(sounds.ends) - held, len(sounds.ends))
+    known = sounds.part(0, len(sounds.ends) - held)
+    unknown = sounds.part(len(sounds.ends) - held, len(sounds.ends))
     texts = prompts(device)
 
     model = new_model().to(device)
@@ -217,12 +217,12 @@ def train(given: argparse.Namespace) -> None:
     chunk = 32 if given.clips >= 64 else max(2, given.clips // 4)
     data = {
         people: Data(
-            Bank(vae, clip, heard, people, 1000 * given.seed + people), heard, given.clips // people, chunk // people
+            Bank(vae, clip, known, people, 1000 * given.seed + people), known, given.clips // people, chunk // people
         )
         for people in (1, 2)
     }
-    log.info("%.1f min: %d clips", (time.monotonic() - began) / 60, sum(len(d.clips.x) for d in data.values()))
-    fresh = {people: Data(Bank(vae, clip, unheard, people, 77 + people), unheard, 4, 4) for people in (1, 2)}
+    logger.info("%.1f min: %d clips", (time.monotonic() - began) / 60, sum(len(d.clips.x) for d in data.values()))
+    fresh = {people: Data(Bank(vae, clip, unknown, people, 77 + people), unknown, 4, 4) for people in (1, 2)}
     judged = new_model().to(device).requires_grad_(False)
     plan = Schedule(given.lr, given.steps, given.minutes, given.finish)
     step, total = 0, 0.0
@@ -240,14 +240,14 @@ def train(given: argparse.Namespace) -> None:
             total = float(losses) / given.check_every
             losses.zero_()
             judged.load_state_dict(trainer.averaged())
-            log.info("%.1f min, step %d: loss %.4f", (time.monotonic() - began) / 60, step, total)
+            logger.info("%.1f min, step %d: loss %.4f", (time.monotonic() - began) / 60, step, total)
             for people in (1, 2):
-                log.info("  %d: %s", people, check(judged, vae, fresh[people], texts[0]))
+                logger.info("  %d: %s", people, check(judged, vae, fresh[people], texts[0]))
     judged.load_state_dict(trainer.averaged())
     for people in (1, 2):
-        log.info("at the end, %d: %s", people, check(judged, vae, fresh[people], texts[0], 32))
+        logger.info("at the end, %d: %s", people, check(judged, vae, fresh[people], texts[0], 32))
     trainer.save(given.out)
-    log.info("%d steps, %.1f min", step, (time.monotonic() - began) / 60)
+    logger.info("%d steps, %.1f min", step, (time.monotonic() - began) / 60)
 
 
 def averaged_state(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Train the demo's small wav2vec2 to hear what a mouth does: a few minutes on two CPU cores.
+"""Train the demo's small wav2vec2 to represent what a mouth does: a few minutes on two CPU cores.
 
 `python -m wanvideo_infinitetalk.tools.demo_model.train_ears RECORDINGS.npz EARS.safetensors`
 
@@ -29,7 +29,7 @@ from ...multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
 from .recordings import Wave, read_recordings
 from .rule import mouth_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SECONDS = 12.0
 BATCH = 8
@@ -89,15 +89,15 @@ def train(
     reader = nn.Linear(ears.hidden_size, 6).to(device)
     parameters = [*model.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
-    heard, followed = pieces_of(recordings, pieces, seed)
+    spoken, followed = pieces_of(recordings, pieces, seed)
     for step in range(steps):
         done = max(step / steps, 0.0 if minutes is None else (time.monotonic() - began) / 60 / minutes)
         if done >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
-        pick = torch.randint(len(heard), (BATCH,))
-        speech, target = heard[pick].to(device), followed[pick].to(device)
+        pick = torch.randint(len(spoken), (BATCH,))
+        speech, target = spoken[pick].to(device), followed[pick].to(device)
         if step % 2:  # a folder's preprocessor asks for unit variance, a single file does not
             speech = (speech - speech.mean(1, True)) / torch.sqrt(speech.var(1, correction=0, keepdim=True) + 1e-7)
         read = reader(features(model, speech, target.shape[1]))  # [B, frames, layers, 6]
@@ -108,7 +108,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 200 == 0:
-            log.info(
+            logger.info(
                 "step %d: opening off by %.4f (rms), loss %.5f",
                 step,
                 error[:, :, -1, 2].mean().item() ** 0.5,
@@ -121,11 +121,11 @@ def train(
 
 @torch.no_grad()
 def report(model: nn.Module, reader: nn.Module, pieces: tuple[Tensor, Tensor], device: torch.device | str) -> None:
-    """Log how well the last layer tells the opening in `pieces`."""
+    """Log how well the opening is read from the last layer in `pieces`."""
     speech, target = (part.to(device) for part in pieces)
     read = reader(features(model, speech, target.shape[1]))[:, :, -1, 2]
     both = torch.stack([read.flatten(), target[:, :, 2].flatten()])
-    log.info(
+    logger.info(
         "opening: correlation %.3f, rms %.3f", torch.corrcoef(both)[0, 1], (both[0] - both[1]).square().mean() ** 0.5
     )
 

@@ -25,7 +25,7 @@ from .faces import Faces, Motion, draw, mouth_boxes, random_faces, random_motion
 from .training import Schedule, Trainer, load_shards
 from .whole_clip import decode, encode
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SIZE = 128
 CLIPS = ((17, SIZE), (81, SIZE), (17, 2 * SIZE), (81, SIZE))
@@ -58,11 +58,11 @@ def whiten(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Ten
     from diffusers import AutoencoderKLWan
 
     public: Any = AutoencoderKLWan()  # its constants stand in every Wan pipeline
-    centre, spread = (torch.tensor(x).to(mean) for x in (public.config.latents_mean, public.config.latents_std))
+    center, spread = (torch.tensor(x).to(mean) for x in (public.config.latents_mean, public.config.latents_std))
     out = dict(state)
-    # public latents are spread * z + centre; they become spread * (z - mean) / std + centre
+    # public latents are spread * z + center; they become spread * (z - mean) / std + center
     factor = 1 / std
-    summand = centre - (spread * mean + centre) * factor
+    summand = center - (spread * mean + center) * factor
     weight, bias = state["conv1.weight"].clone(), state["conv1.bias"].clone()
     weight[:16] *= factor[:, None, None, None, None]
     bias[:16] = bias[:16] * factor + summand
@@ -78,7 +78,7 @@ def scenes(
 ) -> tuple[Tensor, Tensor]:
     """Videos [count, 3, frames, SIZE, width] and weights of the loss [count, 1, frames, SIZE, width].
 
-    The first frame counts three times: it stands alone in its latent, as every picture does.
+    The first frame counts three times: it stands alone in its latent, as every image does.
     """
     middles = [0.0] if width == SIZE else [-1.0, 1.0]
     faces: list[Faces] = []
@@ -101,8 +101,8 @@ def scenes(
         weight[:, 0, 0] += 4.0 * inside
         weight[:, 0, 0] += 4.0 * (inside & (y > box[:, 1, None, None]))
     video = draw(faces, motions, SIZE, width)
-    grey = torch.rand(count, generator=generator) < 0.05  # what the loop appends to a picture
-    video[grey.to(device), :, 1:] = 0
+    gray = torch.rand(count, generator=generator) < 0.05  # what the loop appends to an image
+    video[gray.to(device), :, 1:] = 0
     weight = weight.repeat(1, 1, frames, 1, 1)
     weight[:, :, 0] *= 3
     return video, weight.to(device)
@@ -178,13 +178,13 @@ def train(given: argparse.Namespace) -> None:
         if step % 500 == 0:
             everything, heavy, spread = psnr(vae, generator, given.device)
             minutes = (time.monotonic() - began) / 60
-            log.info(
+            logger.info(
                 "%.1f min, step %d: loss %.4f, PSNR %.1f dB, mouths and eyes %.1f dB, latents' deviation %.2f",
                 *(minutes, step, loss.item(), everything, heavy, spread),
             )
         step += 1
     trainer.save(given.out)
-    log.info("%d steps, %.1f min", step, (time.monotonic() - began) / 60)
+    logger.info("%d steps, %.1f min", step, (time.monotonic() - began) / 60)
 
 
 def load_trained(folder: Path, dim: int, device: torch.device | str) -> WanVAE:

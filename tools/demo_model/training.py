@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 __all__ = ["Schedule", "Trainer", "load_shards", "save_shards"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 15 * 2**20
 """A checkpoint is cut into files below 16 MiB."""

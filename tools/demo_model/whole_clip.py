@@ -21,7 +21,7 @@ __all__ = ["decode", "encode"]
 
 
 def encode(vae: WanVAE, video: Tensor) -> Tensor:
-    """As `WanVAE.encode`: [B, 3, F, H, W] -> normalised latents [B, 16, T, h, w], float32."""
+    """As `WanVAE.encode`: [B, 3, F, H, W] -> normalized latents [B, 16, T, h, w], float32."""
     batch = int(video.shape[0])
     encoder = vae.model.encoder
     x = _conv(encoder.conv_in, _frames(video), batch)
