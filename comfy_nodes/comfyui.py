@@ -6,7 +6,6 @@ comparing version numbers.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -33,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 def make_schema(newer: dict[str, Any], **fields: Any) -> Any:
     """An io.Schema of `fields`, and of those in `newer` that this ComfyUI knows."""
-    known = {field.name for field in dataclasses.fields(io.Schema)}
-    return io.Schema(**fields, **{name: value for name, value in newer.items() if name in known})
+    return io.Schema(**fields, **{name: newer[name] for name in newer.keys() & io.Schema.__dataclass_fields__.keys()})
 
 
 def advanced(widget: Any) -> Any:
@@ -240,7 +238,7 @@ class Progress:
         if latents is not None and self._previewer is not None and latents.shape[0] == 16:
             middle = latents[None, :, latents.shape[1] // 2].unsqueeze(2)
             preview = self._previewer.decode_latent_to_preview_image("JPEG", middle.float())
-        self._bar.update_absolute(done, total, preview)
+        self._bar.update_absolute(done, max(total, 1), preview)
 
 
 def _previewer(preview_device: torch.device) -> Any:

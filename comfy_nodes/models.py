@@ -39,11 +39,6 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_fast": torch.float16}
 
 
-def _loading_bar() -> Callable[[int, int], None]:
-    bar = comfyui.Progress(1)
-    return lambda done, total: bar(done, max(total, 1))
-
-
 def _stamp(path: str | Path) -> tuple[str, int, int]:
     """The identity of a file's state: path, size in bytes, time of the last change."""
     status = Path(path).stat()
@@ -207,7 +202,7 @@ def _load_weights(
         None if adapter is None else adapter.path,
         base_dtype=dtype,
         quantization="disabled" if merged else quantization,
-        progress=_loading_bar(),
+        progress=comfyui.Progress(1),
     )
     if merged:
         apply_loras(model, merged, comfyui.device())
