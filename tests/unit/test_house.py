@@ -91,6 +91,8 @@ def test_the_graph_is_seen() -> None:
     assert "cli.doctor" in edges["comfy_nodes.kernels"], "imports inside functions count"
     assert sum(map(len, edges.values())) > 200
     assert {module for module in edges if layer_of(module) is None} == {"multitalk", "wanvideo"}, "name their layer"
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"assets", "benchmarks"}
+    assert packages <= set(LIBRARY), "name their layer"
 
 
 def test_no_module_imports_itself_by_a_circle() -> None:
