@@ -1,7 +1,8 @@
-"""NVFP4 linears on the CPU: the format by its definition and by comfy-kitchen's numbers, layers, the matmul's contract."""
+"""NVFP4 linears on the CPU: the format's definition, comfy-kitchen's numbers, layers, the matmul's contract."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +122,7 @@ def test_zeros_stay_zeros_and_outliers_stay_in_their_block():
 
 def test_the_matmul_contract_names_every_reason(monkeypatch):
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(nvfp4, "kitchen", lambda: None)
+    monkeypatch.setattr(nvfp4, "KITCHEN", False)
     assert len(nvfp4.nvfp4_matmul_violations(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 6
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -130,20 +131,19 @@ def test_the_matmul_contract_names_every_reason(monkeypatch):
     assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == [
         "comfy-kitchen 0.2.30 or newer is not installed (pip install comfy-kitchen)"
     ]
-    monkeypatch.setattr(nvfp4, "kitchen", lambda: SimpleNamespace())
+    monkeypatch.setattr(nvfp4, "KITCHEN", True)
     assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == []
 
 
 @pytest.mark.parametrize(("version", "used"), [(None, False), ("0.2.9", False), ("0.2.30", True), ("0.3.0", True)])
-def test_only_a_comfy_kitchen_that_was_compared_is_used(monkeypatch, version, used):
+def test_old_releases_of_comfy_kitchen_are_left_alone(monkeypatch, version, used):
     def installed(name):
         if version is None:
             raise nvfp4.metadata.PackageNotFoundError(name)
         return version
 
     monkeypatch.setattr(nvfp4.metadata, "version", installed)
-    monkeypatch.setattr(nvfp4.importlib, "import_module", lambda name: name)
-    assert nvfp4.kitchen.__wrapped__() == ("comfy_kitchen" if used else None)
+    assert nvfp4._kitchen_installed() == used
 
 
 def test_native_call_gets_what_the_kernel_requires(monkeypatch):
@@ -157,7 +157,7 @@ def test_native_call_gets_what_the_kernel_requires(monkeypatch):
         right = nvfp4.dequantize_nvfp4(b, blocks_b, scale_b, torch.float32)
         return (left @ right.t() + bias.float()).to(out_dtype)
 
-    monkeypatch.setattr(nvfp4, "kitchen", lambda: SimpleNamespace(scaled_mm_nvfp4=scaled_mm))
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(scaled_mm_nvfp4=scaled_mm))
     monkeypatch.setattr(nvfp4, "nvfp4_matmul_violations", lambda *args: [])
     linear: Any = nvfp4.NVFP4Linear.quantize(nn.Linear(64, 48), torch.bfloat16)
     x = torch.randn(2, 5, 65, dtype=torch.bfloat16)[..., 1:]  # 10 rows: padded to 16 inside, at an odd address

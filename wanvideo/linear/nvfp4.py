@@ -11,10 +11,7 @@ activations quantized the same way per call.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from importlib import metadata
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,22 +36,23 @@ MIN_CAPABILITY = (10, 0)
 """The first compute capability with FP4 tensor cores."""
 
 OLDEST_KITCHEN = "0.2.30"
-"""The oldest comfy-kitchen whose kernels were compared with the plain form."""
+"""Older releases of comfy-kitchen are left alone."""
 
 
-@cache
-def kitchen() -> Any | None:
-    """The module comfy_kitchen; None where it is not installed or older than `OLDEST_KITCHEN`."""
+def _kitchen_installed() -> bool:
     try:
-        installed = metadata.version("comfy-kitchen")
+        return Version(metadata.version("comfy-kitchen")) >= Version(OLDEST_KITCHEN)
     except metadata.PackageNotFoundError:
-        return None
-    return importlib.import_module("comfy_kitchen") if Version(installed) >= Version(OLDEST_KITCHEN) else None
+        return False
 
 
-def _kitchen_for(dtype: torch.dtype, device: torch.device) -> Any | None:
-    """comfy-kitchen where its CUDA kernels apply, which take and give 16 bits; None for the plain form."""
-    return kitchen() if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else None
+KITCHEN = _kitchen_installed()
+"""Whether comfy-kitchen's kernels can be used."""
+
+
+def _kitchen_packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether comfy-kitchen's CUDA kernels pack or unpack values of `dtype`; they take 16 bits."""
+    return KITCHEN and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +65,10 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dtype=torch.float32)
     # Divided by a tensor, not by a number, which CUDA turns into a product: so both devices store the same weight.
     scale = (largest / torch.full_like(largest, E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
-    kernels = _kitchen_for(x.dtype, x.device)
-    if kernels is not None:
-        return *kernels.quantize_nvfp4(x, scale, pad_16x=True), scale
+    if _kitchen_packs(x.dtype, x.device):
+        import comfy_kitchen
+
+        return *comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True), scale
     quantized = quantizers.quantize_nvfp4(F.pad(x, (0, -x.shape[1] % PADDING, 0, -x.shape[0] % PADDING)), scale)
     return quantizers.pack_e2m1(quantized.values), _tiled(quantized.block_scales), scale
 
@@ -77,9 +76,10 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values [M', K'] of what `quantize_nvfp4` stored, padding included: float32 products, rounded to `dtype`."""
     packed, block_scales = aligned_contiguous(packed), aligned_contiguous(block_scales)
-    kernels = _kitchen_for(dtype, packed.device)
-    if kernels is not None:
-        return kernels.dequantize_nvfp4(packed, scale.float(), block_scales, dtype)
+    if _kitchen_packs(dtype, packed.device):
+        import comfy_kitchen
+
+        return comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, dtype)
     blocks = quantizers.unpack_e2m1(packed).unflatten(-1, (-1, NVFP4_BLOCK))
     scales = scale.float() * _untiled(block_scales, blocks.shape[0], blocks.shape[1]).float()
     return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
@@ -121,7 +121,7 @@ def nvfp4_matmul_violations(
     elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         reasons.append(f"compute capability {capability} has no FP4 tensor cores (10.0 has)")
-    if kitchen() is None:
+    if not KITCHEN:
         reasons.append(f"comfy-kitchen {OLDEST_KITCHEN} or newer is not installed (pip install comfy-kitchen)")
     if dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"it writes bfloat16 or float16, not {dtype}")
@@ -164,10 +164,10 @@ class NVFP4Linear(QuantizedLinear):
 
     def _native(self, rows: Tensor) -> Tensor:
         """rows [M, K] -> [M, N] by the FP4 tensor cores: the activations are quantized to NVFP4 too."""
-        kernels = kitchen()
-        assert kernels is not None
+        import comfy_kitchen
+
         packed, block_scales, scale = quantize_nvfp4(rows.to(self.base_dtype))
-        padded = kernels.scaled_mm_nvfp4(
+        padded = comfy_kitchen.scaled_mm_nvfp4(
             packed,
             aligned_contiguous(self.weight.detach()),
             scale,
