@@ -167,7 +167,7 @@ def test_the_hub_is_asked_only_when_named(tmp_path, monkeypatch, spiece):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(CheckpointError, match="google/umt5-xxl to download it"):
-        load_tokenizer(None, beside=tmp_path / "other" / "t5.safetensors")
+        load_tokenizer(None, near=tmp_path / "other" / "t5.safetensors")
     assert asked == []
     assert load_tokenizer("google/umt5-xxl")("") == [1]
     assert asked == [("google/umt5-xxl", "tokenizer.json"), ("google/umt5-xxl", "spiece.model")]
@@ -320,7 +320,7 @@ def test_models_that_are_refused(tmp_path, state, spiece):
     with pytest.raises(InputError, match="float8"):
         TextEncoder.from_state_dict(state, dtype=torch.float8_e4m3fn)
     save_file(state, tmp_path / "t5.safetensors")
-    with pytest.raises(CheckpointError, match="none lies beside it"):
+    with pytest.raises(CheckpointError, match="none lies next to it"):
         TextEncoder.load(tmp_path / "t5.safetensors")
     small = transformers_t5(vocab_size=32)
     with pytest.raises(CheckpointError, match="do not belong together"):

@@ -11,7 +11,6 @@ added to the layer's output. That is also how `merge=False` runs, and it can be 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -26,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..linear.base import QuantizedLinear, branched, unbranched
 from .files import CheckpointFile, Stored
+from .state_dict import json_object
 
 __all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "remove_loras"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MERGEABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -234,10 +234,10 @@ def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> list[_C
     if not changes and not outside:
         raise CheckpointError(
             f"The LoRA {spec.name} changes nothing in this model: none of its {len(unmatched)} layers, such as "
-            f"{_some(unmatched)}, exists here; it was made for another model."
+            f"{some(unmatched)}, exists here; it was made for another model."
         )
     if unmatched:
-        log.warning("LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), _some(unmatched))
+        logger.warning("LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), some(unmatched))
     return changes
 
 
@@ -274,19 +274,19 @@ class _AlphaRules:
     """alpha / rank of a file's layers: from the layer's `alpha`, else from the trainer's configuration, else 1.
 
     The configuration is peft's: in the safetensors header (as diffusers writes it) or in `adapter_config.json` beside
-    the file. Rank-stabilised LoRAs (arXiv 2312.03732) divide by the square root of the rank.
+    the file. Rank-stabilized LoRAs (arXiv 2312.03732) divide by the square root of the rank.
     """
 
     def __init__(self, file: CheckpointFile) -> None:
         self.file = file
-        told = _told(file)
-        self.alpha = told.get("lora_alpha")
-        self.rank_stabilised = bool(told.get("use_rslora", False))
-        self.alphas: dict[str, float] = told.get("alpha_pattern") or {}
+        stated = _stated(file)
+        self.alpha = stated.get("lora_alpha")
+        self.rank_stabilized = bool(stated.get("use_rslora", False))
+        self.alphas: dict[str, float] = stated.get("alpha_pattern") or {}
 
     def factor(self, stem: str, parts: Mapping[str, str]) -> float:
         rank = int(self.file.shapes[parts["down"]].shape[0])
-        divisor = math.sqrt(rank) if self.rank_stabilised else rank
+        divisor = math.sqrt(rank) if self.rank_stabilized else rank
         if "alpha" in parts:
             return float(self.file.read(parts["alpha"]).float().item()) / divisor
         special = [alpha for name, alpha in self.alphas.items() if stem.endswith(name)]
@@ -294,19 +294,14 @@ class _AlphaRules:
         return float(rank if alpha is None else alpha) / divisor
 
 
-def _told(file: CheckpointFile) -> dict[str, Any]:
+def _stated(file: CheckpointFile) -> dict[str, Any]:
     """peft's configuration of a file, {} without one; keys without the component's name ("transformer.")."""
-    text = file.metadata.get("lora_adapter_metadata")
-    beside = file.path.with_name("adapter_config.json")
-    if text is None and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    if text is None:
-        return {}
-    try:
-        told = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"The configuration of the LoRA {file.path} is no JSON ({error}).") from error
-    return {str(key).rpartition(".")[2]: value for key, value in told.items()} if isinstance(told, dict) else {}
+    text: str | bytes | None = file.metadata.get("lora_adapter_metadata")
+    neighbor = file.path.with_name("adapter_config.json")
+    if text is None and neighbor.is_file():
+        text = neighbor.read_bytes()
+    stated = json_object(text, f"The configuration of the LoRA {file.path}")
+    return {key.rpartition(".")[2]: value for key, value in stated.items()}
 
 
 def _selected(parameter: str, blocks: frozenset[int] | None) -> bool:
@@ -407,7 +402,7 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
             for change in changes:
                 (merging if merge else running).setdefault(change.parameter, []).append(change)
             way = "merged" if merge else "beside the weights"
-            log.info("LoRA %s: strength %g, %d changes, %s", spec.name, spec.strength, len(changes), way)
+            logger.info("LoRA %s: strength %g, %d changes, %s", spec.name, spec.strength, len(changes), way)
         for name, group in merging.items():
             _merge(targets.parameters[name], group, compute_device)
         for name, group in running.items():
@@ -489,8 +484,3 @@ def _compute_dtype(linear: nn.Linear) -> torch.dtype:
         return linear.weight.dtype
     # An fp8 weight as it came from the file: the layer will compute in the dtype of what is not quantised.
     return linear.bias.dtype if linear.bias is not None else torch.bfloat16
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    first = ", ".join(names[:shown])
-    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"

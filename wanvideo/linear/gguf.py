@@ -45,12 +45,10 @@ class GGUFTensor:
         """True: the values are."""
         return True
 
-    def numel(self) -> int:
-        """Bytes stored: with `element_size`, the memory that this takes."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
         return self.blocks.numel()
-
-    def element_size(self) -> int:
-        return 1
 
     def to(self, device: str | torch.device) -> GGUFTensor:
         """The same in memory of its own on `device`."""
