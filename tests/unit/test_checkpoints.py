@@ -155,6 +155,27 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+class Hostile:
+    """Unpickled without care, it writes the file `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    path, mark = tmp_path / "x.pt", tmp_path / "ran"
+    torch.save({"a": torch.ones(2), "b": Hostile(mark)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="could run foreign code"):
+        read_state_dict(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()  # so it would have run
+
+
 # --------------------------------------------------------------------------------------------------- the same model
 
 
