@@ -34,7 +34,7 @@ def test_the_format_is_nvfp4():
     x = torch.randn(32, 64)
     restored = nvfp4.dequantize_nvfp4(*nvfp4.quantize_nvfp4(x), torch.float32)
     expected = by_definition(x)
-    # Ties between two neighbours may go either way; there are hardly any in random numbers.
+    # Ties between two neighbors may go either way; there are hardly any in random numbers.
     assert float((restored - expected).abs().gt(1e-6).float().mean()) < 1e-3
     assert 0.05 < relative_l2(restored, x) < BOUND
 
@@ -73,6 +73,17 @@ def test_bit_equal_with_the_installed_comfy_kitchen(shape, dtype, size):
         assert same_bits(ours, theirs)
     restored = nvfp4.dequantize_nvfp4(packed, block_scales, scale, torch.float32)
     assert same_bits(restored, comfy_kitchen.dequantize_nvfp4(packed, scale, block_scales, torch.float32))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_form_is_bit_equal_on_a_gpu(monkeypatch, dtype):
+    monkeypatch.setattr(nvfp4, "KITCHEN", False)
+    x = torch.randn(1000, 1008).to(dtype)
+    on_cpu, on_gpu = nvfp4.quantize_nvfp4(x), nvfp4.quantize_nvfp4(x.cuda())
+    for here, there in zip(on_cpu, on_gpu, strict=True):
+        assert same_bits(there.cpu(), here)
+    assert same_bits(nvfp4.dequantize_nvfp4(*on_gpu, dtype).cpu(), nvfp4.dequantize_nvfp4(*on_cpu, dtype))
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(48, 64), (20, 40), (1, 16), (33, 17)])

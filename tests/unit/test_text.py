@@ -134,7 +134,7 @@ def test_tokenizers_from_files_and_folders(tmp_path, spiece, words_json):
         assert load_tokenizer(source)("a woman is talking to the camera") == [3, 4, 5, 6, 7, 8, 9, 1]
 
 
-def test_tokenizers_that_are_refused(tmp_path):
+def test_tokenizers_that_are_rejected(tmp_path):
     with pytest.raises(CheckpointError, match="No tokenizer given"):
         load_tokenizer(None)
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
@@ -253,7 +253,7 @@ def test_the_file_may_carry_its_tokenizer(tmp_path, state, encoder, spiece):
         TextEncoder.load(tmp_path / "bad.safetensors")
 
 
-def quantised(state, dtype, spelling, per_row=False):
+def quantized(state, dtype, scale_name, per_row=False):
     """Linear weights in fp8 with the scale that ComfyUI's files carry; also what they stand for."""
     stored, meant = {}, {}
     for name, tensor in state.items():
@@ -261,7 +261,7 @@ def quantised(state, dtype, spelling, per_row=False):
             amax = tensor.abs().amax(dim=1, keepdim=True) if per_row else tensor.abs().max()
             scale = (amax / torch.finfo(dtype).max).float()
             stored[name] = (tensor / scale).to(dtype)
-            stored[name.removesuffix("weight") + spelling] = scale.flatten() if per_row else scale
+            stored[name.removesuffix("weight") + scale_name] = scale.flatten() if per_row else scale
             meant[name] = stored[name].float() * scale
         else:
             stored[name] = meant[name] = tensor
@@ -270,12 +270,12 @@ def quantised(state, dtype, spelling, per_row=False):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize(
-    ("spelling", "per_row"), [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)]
+    ("scale_name", "per_row"), [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)]
 )
 @pytest.mark.parametrize("official", [False, True])
-def test_scaled_fp8(tmp_path, state, encoder, spiece, dtype, spelling, per_row, official):
-    stored, meant = quantised(state, dtype, spelling, per_row)
-    if spelling == "scale_weight":
+def test_scaled_fp8(tmp_path, state, encoder, spiece, dtype, scale_name, per_row, official):
+    stored, meant = quantized(state, dtype, scale_name, per_row)
+    if scale_name == "scale_weight":
         stored["scaled_fp8"] = torch.zeros(2, dtype=dtype)
     if official:
         stored = hugging_face_to_official_t5(stored)

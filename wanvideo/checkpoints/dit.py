@@ -129,7 +129,7 @@ def _check_model(names: Iterable[str], what: str) -> None:
     names = set(names)
     for mark, kind in OTHER_MODELS:
         if any(mark in name for name in names):
-            raise CheckpointError(f"{what} is {kind}, which is not run here; InfiniteTalk needs Wan2.1 I2V 14B.")
+            raise CheckpointError(f"{what} is {kind}, which is not supported; InfiniteTalk needs Wan2.1 I2V 14B.")
     if DIT_ANCHOR not in names or "blocks.0.self_attn.q.weight" not in names:
         raise CheckpointError(
             f"{what} is {kind_of(names)}, not a Wan2.1 diffusion transformer; InfiniteTalk needs Wan2.1 I2V 14B."
@@ -149,7 +149,7 @@ def _check_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> N
     elif image and in_dim != 36:
         kind = f"an image model that takes {in_dim} input channels instead of 36"
     if kind is not None:
-        raise CheckpointError(f"{what} is {kind}; it is not run here, InfiniteTalk needs Wan2.1 I2V 14B.")
+        raise CheckpointError(f"{what} is {kind}, which is not supported; InfiniteTalk needs Wan2.1 I2V 14B.")
 
 
 def _num_blocks(names: Iterable[str]) -> int:
@@ -469,7 +469,7 @@ class _Filler:
             raise CheckpointError(f"{self.files.what} does not say readably how {name} is quantized.") from error
         if form not in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
             raise CheckpointError(
-                f"{self.files.what} stores {name} as '{form}', which is not read here; use its fp8 or 16-bit version."
+                f"{self.files.what} stores {name} as '{form}', which is not supported; use its fp8 or 16-bit version."
             )
         return str(form)
 

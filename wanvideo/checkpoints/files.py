@@ -61,7 +61,7 @@ class CheckpointFile:
 
     `shapes` maps every name to what has its shape and dtype (a tensor on the meta device, or the mapped one);
     `metadata` is the text that a safetensors or GGUF header carries. Raises CheckpointError when the file is missing,
-    damaged, or of a format that is not read here. Use as a context manager, or call `close`.
+    damaged, or of a format that is not supported. Use as a context manager, or call `close`.
     """
 
     def __init__(self, path: str | Path) -> None:

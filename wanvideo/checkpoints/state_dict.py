@@ -1,6 +1,6 @@
 """Filling a library's module with the tensors of a public checkpoint, and saying clearly what does not fit.
 
-The modules of transformers and diffusers are built on the meta device (no memory, no initialisation), then every
+The modules of transformers and diffusers are built on the meta device (no memory, no initialization), then every
 parameter is replaced by a tensor of the file, in memory of its own and aligned for 16-byte kernels.
 """
 
