@@ -149,7 +149,7 @@ def _check_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> N
     elif image and in_dim != 36:
         kind = f"an image model that takes {in_dim} input channels instead of 36"
     if kind is not None:
-        raise CheckpointError(f"{what} is {kind}, which is not supported; InfiniteTalk needs Wan2.1 I2V 14B.")
+        raise CheckpointError(f"{what} is {kind}; it is not supported, InfiniteTalk needs Wan2.1 I2V 14B.")
 
 
 def _num_blocks(names: Iterable[str]) -> int:
@@ -466,7 +466,10 @@ class _Filler:
         try:
             form = json.loads(bytes(self.files.read(comfy_quant).tolist()))["format"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.files.what} does not say readably how {name} is quantized.") from error
+            raise CheckpointError(
+                f"{self.files.what} has an unreadable {comfy_quant}, which states how {name} is quantized; download it "
+                "again."
+            ) from error
         if form not in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
             raise CheckpointError(
                 f"{self.files.what} stores {name} as '{form}', which is not supported; use its fp8 or 16-bit version."

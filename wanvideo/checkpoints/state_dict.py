@@ -114,12 +114,12 @@ def _leading_number(name: str, stem: str) -> str:
 
 
 def json_object(text: str | bytes | None, what: str) -> dict[str, Any]:
-    """The JSON object in `text`; {} without text and for other JSON values.
+    """The JSON object in `text`; {} for None and for other JSON values.
 
     Raises CheckpointError, which names `what`, for a text that is no JSON.
     """
     try:
-        content = json.loads(text or "{}")
+        content = {} if text is None else json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{what} is no valid JSON ({error}); download the file again.") from error
     return content if isinstance(content, dict) else {}
@@ -130,7 +130,7 @@ def stated_config(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
 
     Our small test models state there what shapes do not (the number of heads, say). Public files have none.
     """
-    return json_object(metadata.get("config"), f"{what}: the 'config' in its metadata")
+    return json_object(metadata.get("config") or None, f"{what}: the 'config' in its metadata")
 
 
 def read_with_config(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,7 +166,7 @@ def check_shape(name: str, stored: Stored, expected: torch.Size, what: str) -> N
 
 def owns_aligned_memory(tensor: Tensor) -> bool:
     """True when `tensor` is contiguous, starts its own storage, shares it with nothing, and is 16-byte aligned."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.is_contiguous() and whole and tensor.data_ptr() % ALIGNMENT == 0
 
 
