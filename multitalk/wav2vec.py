@@ -298,7 +298,7 @@ def _empty_model(config: Mapping[str, Any], attention: str) -> Any:
 
 
 def _one_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The positional convolution's weight norm in torch's present names, whichever of its names the file uses."""
+    """The positional convolution's weight norm in torch's present names, whichever names the file uses."""
     stem = "encoder.pos_conv_embed.conv."
     old = {f"{stem}weight_g": "original0", f"{stem}weight_v": "original1"}
     new = {name: f"{stem}parametrizations.weight.{part}" for name, part in old.items()}
