@@ -40,7 +40,7 @@ lint: $(VENV)/.ready
 	mkdir -p .build && ln -sfn .. .build/wanvideo_infinitetalk
 	MYPYPATH=.build $(BIN)/mypy -p wanvideo_infinitetalk
 
-# The lower end of every dependency range. Wants a Python that all of them have wheels for: PYTHON=python3.11.
+# The lower end of every dependency range. Needs a Python that all of them have wheels for: PYTHON=python3.11.
 .venv-oldest/.ready: pyproject.toml tools/lower_bounds.py
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --upgrade pip

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .wanvideo.errors import InputError
+from .wanvideo.errors import InputError, some
 from .wanvideo.kernels import linear as own
 from .wanvideo.kernels import reference
 from .wanvideo.kernels.layout import aligned_contiguous
@@ -347,7 +347,7 @@ def convert_fp8_linear(
         elif linear.weight.dtype in FP8_DTYPES.values():
             store_weight(linear, _dequantized_weight(linear.weight, scale, base_dtype))
     if scales:
-        raise InputError(f"there is no linear layer for {_some(scales)}; the scales belong to another model.")
+        raise InputError(f"there is no linear layer for {some(scales)}; the scales belong to another model.")
 
 
 def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtype) -> None:
@@ -427,8 +427,3 @@ def summary(model: nn.Module) -> str:
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-
-
-def _some(names: Collection[str], shown: int = 3) -> str:
-    first = ", ".join(list(names)[:shown])
-    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"

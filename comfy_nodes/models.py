@@ -370,7 +370,7 @@ def _tokenizer_source(path: Path) -> str | None:
         if "spiece_model" in file.shapes:
             return None
     try:
-        load_tokenizer(None, beside=path)
+        load_tokenizer(None, near=path)
     except CheckpointError:
         return HUB_TOKENIZER
     return None

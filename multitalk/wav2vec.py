@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..wanvideo.checkpoints.files import read_state_dict
-from ..wanvideo.checkpoints.state_dict import config_override, fill_module, find_prefix, kind_of, layers_of
+from ..wanvideo.checkpoints.state_dict import (
+    bare_tensors,
+    check_heads,
+    fill_module,
+    json_object,
+    kind_of,
+    layers_of,
+    read_with_config,
+)
+from ..wanvideo.encoders.base import Encoder, empty_transformer
 from ..wanvideo.errors import CheckpointError, InputError
 
 __all__ = ["SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config"]
@@ -81,13 +88,12 @@ def wav2vec2_config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what
     if config["conv_stride"] is None:
         raise CheckpointError(f"{what} has convolutions of sizes {kernels} and no config.json stating their strides.")
     heads = config["num_attention_heads"]
-    if heads < 1 or hidden % heads:
-        raise CheckpointError(f"{what} is {hidden} wide, which {heads} attention heads cannot share.")
+    check_heads(hidden, heads, what)
     # Masking is for training; without it there is no `masked_spec_embed` to look for.
     return config | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
 
 
-class Wav2Vec2Features:
+class Wav2Vec2Features(Encoder):
     """wav2vec2 resampled to video frames: the audio embedding that InfiniteTalk was trained with.
 
     Between the convolutions (50 rows per second) and the transformer stands a linear resize to one row per video frame;
@@ -95,7 +101,7 @@ class Wav2Vec2Features:
     """
 
     def __init__(self, model: Any, *, do_normalize: bool = False) -> None:
-        self.model = model
+        super().__init__(model)
         self.do_normalize = do_normalize
         self._long_encoder: Any = None
 
@@ -119,14 +125,15 @@ class Wav2Vec2Features:
         file = path
         if path.is_dir():
             file = _weights_in(path)
-            fields = _json(path / "config.json")
+            fields = _json_of(path / "config.json")
             kind = fields.get("model_type", "wav2vec2")
             if kind != "wav2vec2":
                 raise CheckpointError(f"{path} holds a {kind} model, not wav2vec2.")
-            stated = bool(_json(path / "preprocessor_config.json").get("do_normalize", False))
+            stated = bool(_json_of(path / "preprocessor_config.json").get("do_normalize", False))
+        state, config = read_with_config(file)
         return cls.from_state_dict(
-            read_state_dict(file),
-            {**fields, **config_override(file)},
+            state,
+            {**fields, **config},
             dtype=dtype,
             device=device,
             do_normalize=stated if do_normalize is None else do_normalize,
@@ -145,22 +152,13 @@ class Wav2Vec2Features:
         what: str = "The wav2vec2 model",
     ) -> Wav2Vec2Features:
         """The same from tensors; `fields` as in `wav2vec2_config`."""
-        prefix = find_prefix(state, "feature_extractor.conv_layers.0.conv.weight")
-        if prefix is None:
+        bare = bare_tensors(state, "feature_extractor.conv_layers.0.conv.weight")
+        if not bare:
             raise CheckpointError(f"{what} is {kind_of(state)}, not a wav2vec2 model.")
-        state = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-        state = _one_weight_norm(state)
+        state = _one_weight_norm(bare)
         model = _empty_model(wav2vec2_config(state, fields or {}, what), "eager")
         fill_module(model, state, what=what, dtype=dtype, device=device)
         return cls(model, do_normalize=do_normalize)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     @property
     def layers(self) -> int:
@@ -171,10 +169,8 @@ class Wav2Vec2Features:
         return int(self.model.config.hidden_size)
 
     def to(self, device: str | torch.device) -> Wav2Vec2Features:
-        """Move the weights; returns self."""
-        self.model.to(device)
         self._long_encoder = None
-        return self
+        return super().to(device)
 
     @staticmethod
     def frames_of(samples: int, fps: float = 25.0) -> int:
@@ -185,14 +181,14 @@ class Wav2Vec2Features:
     def __call__(self, waveform: NDArray[Any] | Tensor, num_frames: int | None = None, fps: float = 25.0) -> Tensor:
         """Features [num_frames, layers, hidden], float32 on the CPU, of 16 kHz mono samples [n].
 
-        `num_frames` defaults to `frames_of(n, fps)`. The numbers are those of the whole recording heard at once,
-        for any length; working memory beside the result grows with the length only, not with its square.
+        `num_frames` defaults to `frames_of(n, fps)`. The numbers are those of the whole recording at once, for
+        any length; working memory besides the result grows with the length only, not with its square.
 
         Raises InputError for samples that are not [n], not finite, or too few.
         """
         samples = torch.as_tensor(waveform)
         if samples.ndim != 1 or not samples.is_floating_point():
-            raise InputError(f"wav2vec2 hears mono float samples [n]; got {list(samples.shape)} of {samples.dtype}.")
+            raise InputError(f"wav2vec2 takes mono float samples [n]; got {list(samples.shape)} of {samples.dtype}.")
         frames = self.frames_of(samples.numel(), fps) if num_frames is None else num_frames
         if frames < 1 or samples.numel() < self._receptive_field()[0]:
             raise InputError(f"The recording is too short: {samples.numel()} samples of 16 kHz fill no video frame.")
@@ -298,12 +294,11 @@ class Wav2Vec2Features:
 def _empty_model(config: Mapping[str, Any], attention: str) -> Any:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-    with torch.device("meta"):
-        return Wav2Vec2Model._from_config(Wav2Vec2Config(**config), attn_implementation=attention)
+    return empty_transformer(Wav2Vec2Model, Wav2Vec2Config(**config), attention)
 
 
 def _one_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The positional convolution's weight norm in torch's present names, whichever way the file spells it."""
+    """The positional convolution's weight norm in torch's present names, whichever names the file uses."""
     stem = "encoder.pos_conv_embed.conv."
     old = {f"{stem}weight_g": "original0", f"{stem}weight_v": "original1"}
     new = {name: f"{stem}parametrizations.weight.{part}" for name, part in old.items()}
@@ -319,25 +314,14 @@ def _weights_in(folder: Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
-    candidates = _files(folder, ".safetensors")
-    single = next(candidates, None)
-    if single is None or next(candidates, None) is not None:
+    candidates = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    if len(candidates) != 1:
         raise CheckpointError(
             f"{folder} holds no model.safetensors or pytorch_model.bin; give the wav2vec2 folder or file."
         )
-    return single
+    return candidates[0]
 
 
-def _files(folder: Path, suffix: str) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.suffix == suffix)
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _json_of(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}); download it again.") from error
-    return content if isinstance(content, dict) else {}
+    return json_object(path.read_bytes(), str(path)) if path.is_file() else {}

@@ -3,9 +3,11 @@
 The command line prints the sentence and exits with 2; ComfyUI shows it on the node.
 """
 
+from collections.abc import Collection
+
 
 class InfiniteTalkError(Exception):
-    """Base of all errors that a user can cause or mend."""
+    """Base of all errors that a user can cause or correct."""
 
 
 class CheckpointError(InfiniteTalkError):
@@ -13,8 +15,14 @@ class CheckpointError(InfiniteTalkError):
 
 
 class InputError(InfiniteTalkError, ValueError):
-    """A picture, recording, mask or setting that cannot be used."""
+    """An image, recording, mask or setting that cannot be used."""
 
 
 class BackendUnavailableError(InfiniteTalkError):
-    """An attention mode or quantisation that cannot run here; the message lists every reason."""
+    """An attention mode or quantization that cannot run here; the message lists every reason."""
+
+
+def some(names: Collection[str], shown: int = 3) -> str:
+    """The first `shown` of `names` in a sentence: "a, b, c and 2 more"."""
+    first = ", ".join(list(names)[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"

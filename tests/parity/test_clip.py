@@ -34,7 +34,7 @@ def test_penultimate_features(case):
 def test_larger_pictures_with_an_interpolated_position_table(case):
     item, clip = case
     if "interpolated.pixel_values" not in item.inputs:
-        pytest.skip("this set has no larger picture")
+        pytest.skip("this set has no larger image")
     features = clip.features(item.inputs["interpolated.pixel_values"])
     assert relative_error(features, item.outputs["interpolated.penultimate"]) <= LIMIT
 

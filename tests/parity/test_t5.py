@@ -27,7 +27,7 @@ def test_context(case):
 
 
 def test_a_row_alone_gives_the_same(case):
-    """Padding is masked: a prompt's features do not depend on its neighbours."""
+    """Padding is masked: a prompt's features do not depend on its neighbors."""
     item, encoder = case
     for i, length in enumerate(item.config["lens"]):
         (row,) = encoder.encode_ids(item.inputs["ids"][i : i + 1, :length], item.inputs["mask"][i : i + 1, :length])

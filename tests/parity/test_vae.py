@@ -63,7 +63,7 @@ def test_frames(case, latents, expected):
     assert error <= LIMIT * float(reference.double().square().mean().sqrt())
 
 
-def test_frames_of_unnormalised_latents(golden):
+def test_frames_of_unnormalized_latents(golden):
     item = golden("vae_tiny").float()
     vae = WanVAE.from_state_dict(item.weights)
     if vae.z_dim == 16:

@@ -15,7 +15,7 @@ OLD, NEW = "weight_", "parametrizations.weight."
 
 @pytest.fixture(params=["old weight norm", "new weight norm", "wav2vec2. prefix"])
 def weights(request, golden):
-    """The golden holds both spellings of the positional convolution: one is left."""
+    """The golden holds both forms of the positional convolution: one is left."""
     weights = golden("wav2vec2").float().weights
     dropped = NEW if request.param == "old weight norm" else "pos_conv_embed.conv." + OLD
     prefix = "wav2vec2." if request.param.startswith("wav2vec2") else ""

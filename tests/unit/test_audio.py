@@ -352,6 +352,7 @@ def test_models_that_are_refused(tmp_path, base):
     with pytest.raises(CheckpointError, match="5 attention heads"):
         Wav2Vec2Features.from_state_dict(state, {"num_attention_heads": 5})
     folder = write_folder(tmp_path / "j", base)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is no valid JSON"):
-        Wav2Vec2Features.load(folder)
+    for broken in (b"{", b"", b"\xff{}"):
+        (folder / "config.json").write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"config\.json is no valid JSON"):
+            Wav2Vec2Features.load(folder)

@@ -85,7 +85,7 @@ def test_a_wrapped_state_dict_is_unwrapped_and_old_pickles_are_read(tmp_path: Pa
         assert torch.equal(read_state_dict(tmp_path / name)["a"], torch.ones(2))
 
 
-def test_reading_tells_how_far_it_is_and_logs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reading_reports_how_far_it_is_and_logs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = save(tmp_path / "x.safetensors", {"a": torch.ones(4), "b": torch.ones(2)})
     steps: list[tuple[int, int]] = []
     with caplog.at_level(logging.INFO):
@@ -155,12 +155,33 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+class Hostile:
+    """Unpickled without care, it writes the file `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_pickle_that_would_run_code_is_rejected_and_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    path, mark = tmp_path / "x.pt", tmp_path / "ran"
+    torch.save({"a": torch.ones(2), "b": Hostile(mark)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="could run foreign code"):
+        read_state_dict(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()  # so it would have run
+
+
 # --------------------------------------------------------------------------------------------------- the same model
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "diffusion_model.", "model.diffusion_model."])
 def test_prefixes(tmp_path: Path, reference: WanModel, prefix: str) -> None:
-    # an all-in-one file holds other models beside
+    # an all-in-one file holds other models too
     state = {prefix + name: t for name, t in merged().items()}
     if prefix:
         state["first_stage_model.decoder.weight"] = torch.ones(1)
@@ -169,7 +190,7 @@ def test_prefixes(tmp_path: Path, reference: WanModel, prefix: str) -> None:
     assert set(model.state_dict()) == set(reference.state_dict())
 
 
-def test_merged_with_the_other_spelling_is_base_plus_adapter(
+def test_merged_under_the_other_name_is_base_plus_adapter(
     tmp_path: Path, tiny_set: TinySet, reference: WanModel, velocity: Callable[[WanModel], Tensor]
 ) -> None:
     state = dict(load_file(tiny_set.model))
@@ -205,17 +226,17 @@ def test_a_pickle_loads_too(tmp_path: Path, reference: WanModel, velocity: Calla
     assert load_dit(tmp_path / "x.pth").config.num_heads == 1
 
 
-def is_quantised(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
 
 def fp8_files(kind: str) -> dict[str, Tensor]:
-    """The merged model as savers write fp8: what is quantised depends on the saver."""
+    """The merged model as savers write fp8: what is quantized depends on the saver."""
     out: dict[str, Tensor] = {}
     for name, tensor in merged(torch.float32).items():
         layer = name.removesuffix(".weight")
         matrix = tensor.ndim == 2 and name.endswith(".weight")
-        if (kind == "plain everywhere" and (matrix or "bias" in name)) or (kind == "plain" and is_quantised(name)):
+        if (kind == "plain everywhere" and (matrix or "bias" in name)) or (kind == "plain" and is_quantized(name)):
             out[name] = tensor.to(FP8)
         elif kind in ("scale_weight", "weight_scale", "comfy_quant") and matrix:
             stored, scale = quantize_weight_fp8(tensor, FP8, scaled=True)
@@ -287,7 +308,7 @@ def test_gguf_base_with_safetensors_adapter_and_the_reverse(
 ) -> None:
     base = write_gguf(tmp_path / "base.gguf", dit_weights(dtype=torch.float32), kind)
     adapter = write_gguf(tmp_path / "adapter.gguf", adapter_weights(dtype=torch.float32), kind)
-    # GGUF files say nothing of heads: the safetensors file beside must.
+    # GGUF files say nothing of heads: the safetensors file with it must.
     plain_base = save(tmp_path / "base.safetensors", dit_weights())
     for files in ((base, save(tmp_path / "a.safetensors", adapter_weights())), (plain_base, adapter)):
         model = load_dit(*files, base_dtype=torch.float32)
@@ -383,7 +404,7 @@ def test_public_models_have_heads_of_128() -> None:
     assert dit_config(meta(dit_weights())).num_heads == 1
 
 
-def test_humo_is_recognised() -> None:
+def test_humo_is_recognized() -> None:
     state = meta(dit_weights("t2v", in_dim=36))
     for name, shape in {
         "audio_proj.audio_proj_glob_1.layer.weight": (32, 8 * 5 * 16),
@@ -418,7 +439,7 @@ def test_public_names_of_all_in_one_files() -> None:
         ({"patch_embedding.weight": (3072, 48, 1, 2, 2)}, "5B"),
         ({"patch_embedding.weight": (4096, 16, 1, 2, 2)}, "LongCat"),
         ({"patch_embedding.weight": (128, 52, 1, 2, 2)}, "52 input channels"),
-        ({"patch_embedding.weight": (100, 36, 1, 2, 2)}, "attention heads do not divide"),
+        ({"patch_embedding.weight": (100, 36, 1, 2, 2)}, "does not divide into"),
     ],
 )
 def test_other_models_are_named(change: dict[str, tuple[int, ...]], words: str) -> None:

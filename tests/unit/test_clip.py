@@ -1,4 +1,4 @@
-"""CLIP vision: both spellings of its file, and the features compared with transformers' own use."""
+"""CLIP vision: both namings in its file, and the features compared with transformers' own use."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_agrees_with_the_librarys_own_use(reference, clip):
     assert relative_error(clip.encode(image()), states[-2]) <= 2e-6
 
 
-def test_preprocessing_is_bicubic_and_normalised(clip):
-    grey = clip.preprocess(torch.zeros(1, 3, 42, 42))  # 0.5 in [0, 1]
+def test_preprocessing_is_bicubic_and_normalized(clip):
+    gray = clip.preprocess(torch.zeros(1, 3, 42, 42))  # 0.5 in [0, 1]
     expected = [(0.5 - 0.48145466) / 0.26862954, (0.5 - 0.4578275) / 0.26130258, (0.5 - 0.40821073) / 0.27577711]
-    assert torch.allclose(grey[0, :, 0, 0], torch.tensor(expected), atol=1e-6)
+    assert torch.allclose(gray[0, :, 0, 0], torch.tensor(expected), atol=1e-6)
     assert clip.preprocess(image()).shape == (2, 3, 42, 42)
     assert torch.allclose(
         clip.preprocess(image(1, 42, 42))[0, 0] * 0.26862954 + 0.48145466, image(1, 42, 42)[0, 0] / 2 + 0.5

@@ -17,8 +17,8 @@ from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear, GGUFTensor
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "Q3_K", "Q2_K")
-# Relative L2 of normally distributed weights after gguf's own quantiser, where it has one.
-QUANTISER_BOUNDS = {"Q8_0": 0.007, "Q5_1": 0.05, "Q5_0": 0.06, "Q4_1": 0.09, "Q4_0": 0.1}
+# Relative L2 of normally distributed weights after gguf's own quantizer, where it has one.
+QUANTIZER_BOUNDS = {"Q8_0": 0.007, "Q5_1": 0.05, "Q5_0": 0.06, "Q4_1": 0.09, "Q4_0": 0.1}
 
 
 def kind_of(name: str) -> gguf.GGMLQuantizationType:
@@ -26,9 +26,9 @@ def kind_of(name: str) -> gguf.GGMLQuantizationType:
 
 
 def blocks_of(name: str, rows: int, columns: int) -> np.ndarray:
-    """Packed rows: of random weights where gguf can quantise, otherwise random bytes with sane block scales."""
+    """Packed rows: of random weights where gguf can quantize, otherwise random bytes with sane block scales."""
     kind = kind_of(name)
-    if name in QUANTISER_BOUNDS:
+    if name in QUANTIZER_BOUNDS:
         weights = np.random.default_rng(1).standard_normal((rows, columns), dtype=np.float32)
         return gguf.quants.quantize(weights, kind)
     block_size, type_size = gguf.GGML_QUANT_SIZES[kind]
@@ -74,12 +74,12 @@ def test_every_type_gives_the_numbers_of_the_gguf_package(tmp_path, name):
     assert torch.equal(tensor.dequantize(torch.bfloat16), tensor.dequantize(torch.float32).bfloat16())
 
 
-@pytest.mark.parametrize("name", QUANTISER_BOUNDS)
+@pytest.mark.parametrize("name", QUANTIZER_BOUNDS)
 def test_types_keep_their_accuracy(tmp_path, name):
     weights = np.random.default_rng(1).standard_normal((6, 512), dtype=np.float32)
     tensor = read_gguf(write(tmp_path / "m.gguf", {"w": (blocks_of(name, 6, 512), name)}))["w"]
     assert isinstance(tensor, GGUFTensor)
-    assert relative_l2(tensor.dequantize(torch.float32), torch.from_numpy(weights)) < QUANTISER_BOUNDS[name]
+    assert relative_l2(tensor.dequantize(torch.float32), torch.from_numpy(weights)) < QUANTIZER_BOUNDS[name]
 
 
 def test_plain_types_and_shapes(tmp_path):
@@ -182,7 +182,7 @@ def test_compiles_without_graph_breaks(tmp_path):
         assert relative_l2(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 1e-6
 
 
-def test_quantising_a_gguf_model_again_is_refused_but_not_an_adapter_in_gguf(tmp_path):
+def test_quantizing_a_gguf_model_again_is_rejected_but_not_an_adapter_in_gguf(tmp_path):
     tensor = read_gguf(write(tmp_path / "m.gguf", {"w": (blocks_of("Q8_0", 64, 64), "Q8_0")}))["w"]
     assert isinstance(tensor, GGUFTensor)
 

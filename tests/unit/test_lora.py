@@ -1,4 +1,4 @@
-"""LoRA files: every public spelling gives the same weights; merged and beside, on any base; errors in words."""
+"""LoRA files: every public naming gives the same weights; merged and unmerged, on any base; errors in words."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def test_every_spelling_gives_the_same_weights(tmp_path, style, alpha):
     assert torch.equal(model.get_parameter("blocks.0.cross_attn.k.weight"), untouched)
 
 
-def test_spellings_of_the_layers_around_the_blocks(tmp_path):
+def test_namings_of_the_layers_around_the_blocks(tmp_path):
     """The diffusers names of embeddings and head, and a pair on the patch embedding's convolution."""
-    spellings = {
+    namings = {
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
         "text_embedding.2": "condition_embedder.text_embedder.linear_2",
         "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -163,10 +163,10 @@ def test_spellings_of_the_layers_around_the_blocks(tmp_path):
         "head.head": "proj_out",
     }
     model = make_model()
-    pairs = make_pairs(tuple(spellings))
+    pairs = make_pairs(tuple(namings))
     expected = expected_weights(model, pairs)
     tensors = {}
-    for layer, name in spellings.items():
+    for layer, name in namings.items():
         tensors[f"transformer.{name}.lora_A.weight"], tensors[f"transformer.{name}.lora_B.weight"] = pairs[layer]
     kernel = model.patch_embedding.weight
     down, up = torch.randn(RANK, *kernel.shape[1:]), torch.randn(CONFIG.dim, RANK, 1, 1, 1)
@@ -214,16 +214,16 @@ def test_whole_differences(tmp_path, merge):
     for name, (_, difference) in wanted.items():
         if merge or name != "blocks.0.cross_attn.k.weight":
             assert relative_l2(after[name], before[name] - 0.5 * difference) < 1e-6, name
-        else:  # the weight of a linear layer runs beside it
+        else:  # the weight of a linear layer stays as it is
             k = linear_of(model, "blocks.0.cross_attn.k")
             assert relative_l2(k(x), F.linear(x, before[name] - 0.5 * difference, k.bias)) < 1e-5
 
 
-@pytest.mark.parametrize("source", ["header", "beside"])
+@pytest.mark.parametrize("source", ["header", "file next to it"])
 def test_alpha_rules_of_the_trainers_configuration(tmp_path, source):
-    """Rank-stabilised: alpha / sqrt(rank), which is what alpha = rank * sqrt(rank) would give the ordinary rule."""
+    """Rank-stabilized: alpha / sqrt(rank), which is what alpha = rank * sqrt(rank) would give the ordinary rule."""
     pairs = make_pairs()
-    for told, factor in (
+    for stated, factor in (
         ({"use_rslora": True}, math.sqrt(RANK)),
         ({"use_rslora": True, "lora_alpha": 8}, 8 / math.sqrt(RANK)),
         ({"use_rslora": False, "lora_alpha": 8}, 8 / RANK),
@@ -231,14 +231,14 @@ def test_alpha_rules_of_the_trainers_configuration(tmp_path, source):
     ):
         metadata = None
         if source == "header":
-            metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in told.items()})}
+            metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in stated.items()})}
         else:
-            (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+            (tmp_path / "adapter_config.json").write_text(json.dumps(stated))
         model = make_model()
         expected = expected_weights(model, pairs, factor)
         apply_loras(model, [LoraSpec(write(tmp_path / "l.safetensors", pairs, "peft", metadata=metadata))])
         for layer, weight in expected.items():
-            assert relative_l2(linear_of(model, layer).weight, weight) < 1e-6, (told, layer)
+            assert relative_l2(linear_of(model, layer).weight, weight) < 1e-6, (stated, layer)
 
 
 def test_several_at_once_in_any_order_round_once(tmp_path):
@@ -282,7 +282,7 @@ BASES = ("disabled", "fp8_e4m3fn", "fp8_e4m3fn_scaled_fast", "fp8_e5m2_scaled", 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", BASES)
-def test_beside_any_base_and_off_again_bit_for_bit(tmp_path, kind, dtype):
+def test_unmerged_on_any_base_and_off_again_bit_for_bit(tmp_path, kind, dtype):
     model, plain = make_base(kind, dtype), make_base(kind, dtype)
     pairs = make_pairs()
     path = write(tmp_path / "l.safetensors", pairs, alpha=2.0, more=diff_tensors())
@@ -311,7 +311,7 @@ def test_beside_any_base_and_off_again_bit_for_bit(tmp_path, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", BASES[1:])
-def test_merging_never_quantises_twice(tmp_path, kind):
+def test_merging_never_quantizes_twice(tmp_path, kind):
     model, plain = make_base(kind, torch.float32), make_base(kind, torch.float32)
     apply_loras(model, [LoraSpec(write(tmp_path / "l.safetensors", make_pairs()))])
     for name, tensor in plain.state_dict().items():
@@ -321,8 +321,8 @@ def test_merging_never_quantises_twice(tmp_path, kind):
     assert remove_loras(model) == []
 
 
-def test_merged_before_quantising_is_one_rounding(tmp_path):
-    """The way of the loader: merge into 16 bits, then quantise."""
+def test_merged_before_quantizing_is_one_rounding(tmp_path):
+    """The way of the loader: merge into 16 bits, then quantize."""
     path = write(tmp_path / "l.safetensors", make_pairs())
     model, expected = make_model(), make_model()
     apply_loras(model, [LoraSpec(path)])
@@ -349,7 +349,7 @@ def test_fp8_weights_that_are_adopted_later(tmp_path):
     assert relative_l2(q(x), expected) < 0.03
 
 
-def test_applying_again_replaces_what_runs_beside(tmp_path):
+def test_applying_again_replaces_unmerged_ones(tmp_path):
     path = write(tmp_path / "l.safetensors", make_pairs())
     model, other = make_model(), make_model()
     apply_loras(model, [LoraSpec(path, 3.0, merge=False)])
@@ -367,7 +367,7 @@ def test_applying_again_replaces_what_runs_beside(tmp_path):
     assert remove_loras(model) == [merged]
 
 
-def test_merged_and_beside_together(tmp_path):
+def test_merged_and_unmerged_together(tmp_path):
     first = write(tmp_path / "a.safetensors", make_pairs(seed=1), more=diff_tensors())
     second = write(tmp_path / "b.safetensors", make_pairs(seed=2), more=diff_tensors())
     model, merged = make_model(), make_model()
@@ -444,7 +444,7 @@ def test_other_methods_are_named(tmp_path, mark, method):
         apply_loras(make_model(), [LoraSpec(path)])
 
 
-def test_beside_compiles_and_moves_with_the_layer(tmp_path):
+def test_an_unmerged_one_compiles_and_moves_with_the_layer(tmp_path):
     model = make_base("fp8_e4m3fn_scaled_fast", torch.float32)
     apply_loras(model, [LoraSpec(write(tmp_path / "l.safetensors", make_pairs()))])
     layer = linear_of(model, LAYERS[0])

@@ -1,12 +1,16 @@
-"""NVFP4 linears on the CPU: the format against its definition, padding, layers, and the matmul's contract."""
+"""NVFP4 linears on the CPU: the format's definition, comfy-kitchen's numbers, layers, the matmul's contract."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
 from wanvideo_infinitetalk.wanvideo.linear import nvfp4
@@ -30,9 +34,56 @@ def test_the_format_is_nvfp4():
     x = torch.randn(32, 64)
     restored = nvfp4.dequantize_nvfp4(*nvfp4.quantize_nvfp4(x), torch.float32)
     expected = by_definition(x)
-    # Ties between two neighbours may go either way; there are hardly any in random numbers.
+    # Ties between two neighbors may go either way; there are hardly any in random numbers.
     assert float((restored - expected).abs().gt(1e-6).float().mean()) < 1e-3
     assert 0.05 < relative_l2(restored, x) < BOUND
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Also the sign of zero."""
+    same_kind = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return same_kind and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)))
+
+
+RECORDED = load_file(Path(__file__).parents[1] / "data" / "nvfp4.safetensors")
+"""Of comfy-kitchen: for each case the input x, what it stores for it, and the values that it restores."""
+
+
+@pytest.mark.parametrize("case", sorted({name.partition(".")[0] for name in RECORDED}))
+def test_bit_equal_with_recorded_numbers_of_comfy_kitchen(case):
+    x, packed, block_scales, scale, values = (
+        RECORDED[f"{case}.{part}"] for part in ("x", "packed", "block_scales", "scale", "values")
+    )
+    stored = nvfp4.quantize_nvfp4(x)
+    for ours, theirs in zip(stored, (packed, block_scales, scale), strict=True):
+        assert same_bits(ours, theirs)
+    assert same_bits(nvfp4.dequantize_nvfp4(packed, block_scales, scale, values.dtype), values)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(16, 64), (130, 80), (33, 17), (257, 144)])
+def test_bit_equal_with_the_installed_comfy_kitchen(shape, dtype, size):
+    comfy_kitchen = pytest.importorskip("comfy_kitchen")
+    x = (torch.randn(shape) * size).to(dtype)
+    x[3] = 0
+    x[5, :16] *= 1e-6
+    packed, block_scales, scale = nvfp4.quantize_nvfp4(x)
+    for ours, theirs in zip((packed, block_scales), comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True), strict=True):
+        assert same_bits(ours, theirs)
+    restored = nvfp4.dequantize_nvfp4(packed, block_scales, scale, torch.float32)
+    assert same_bits(restored, comfy_kitchen.dequantize_nvfp4(packed, scale, block_scales, torch.float32))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_form_is_bit_equal_on_a_gpu(monkeypatch, dtype):
+    monkeypatch.setattr(nvfp4, "KITCHEN", False)
+    x = torch.randn(1000, 1008).to(dtype)
+    on_cpu, on_gpu = nvfp4.quantize_nvfp4(x), nvfp4.quantize_nvfp4(x.cuda())
+    for here, there in zip(on_cpu, on_gpu, strict=True):
+        assert same_bits(there.cpu(), here)
+    assert same_bits(nvfp4.dequantize_nvfp4(*on_gpu, dtype).cpu(), nvfp4.dequantize_nvfp4(*on_cpu, dtype))
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(48, 64), (20, 40), (1, 16), (33, 17)])
@@ -82,17 +133,32 @@ def test_zeros_stay_zeros_and_outliers_stay_in_their_block():
 
 def test_the_matmul_contract_names_every_reason(monkeypatch):
     cuda = torch.device("cuda", 0)
-    assert len(nvfp4.nvfp4_matmul_violations(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 5
+    monkeypatch.setattr(nvfp4, "KITCHEN", False)
+    assert len(nvfp4.nvfp4_matmul_violations(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 6
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert "9.0 has no FP4" in nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda)[0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == [
+        "comfy-kitchen 0.2.30 or newer is not installed (pip install comfy-kitchen)"
+    ]
+    monkeypatch.setattr(nvfp4, "KITCHEN", True)
     assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == []
 
 
-def test_native_call_gets_what_the_kernel_asks_for(monkeypatch):
+@pytest.mark.parametrize(("version", "used"), [(None, False), ("0.2.9", False), ("0.2.30", True), ("0.3.0", True)])
+def test_old_releases_of_comfy_kitchen_are_left_alone(monkeypatch, version, used):
+    def installed(name):
+        if version is None:
+            raise nvfp4.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(nvfp4.metadata, "version", installed)
+    assert nvfp4._kitchen_installed() == used
+
+
+def test_native_call_gets_what_the_kernel_requires(monkeypatch):
     """The call that a Blackwell GPU gets, with the kernel replaced by its definition on unpacked operands."""
-    import comfy_kitchen
 
     def scaled_mm(a, b, scale_a, scale_b, blocks_a, blocks_b, bias, out_dtype):
         assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0
@@ -102,7 +168,7 @@ def test_native_call_gets_what_the_kernel_asks_for(monkeypatch):
         right = nvfp4.dequantize_nvfp4(b, blocks_b, scale_b, torch.float32)
         return (left @ right.t() + bias.float()).to(out_dtype)
 
-    monkeypatch.setattr(comfy_kitchen, "scaled_mm_nvfp4", scaled_mm)
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(scaled_mm_nvfp4=scaled_mm))
     monkeypatch.setattr(nvfp4, "nvfp4_matmul_violations", lambda *args: [])
     linear: Any = nvfp4.NVFP4Linear.quantize(nn.Linear(64, 48), torch.bfloat16)
     x = torch.randn(2, 5, 65, dtype=torch.bfloat16)[..., 1:]  # 10 rows: padded to 16 inside, at an odd address

@@ -16,7 +16,7 @@ DIM, BLOCKS = 12, 5
 class Block(nn.Module):
     def __init__(self, i: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(DIM, DIM + i)  # blocks of different sizes, as with unequal quantisation
+        self.linear = nn.Linear(DIM, DIM + i)  # blocks of different sizes, as with unequal quantization
         self.back = nn.Linear(DIM + i, DIM, bias=False, dtype=torch.float64)
         self.register_buffer("scale", torch.tensor(1.5 + i))
         self.places: list[int] = []

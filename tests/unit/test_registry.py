@@ -26,9 +26,10 @@ def test_requirements_are_the_dependencies_without_torch(project) -> None:
     assert [line for line in lines if not line.startswith("#")] == wanted
 
 
-def test_no_attention_package_is_a_hard_need(project) -> None:
+def test_no_kernel_package_is_a_hard_need(project) -> None:
+    """ComfyUI pins comfy-kitchen exactly; the others need a matching torch and CUDA."""
     for line in project["project"]["dependencies"]:
-        assert not any(name in line for name in ("sage", "flash", "triton")), line
+        assert not any(name in line for name in ("sage", "flash", "triton", "kitchen")), line
 
 
 def test_nothing_that_the_pack_needs_is_ignored() -> None:

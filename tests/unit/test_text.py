@@ -134,7 +134,7 @@ def test_tokenizers_from_files_and_folders(tmp_path, spiece, words_json):
         assert load_tokenizer(source)("a woman is talking to the camera") == [3, 4, 5, 6, 7, 8, 9, 1]
 
 
-def test_tokenizers_that_are_refused(tmp_path):
+def test_tokenizers_that_are_rejected(tmp_path):
     with pytest.raises(CheckpointError, match="No tokenizer given"):
         load_tokenizer(None)
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
@@ -167,7 +167,7 @@ def test_the_hub_is_asked_only_when_named(tmp_path, monkeypatch, spiece):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(CheckpointError, match="google/umt5-xxl to download it"):
-        load_tokenizer(None, beside=tmp_path / "other" / "t5.safetensors")
+        load_tokenizer(None, near=tmp_path / "other" / "t5.safetensors")
     assert asked == []
     assert load_tokenizer("google/umt5-xxl")("") == [1]
     assert asked == [("google/umt5-xxl", "tokenizer.json"), ("google/umt5-xxl", "spiece.model")]
@@ -253,7 +253,7 @@ def test_the_file_may_carry_its_tokenizer(tmp_path, state, encoder, spiece):
         TextEncoder.load(tmp_path / "bad.safetensors")
 
 
-def quantised(state, dtype, spelling, per_row=False):
+def quantized(state, dtype, scale_name, per_row=False):
     """Linear weights in fp8 with the scale that ComfyUI's files carry; also what they stand for."""
     stored, meant = {}, {}
     for name, tensor in state.items():
@@ -261,7 +261,7 @@ def quantised(state, dtype, spelling, per_row=False):
             amax = tensor.abs().amax(dim=1, keepdim=True) if per_row else tensor.abs().max()
             scale = (amax / torch.finfo(dtype).max).float()
             stored[name] = (tensor / scale).to(dtype)
-            stored[name.removesuffix("weight") + spelling] = scale.flatten() if per_row else scale
+            stored[name.removesuffix("weight") + scale_name] = scale.flatten() if per_row else scale
             meant[name] = stored[name].float() * scale
         else:
             stored[name] = meant[name] = tensor
@@ -270,12 +270,12 @@ def quantised(state, dtype, spelling, per_row=False):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize(
-    ("spelling", "per_row"), [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)]
+    ("scale_name", "per_row"), [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)]
 )
 @pytest.mark.parametrize("official", [False, True])
-def test_scaled_fp8(tmp_path, state, encoder, spiece, dtype, spelling, per_row, official):
-    stored, meant = quantised(state, dtype, spelling, per_row)
-    if spelling == "scale_weight":
+def test_scaled_fp8(tmp_path, state, encoder, spiece, dtype, scale_name, per_row, official):
+    stored, meant = quantized(state, dtype, scale_name, per_row)
+    if scale_name == "scale_weight":
         stored["scaled_fp8"] = torch.zeros(2, dtype=dtype)
     if official:
         stored = hugging_face_to_official_t5(stored)
@@ -320,7 +320,7 @@ def test_models_that_are_refused(tmp_path, state, spiece):
     with pytest.raises(InputError, match="float8"):
         TextEncoder.from_state_dict(state, dtype=torch.float8_e4m3fn)
     save_file(state, tmp_path / "t5.safetensors")
-    with pytest.raises(CheckpointError, match="none lies beside it"):
+    with pytest.raises(CheckpointError, match="none lies next to it"):
         TextEncoder.load(tmp_path / "t5.safetensors")
     small = transformers_t5(vocab_size=32)
     with pytest.raises(CheckpointError, match="do not belong together"):

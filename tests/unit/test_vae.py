@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
-from support.parts import diffusers_vae, public_vae_names, randomise
+from support.parts import diffusers_vae, public_vae_names, randomize
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
 from wanvideo_infinitetalk.wanvideo.encoders import vae as vae_module
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE, diffusers_names, vae_config
@@ -20,7 +20,7 @@ from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 @pytest.fixture(scope="module")
 def reference():
     model = diffusers_vae()
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -136,7 +136,7 @@ def test_views_are_given_memory_of_their_own(state):
     assert all(owns_aligned_memory(parameter) for parameter in loaded.model.parameters())
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is rejected ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,12 +238,12 @@ def test_spans_cover_everything_and_blend_to_one(length, size, overlap):
 
 
 def test_a_canvas_returns_what_was_painted():
-    picture = torch.rand(1, 2, 3, 40, 56)
+    image = torch.rand(1, 2, 3, 40, 56)
     tiles = vae_module._tiles((40, 56), 16, 6, 1)
-    canvas = vae_module._Canvas(picture.shape, tiles, 1, "cpu")
+    canvas = vae_module._Canvas(image.shape, tiles, 1, "cpu")
     for tile in tiles:
-        canvas.add(tile, 0, picture[..., tile.top : tile.bottom, tile.left : tile.right])
-    assert torch.allclose(canvas.finish(), picture, atol=1e-6)
+        canvas.add(tile, 0, image[..., tile.top : tile.bottom, tile.left : tile.right])
+    assert torch.allclose(canvas.finish(), image, atol=1e-6)
 
 
 def test_one_tile_is_the_whole(vae):
@@ -254,7 +254,7 @@ def test_one_tile_is_the_whole(vae):
 
 
 def test_tiles_are_close_to_the_whole(state):
-    """Far from borders a tile knows all that the whole picture knows, but for the attention of the middle block."""
+    """Far from borders a tile knows all that the whole image knows, but for the attention of the middle block."""
     local = {name: torch.zeros_like(t) if "middle.1.proj" in name else t for name, t in state.items()}
     vae = WanVAE.from_state_dict(local)
     latents = torch.randn(1, 16, 1, 20, 20)

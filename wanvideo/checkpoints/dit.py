@@ -1,7 +1,7 @@
 """The diffusion transformer from its checkpoint files: what they hold, whether they fit together, and the loading.
 
-Sizes are read from shapes; a file says only what shapes cannot tell ("config" in the safetensors metadata: the tiny
-test models use it). Files of other models are named and refused. The reading itself is in `files.py`.
+Sizes are read from shapes; a file states only what shapes do not ("config" in the safetensors metadata: the tiny test
+models use it). Files of other models are rejected by name. The reading itself is in `files.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ...fp8_optimization import FP8_DTYPES, Quantization, quantize_linear, refuse_second_quantization, summary
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..linear.base import store_buffers, store_weight, take_over
 from ..linear.gguf import GGUFLinear, GGUFTensor
 from ..linear.nvfp4 import NVFP4Linear, nvfp4_storage_shapes
 from ..modules.attention import AttentionMode
 from ..modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel
 from .files import CheckpointFile, Progress, Stored
-from .state_dict import kind_of
+from .state_dict import bare_names, check_complete, check_heads, check_shape, kind_of, renamed, stated_config
 
 __all__ = [
     "DitFiles",
@@ -35,7 +35,7 @@ __all__ = [
     "public_names",
 ]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HEAD_DIM = 128
 """Of all public Wan models."""
@@ -55,7 +55,7 @@ OTHER_MODELS = (
     ("img_emb.emb_pos", "a first-and-last-frame model (FLF2V)"),
 )
 
-# What savers write beside a quantised weight, and what it is called here.
+# What savers write next to a quantized weight, and what it is called here.
 SCALE_NAMES = {
     "scale_weight": "scale_weight",
     "weight_scale": "scale_weight",
@@ -70,19 +70,11 @@ UNUSED_SCALES = ("scale_input", "input_scale")
 
 
 def public_names(names: Iterable[str], anchor: str) -> dict[str, str]:
-    """Public name -> name in the file, for the part of the file that `anchor` belongs to; {} without the anchor.
-
-    Savers put "model.diffusion_model.", "diffusion_model." or "model." before every name; what stands before `anchor`
-    is what goes. Names without that prefix belong to other models in the same file. `multitalk_audio_proj.` is another
-    spelling of `audio_proj.`.
-    """
-    names = list(names)
-    prefixes = [name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}")]
-    if not prefixes:
-        return {}
-    prefix = min(prefixes, key=len)
-    bare = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
-    return {re.sub(r"^multitalk_audio_proj\.", "audio_proj.", public): stored for public, stored in bare.items()}
+    """As `bare_names`; `multitalk_audio_proj.` is another name of `audio_proj.`."""
+    return {
+        renamed(bare, {"multitalk_audio_proj.": "audio_proj."}): stored
+        for bare, stored in bare_names(names, anchor).items()
+    }
 
 
 def dit_config(
@@ -92,27 +84,26 @@ def dit_config(
 
     Args:
         state_dict: of a T2V or I2V model, with or without the layers of an InfiniteTalk adapter or of HuMo.
-        metadata: of the safetensors file; its "config" may tell `num_heads`, `text_len` and `audio_blocks`.
+        metadata: of the safetensors file; its "config" may state `num_heads`, `text_len` and `audio_blocks`.
         what: names the file in errors.
 
     Raises:
         CheckpointError: the tensors are those of another model, or do not fit each other.
     """
-    told = _told(metadata, what)
-    _refuse_other_models(state_dict, what)
+    stated = _stated(metadata or {}, what)
+    _check_model(state_dict, what)
     dim, in_dim = (int(n) for n in state_dict[DIT_ANCHOR].shape[:2])
     humo = HUMO_ANCHOR in state_dict
     image = "img_emb.proj.1.weight" in state_dict
-    _refuse_other_sizes(dim, in_dim, image, humo, what)
-    heads = told.get("num_heads", dim // HEAD_DIM)
-    if heads < 1 or dim % heads:
-        raise CheckpointError(f"{what} is {dim} wide, which {heads} attention heads do not divide.")
+    _check_sizes(dim, in_dim, image, humo, what)
+    heads = stated.get("num_heads", dim // HEAD_DIM)
+    check_heads(dim, heads, what)
     patch = tuple(int(n) for n in state_dict[DIT_ANCHOR].shape[2:])
     try:
         return WanConfig(
             model_type="i2v" if image else "t2v",
             patch_size=(patch[0], patch[1], patch[2]),
-            text_len=told.get("text_len", 512),
+            text_len=stated.get("text_len", 512),
             in_dim=in_dim,
             dim=dim,
             ffn_dim=int(state_dict["blocks.0.ffn.0.weight"].shape[0]),
@@ -121,7 +112,7 @@ def dit_config(
             out_dim=int(state_dict["head.head.weight"].shape[0]) // (patch[0] * patch[1] * patch[2]),
             num_heads=heads,
             num_layers=_num_blocks(state_dict),
-            audio=None if humo else _audio_config(state_dict, told, what),
+            audio=None if humo else _audio_config(state_dict, stated, what),
             humo=_humo_config(state_dict) if humo else None,
             clip_dim=int(state_dict["img_emb.proj.1.weight"].shape[1]) if image else WanConfig.clip_dim,
         )
@@ -129,29 +120,23 @@ def dit_config(
         raise CheckpointError(f"{what} lacks {error.args[0]}; it is incomplete or another model.") from error
 
 
-def _told(metadata: Mapping[str, str] | None, what: str) -> dict[str, int]:
+def _stated(metadata: Mapping[str, str], what: str) -> dict[str, int]:
     """The whole numbers under "config" in the metadata: what the shapes do not say."""
-    try:
-        config = json.loads((metadata or {}).get("config") or "{}")
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{what} carries a 'config' in its metadata that is no JSON ({error}).") from error
-    if not isinstance(config, dict):
-        return {}
-    return {name: value for name, value in config.items() if isinstance(value, int)}
+    return {name: value for name, value in stated_config(metadata, what).items() if isinstance(value, int)}
 
 
-def _refuse_other_models(names: Iterable[str], what: str) -> None:
+def _check_model(names: Iterable[str], what: str) -> None:
     names = set(names)
     for mark, kind in OTHER_MODELS:
         if any(mark in name for name in names):
-            raise CheckpointError(f"{what} is {kind}, which is not run here; InfiniteTalk needs Wan2.1 I2V 14B.")
+            raise CheckpointError(f"{what} is {kind}, which is not supported; InfiniteTalk needs Wan2.1 I2V 14B.")
     if DIT_ANCHOR not in names or "blocks.0.self_attn.q.weight" not in names:
         raise CheckpointError(
             f"{what} is {kind_of(names)}, not a Wan2.1 diffusion transformer; InfiniteTalk needs Wan2.1 I2V 14B."
         )
 
 
-def _refuse_other_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> None:
+def _check_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> None:
     kind = None
     if dim == 3072 or (in_dim == 48 and not image):
         kind = "Wan2.2 5B, which works on 48 latent channels of another VAE"
@@ -164,14 +149,14 @@ def _refuse_other_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: st
     elif image and in_dim != 36:
         kind = f"an image model that takes {in_dim} input channels instead of 36"
     if kind is not None:
-        raise CheckpointError(f"{what} is {kind}; it is not run here, InfiniteTalk needs Wan2.1 I2V 14B.")
+        raise CheckpointError(f"{what} is {kind}; it is not supported, InfiniteTalk needs Wan2.1 I2V 14B.")
 
 
 def _num_blocks(names: Iterable[str]) -> int:
     return 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
 
 
-def _audio_config(state: Mapping[str, Stored], told: Mapping[str, int], what: str) -> AudioConfig | None:
+def _audio_config(state: Mapping[str, Stored], stated: Mapping[str, int], what: str) -> AudioConfig | None:
     """Of the InfiniteTalk layers, None where the file has none.
 
     proj1 reads `window` rows per first frame and proj1_vf `window + vae_scale - 1` rows per later latent frame.
@@ -184,7 +169,7 @@ def _audio_config(state: Mapping[str, Stored], told: Mapping[str, int], what: st
     features = (later - first) // (vae_scale - 1)
     output_dim = int(state["blocks.0.audio_cross_attn.kv_linear.weight"].shape[1])
     # All public ones read the twelve layers of wav2vec2-base.
-    blocks = told.get("audio_blocks", 12 if features % 12 == 0 else 1)
+    blocks = stated.get("audio_blocks", 12 if features % 12 == 0 else 1)
     if features < 1 or first % features or features % blocks:
         raise CheckpointError(f"{what} has an audio projection of {first} and {later} inputs, which fit no window.")
     return AudioConfig(
@@ -246,7 +231,7 @@ class DitFiles:
 
     @property
     def shapes(self) -> dict[str, Stored]:
-        """Public name -> what tells its shape and dtype."""
+        """Public name -> what has its shape and dtype."""
         return {name: file.shapes[stored] for name, (file, stored) in self._where.items()}
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -274,17 +259,17 @@ class DitFiles:
         """Put the adapter's layers in (over those of a merged file) and return the file's metadata."""
         file = self._stack.enter_context(CheckpointFile(path))
         names = public_names(file.names, ADAPTER_ANCHOR)
-        _refuse_other_adapters(f"The adapter {path.name}", names, file, self.what, self.shapes)
+        _check_adapter(f"The adapter {path.name}", names, file, self.what, self.shapes)
         self._add(file, names)
         return file.metadata
 
 
 def _joined(base: dict[str, str], adapter: dict[str, str], what: str) -> dict[str, str]:
-    """Metadata of both files, where what the adapter's "config" tells comes on top."""
-    return {**base, "config": json.dumps({**_told(base, what), **_told(adapter, what)})}
+    """Metadata of both files, where the adapter's "config" comes on top."""
+    return {**base, "config": json.dumps({**_stated(base, what), **_stated(adapter, what)})}
 
 
-def _refuse_other_adapters(
+def _check_adapter(
     what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: Mapping[str, Stored]
 ) -> None:
     if not names or "audio_proj.proj1.weight" not in names:
@@ -329,7 +314,7 @@ def load_dit(
         base_dtype: float32, bfloat16 or float16: what everything is computed in, and what 16- and 32-bit weights
             become.
         quantization: one of `fp8_optimization.QUANTIZATIONS`, for the linears of the blocks. Weights that the file
-            stores quantised stay so.
+            stores quantized stay so.
         device: where the weights lie in the end.
         progress: called with (bytes read, bytes in all).
 
@@ -344,13 +329,13 @@ def load_dit(
             model = WanModel(files.config, attention_mode=attention_mode)
         model.requires_grad_(False).eval()
         _Filler(model, files, base_dtype, torch.device(device), wanted, progress).fill()
-    log.info(
+    logger.info(
         "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s; linear layers: %s",
         Path(path).name,
         f" with {Path(adapter).name}" if adapter is not None else "",
         files.config.num_layers,
         files.config.dim,
-        sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**30,
+        sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**30,
         time.monotonic() - begin,
         summary(model),
     )
@@ -391,7 +376,7 @@ class _Filler:
         refuse_second_quantization(
             [self._stored_format(name) for name in self.linears if _in_blocks(name)], self.wanted
         )
-        total = sum(_num_bytes(self.shapes[name]) for name in expected)
+        total = sum(self.shapes[name].nbytes for name in expected)
         done = 0
         for name, blank in expected.items():
             layer, _, last = name.rpartition(".")
@@ -401,17 +386,12 @@ class _Filler:
             if linear is not None and _in_blocks(layer):
                 # At once, so that no more than one layer is ever held in 16 bits.
                 quantize_linear(linear, self.wanted, self.base_dtype)
-            done += _num_bytes(self.shapes[name])
+            done += self.shapes[name].nbytes
             if self.progress is not None:
                 self.progress(done, total)
 
     def _check_names(self, expected: Mapping[str, Tensor]) -> None:
-        missing = [name for name in expected if name not in self.shapes]
-        if missing:
-            raise CheckpointError(
-                f"{self.files.what} lacks {len(missing)} of {len(expected)} tensors, such as "
-                f"{', '.join(missing[:3])}; it is incomplete or another model."
-            )
+        check_complete(expected, self.shapes, self.files.what)
         known = {name for extras in self.extras.values() for name in extras.values()}
         unexpected = [
             name
@@ -424,15 +404,11 @@ class _Filler:
         if unexpected:
             raise CheckpointError(
                 f"{self.files.what} holds {len(unexpected)} tensors that Wan2.1 has no place for, such as "
-                f"{', '.join(unexpected[:3])}; it is another model."
+                f"{some(unexpected)}; it is another model."
             )
 
     def _check_shape(self, name: str, blank: Tensor) -> None:
-        if self.shapes[name].shape != blank.shape:
-            raise CheckpointError(
-                f"{self.files.what} stores {name} as {list(self.shapes[name].shape)}, but its other tensors ask for "
-                f"{list(blank.shape)}; it is damaged or another model."
-            )
+        check_shape(name, self.shapes[name], blank.shape, self.files.what)
 
     def _fill_plain(self, name: str, blank: Tensor) -> None:
         """A tensor that ends in the base dtype, its scale applied where it has one."""
@@ -447,7 +423,7 @@ class _Filler:
             value = self.files.read(name, self.device, torch.float32) * self.files.read(scale, self.device).float()
             tensor = value.to(self.base_dtype)
         else:
-            # What is quantised next is rounded once, from what the file holds.
+            # What is quantized next is rounded once, from what the file holds.
             quantized_next = self.wanted.format != "disabled" and _in_blocks(name) and layer in self.linears
             keep_dtype = quantized_next and name.endswith(".weight")
             tensor = self.files.read(name, self.device, None if keep_dtype else self.base_dtype)
@@ -463,7 +439,7 @@ class _Filler:
         return {dtype: name for name, dtype in FP8_DTYPES.items()}.get(stored.dtype)
 
     def _fill_quantized(self, layer: str, linear: nn.Linear, blank: Tensor) -> bool:
-        """Take a linear's weight as the file stores it, where the file stores it quantised; False where it does not."""
+        """Take a linear's weight as the file stores it, where the file stores it quantized; False where it does not."""
         name = f"{layer}.weight"
         if isinstance(self.shapes[name], GGUFTensor) and _in_blocks(name):
             self._check_shape(name, blank)
@@ -472,7 +448,7 @@ class _Filler:
             GGUFLinear.adopt(linear, packed.to(self.device), self.base_dtype)
             return True
         extras = self.extras.get(layer, {})
-        form = self._told_format(extras.get("comfy_quant"), name)
+        form = self._stated_format(extras.get("comfy_quant"), name)
         if form == "nvfp4":
             return self._fill_nvfp4(layer, linear, extras)
         if self.shapes[name].dtype not in FP8_DTYPES.values() or not _in_blocks(name):
@@ -483,17 +459,20 @@ class _Filler:
             store_buffers(linear, scale_weight=self.files.read(extras["scale_weight"], self.device, torch.float32))
         return True
 
-    def _told_format(self, comfy_quant: str | None, name: str) -> str | None:
-        """What a ComfyUI mixed-precision file says of one layer: "float8_e4m3fn", "float8_e5m2" or "nvfp4"."""
+    def _stated_format(self, comfy_quant: str | None, name: str) -> str | None:
+        """What a ComfyUI mixed-precision file states for one layer: "float8_e4m3fn", "float8_e5m2" or "nvfp4"."""
         if comfy_quant is None:
             return None
         try:
             form = json.loads(bytes(self.files.read(comfy_quant).tolist()))["format"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.files.what} says in no readable way how {name} is quantised.") from error
+            raise CheckpointError(
+                f"{self.files.what} has an unreadable {comfy_quant}, which states how {name} is quantized; download it "
+                "again."
+            ) from error
         if form not in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
             raise CheckpointError(
-                f"{self.files.what} stores {name} as '{form}', which is not read here; use its fp8 or 16-bit version."
+                f"{self.files.what} stores {name} as '{form}', which is not supported; use its fp8 or 16-bit version."
             )
         return str(form)
 
@@ -524,7 +503,3 @@ class _Filler:
 
 def _in_blocks(name: str) -> bool:
     return name.startswith("blocks.")
-
-
-def _num_bytes(tensor: Stored) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..linear.gguf import GGUFTensor
 from .gguf import read_gguf, read_gguf_metadata
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Called with (bytes read, bytes in the file) after each tensor.
 Progress = Callable[[int, int], None]
@@ -59,9 +59,9 @@ def own_memory(tensor: Tensor, device: str | torch.device = "cpu", dtype: torch.
 class CheckpointFile:
     """An open checkpoint: `shapes` at once, each tensor when asked for.
 
-    `shapes` maps every name to what tells its shape and dtype (a tensor on the meta device, or the mapped one);
+    `shapes` maps every name to what has its shape and dtype (a tensor on the meta device, or the mapped one);
     `metadata` is the text that a safetensors or GGUF header carries. Raises CheckpointError when the file is missing,
-    damaged, or of a format that is not read here. Use as a context manager, or call `close`.
+    damaged, or of a format that is not supported. Use as a context manager, or call `close`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,7 +70,7 @@ class CheckpointFile:
         self.shapes: dict[str, Stored] = {}
         self._tensors: dict[str, Stored] | None = None  # formats that are loaded (or mapped) whole
         self._safetensors: safe_open | None = None
-        _refuse_what_is_no_file(self.path)
+        _check_file(self.path)
         suffix = self.path.suffix.lower()
         if suffix in SAFETENSORS_SUFFIXES:
             self.shapes |= self._open_safetensors()
@@ -155,16 +155,16 @@ def read_state_dict(
     """
     begin = time.monotonic()
     with CheckpointFile(path) as file:
-        total = sum(_num_bytes(tensor) for tensor in file.shapes.values())
+        total = sum(tensor.nbytes for tensor in file.shapes.values())
         state: dict[str, Tensor] = {}
         done = 0
         for name, shape in file.shapes.items():
             state[name] = file.read(name, device)
-            done += _num_bytes(shape)
+            done += shape.nbytes
             if progress is not None:
                 progress(done, total)
     seconds = time.monotonic() - begin
-    log.info("Read %s: %d tensors, %.2f GiB in %.1f s", Path(path).name, len(state), total / 2**30, seconds)
+    logger.info("Read %s: %d tensors, %.2f GiB in %.1f s", Path(path).name, len(state), total / 2**30, seconds)
     return state
 
 
@@ -176,10 +176,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata
 
 
-def _num_bytes(tensor: Stored) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     text = str(error).strip()
     reason = text.splitlines()[0].split(". ")[0] if text else type(error).__name__
@@ -188,7 +184,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _refuse_what_is_no_file(path: Path) -> None:
+def _check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; name the model file inside it.")

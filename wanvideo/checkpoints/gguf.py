@@ -32,7 +32,7 @@ def read_gguf(path: str | Path) -> dict[str, Tensor | GGUFTensor]:
     """All tensors of a GGUF file under their names, in true shapes, mapped: the bytes are read when they are copied.
 
     F32, F16 and BF16 tensors come as they are, the others as GGUFTensor. Raises CheckpointError for a file that is
-    missing, damaged or truncated, or holds a type that is not read here.
+    missing, damaged or truncated, or holds a type that is not supported.
     """
     path = Path(path)
     reader = _open(path)
@@ -73,7 +73,7 @@ def _tensor(reader: GGUFReader, tensor: ReaderTensor, path: Path) -> Tensor | GG
         _, _, type_size = unpacking_of(kind)
     except KeyError as error:
         raise CheckpointError(
-            f"{path} stores {tensor.name} as {kind}, which is not read here; use a file of type Q8_0, Q6_K, Q5_K or "
+            f"{path} stores {tensor.name} as {kind}, which is not supported; use a file of type Q8_0, Q6_K, Q5_K or "
             "Q4_K."
         ) from error
     return GGUFTensor(data.reshape(-1, type_size), kind, shape)

@@ -1,17 +1,16 @@
-"""LoRA files in every public spelling, merged into the weights or run beside them.
+"""LoRA files under every public naming, merged into the weights or added to the outputs of the layers.
 
 A LoRA (Hu et al., arXiv 2106.09685) changes a weight W [N, K] by factor * B A with A [rank, K] and B [N, rank]; the
 factor is strength * alpha / rank, or strength alone in a file without alpha. Distillation LoRAs also carry whole
 differences of norms, biases and modulations.
 
-Weights of 16 or 32 bits can be merged: W + change, summed over all files in float32 and rounded once. Quantised weights
-(fp8, NVFP4, GGUF) are never merged, because quantising a second time would cost more than it gains: there B (A x) is
+Weights of 16 or 32 bits can be merged: W + change, summed over all files in float32 and rounded once. Quantized weights
+(fp8, NVFP4, GGUF) are never merged, because quantizing a second time would cost more than it gains: there B (A x) is
 added to the layer's output. That is also how `merge=False` runs, and it can be taken off again.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -26,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..linear.base import QuantizedLinear, branched, unbranched
 from .files import CheckpointFile, Stored
+from .state_dict import json_object
 
 __all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "remove_loras"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MERGEABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,7 +44,7 @@ class LoraSpec:
     Attributes:
         path: safetensors or PyTorch file.
         strength: factor on all its changes; 0 leaves the file out, negative values subtract.
-        merge: fold it into weights of 16 and 32 bits; quantised weights get it beside them anyway.
+        merge: fold it into weights of 16 and 32 bits; quantized weights stay unmerged anyway.
         blocks: only the layers of these transformer blocks; None for all layers of the model.
     """
 
@@ -54,7 +54,7 @@ class LoraSpec:
     blocks: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # one spelling, so that equal specs compare equal
+        object.__setattr__(self, "path", Path(self.path))  # one type, so that equal specs compare equal
 
     @property
     def name(self) -> str:
@@ -136,18 +136,18 @@ def _diffusers_name(public: str) -> str:
 
 
 class _Targets:
-    """The parameters of a model under every spelling that LoRA files use for them."""
+    """The parameters of a model under every name that LoRA files use for them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters())
         layers = {name.rpartition(".")[0] for name in self.parameters}
         layers |= {name for name in self.parameters if name.endswith("modulation")}
-        self._spellings: dict[str, str] = {}
-        for spell in (_diffusers_name, str):  # public names win
+        self._names: dict[str, str] = {}
+        for rename in (_diffusers_name, str):  # public names win
             for layer in layers:
-                self._spellings[spell(layer)] = layer
-                self._spellings[spell(layer).replace(".", "_")] = layer
+                self._names[rename(layer)] = layer
+                self._names[rename(layer).replace(".", "_")] = layer
 
     def find(self, stem: str, kind: str) -> str | None:
         """Name of the parameter that a tensor of `kind` under `stem` changes, None where the model has none."""
@@ -166,7 +166,7 @@ class _Targets:
         return self.modules[module], last
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """Of the values: a quantised weight may be stored in another shape."""
+        """Of the values: a quantized weight may be stored in another shape."""
         module, last = self.owner(parameter)
         if isinstance(module, nn.Linear) and last == "weight":
             return module.out_features, module.in_features
@@ -179,8 +179,8 @@ class _Targets:
 
     def _layer(self, stem: str) -> str | None:
         while True:
-            if stem in self._spellings:
-                return self._spellings[stem]
+            if stem in self._names:
+                return self._names[stem]
             prefix = next((p for p in _PREFIXES if stem.startswith(p)), None)
             if prefix is None:
                 return None
@@ -215,7 +215,7 @@ class _Change:
 
 
 def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> list[_Change]:
-    """All changes that the file makes to the model; warns of what fits nowhere, refuses what fits not at all."""
+    """All changes that the file makes to the model; warns of layers that do not exist here, rejects other shapes."""
     layers, foreign = _grouped(file)
     rules = _AlphaRules(file)
     changes, unmatched, outside = [], list(foreign), 0
@@ -234,10 +234,10 @@ def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> list[_C
     if not changes and not outside:
         raise CheckpointError(
             f"The LoRA {spec.name} changes nothing in this model: none of its {len(unmatched)} layers, such as "
-            f"{_some(unmatched)}, exists here; it was made for another model."
+            f"{some(unmatched)}, exists here; it was made for another model."
         )
     if unmatched:
-        log.warning("LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), _some(unmatched))
+        logger.warning("LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), some(unmatched))
     return changes
 
 
@@ -248,7 +248,7 @@ def _grouped(file: CheckpointFile) -> tuple[dict[str, dict[str, str]], list[str]
     for name in file.names:
         method = next((method for mark, method in _OTHER_METHODS if mark in name), None)
         if method is not None:
-            raise CheckpointError(f"{file.path} is a {method} file ({name}), which is not read here; use a LoRA.")
+            raise CheckpointError(f"{file.path} is a {method} file ({name}), which is not supported; use a LoRA.")
         for ending, kind in _ENDINGS:
             stem, found = ending.subn("", name)
             if found:
@@ -273,20 +273,20 @@ def _pieces(parts: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
 class _AlphaRules:
     """alpha / rank of a file's layers: from the layer's `alpha`, else from the trainer's configuration, else 1.
 
-    The configuration is peft's: in the safetensors header (as diffusers writes it) or in `adapter_config.json` beside
-    the file. Rank-stabilised LoRAs (arXiv 2312.03732) divide by the square root of the rank.
+    The configuration is peft's: in the safetensors header (as diffusers writes it) or in `adapter_config.json` next
+    to the file. Rank-stabilized LoRAs (arXiv 2312.03732) divide by the square root of the rank.
     """
 
     def __init__(self, file: CheckpointFile) -> None:
         self.file = file
-        told = _told(file)
-        self.alpha = told.get("lora_alpha")
-        self.rank_stabilised = bool(told.get("use_rslora", False))
-        self.alphas: dict[str, float] = told.get("alpha_pattern") or {}
+        stated = _stated(file)
+        self.alpha = stated.get("lora_alpha")
+        self.rank_stabilized = bool(stated.get("use_rslora", False))
+        self.alphas: dict[str, float] = stated.get("alpha_pattern") or {}
 
     def factor(self, stem: str, parts: Mapping[str, str]) -> float:
         rank = int(self.file.shapes[parts["down"]].shape[0])
-        divisor = math.sqrt(rank) if self.rank_stabilised else rank
+        divisor = math.sqrt(rank) if self.rank_stabilized else rank
         if "alpha" in parts:
             return float(self.file.read(parts["alpha"]).float().item()) / divisor
         special = [alpha for name, alpha in self.alphas.items() if stem.endswith(name)]
@@ -294,19 +294,14 @@ class _AlphaRules:
         return float(rank if alpha is None else alpha) / divisor
 
 
-def _told(file: CheckpointFile) -> dict[str, Any]:
+def _stated(file: CheckpointFile) -> dict[str, Any]:
     """peft's configuration of a file, {} without one; keys without the component's name ("transformer.")."""
-    text = file.metadata.get("lora_adapter_metadata")
-    beside = file.path.with_name("adapter_config.json")
-    if text is None and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    if text is None:
-        return {}
-    try:
-        told = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"The configuration of the LoRA {file.path} is no JSON ({error}).") from error
-    return {str(key).rpartition(".")[2]: value for key, value in told.items()} if isinstance(told, dict) else {}
+    text: str | bytes | None = file.metadata.get("lora_adapter_metadata")
+    neighbor = file.path.with_name("adapter_config.json")
+    if text is None and neighbor.is_file():
+        text = neighbor.read_bytes()
+    stated = json_object(text, f"The configuration of the LoRA {file.path}")
+    return {key.rpartition(".")[2]: value for key, value in stated.items()}
 
 
 def _selected(parameter: str, blocks: frozenset[int] | None) -> bool:
@@ -336,7 +331,7 @@ def _check_shape(change: _Change, expected: tuple[int, ...], shapes: Mapping[str
 
 
 class LowRankBranch(nn.Module):
-    """What runs beside a linear layer: the low-rank changes of all LoRAs as one pair, and whole differences if any.
+    """Adds to a linear layer's output: the low-rank changes of all LoRAs as one pair, and whole differences if any.
 
     A child of the layer, so that it moves with it; not part of the state dict.
     """
@@ -368,7 +363,7 @@ class _Record:
     """What was done to a model; kept on it as `lora_record`."""
 
     merged: list[LoraSpec]
-    beside: list[LoraSpec]
+    unmerged: list[LoraSpec]
     branched: list[nn.Linear]
     before: list[tuple[nn.Parameter, Tensor]]  # small parameters that were changed, and what they were
 
@@ -377,13 +372,13 @@ class _Record:
 def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str | torch.device | None = None) -> None:
     """Let `model` compute with the changes of all `specs`, in place.
 
-    What runs beside the weights afterwards are those of `specs` alone. Merged ones stay merged and are not merged a
-    second time, so calling this again with the same specs changes nothing. A file that changes any quantised weight
-    runs beside as a whole, so that it can be taken off again as a whole.
+    Afterwards the unmerged LoRAs are those of `specs` alone. Merged ones stay merged and are not merged a
+    second time, so calling this again with the same specs changes nothing. A file that changes any quantized weight
+    stays unmerged as a whole, so that it can be taken off again as a whole.
 
     Args:
-        model: with weights of 16 or 32 bits, quantised ones, or both. Call this before block swap packs its tensors,
-            and before `quantize_linears` where the weights are to be quantised after merging.
+        model: with weights of 16 or 32 bits, quantized ones, or both. Call this before block swap packs its tensors,
+            and before `quantize_linears` where the weights are to be quantized after merging.
         specs: in any order; the result does not depend on it.
         compute_device: where merging is computed; None for where each weight lies.
 
@@ -400,23 +395,23 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
         remove_loras(model)
         record = _record(model)
         merging: dict[str, list[_Change]] = {}
-        running: dict[str, list[_Change]] = {}
+        attaching: dict[str, list[_Change]] = {}
         for spec, changes in zip(wanted, by_spec, strict=True):
             merge = spec.merge and not any(targets.quantized(change.parameter) for change in changes)
-            (record.merged if merge else record.beside).append(spec)
+            (record.merged if merge else record.unmerged).append(spec)
             for change in changes:
-                (merging if merge else running).setdefault(change.parameter, []).append(change)
-            way = "merged" if merge else "beside the weights"
-            log.info("LoRA %s: strength %g, %d changes, %s", spec.name, spec.strength, len(changes), way)
+                (merging if merge else attaching).setdefault(change.parameter, []).append(change)
+            way = "merged" if merge else "not merged"
+            logger.info("LoRA %s: strength %g, %d changes, %s", spec.name, spec.strength, len(changes), way)
         for name, group in merging.items():
             _merge(targets.parameters[name], group, compute_device)
-        for name, group in running.items():
-            _run_beside(targets, name, group, record, compute_device)
+        for name, group in attaching.items():
+            _attach(targets, name, group, record, compute_device)
 
 
 @torch.no_grad()
 def remove_loras(model: nn.Module) -> list[LoraSpec]:
-    """Take off the LoRAs that run beside the weights: the model computes bit for bit what it did before them.
+    """Take off the unmerged LoRAs: the model computes bit for bit what it did before them.
 
     Returns those that were merged, and so can only be removed by loading the model again.
     """
@@ -426,14 +421,14 @@ def remove_loras(model: nn.Module) -> list[LoraSpec]:
         del layer.lora
     for parameter, value in record.before:
         parameter.data = value.to(parameter.device)
-    record.branched, record.before, record.beside = [], [], []
+    record.branched, record.before, record.unmerged = [], [], []
     return list(record.merged)
 
 
 def active_loras(model: nn.Module) -> list[LoraSpec]:
     """The LoRAs that `model` computes with, merged ones first."""
     record = _record(model)
-    return [*record.merged, *record.beside]
+    return [*record.merged, *record.unmerged]
 
 
 def _record(model: nn.Module) -> _Record:
@@ -457,7 +452,7 @@ def _merge(parameter: nn.Parameter, changes: Sequence[_Change], device: str | to
     parameter.data = _changed(parameter, changes, device)
 
 
-def _run_beside(
+def _attach(
     targets: _Targets, name: str, changes: Sequence[_Change], record: _Record, device: str | torch.device | None
 ) -> None:
     module, last = targets.owner(name)
@@ -487,10 +482,5 @@ def _compute_dtype(linear: nn.Linear) -> torch.dtype:
         return linear.base_dtype
     if linear.weight.dtype in MERGEABLE_DTYPES:
         return linear.weight.dtype
-    # An fp8 weight as it came from the file: the layer will compute in the dtype of what is not quantised.
+    # An fp8 weight as it came from the file: the layer will compute in the dtype of what is not quantized.
     return linear.bias.dtype if linear.bias is not None else torch.bfloat16
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    first = ", ".join(names[:shown])
-    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"

@@ -1,6 +1,6 @@
 """Filling a library's module with the tensors of a public checkpoint, and saying clearly what does not fit.
 
-The modules of transformers and diffusers are built on the meta device (no memory, no initialisation), then every
+The modules of transformers and diffusers are built on the meta device (no memory, no initialization), then every
 parameter is replaced by a tensor of the file, in memory of its own and aligned for 16-byte kernels.
 """
 
@@ -15,13 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..kernels.layout import ALIGNMENT
-from .files import own_memory, read_metadata
+from .files import Stored, own_memory, read_metadata, read_state_dict
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-__all__ = ["config_override", "fill_module", "find_prefix", "kind_of", "layers_of", "owns_aligned_memory"]
+__all__ = [
+    "bare_names",
+    "bare_tensors",
+    "check_complete",
+    "check_heads",
+    "check_shape",
+    "fill_module",
+    "find_prefix",
+    "json_object",
+    "kind_of",
+    "layers_of",
+    "owns_aligned_memory",
+    "read_with_config",
+    "renamed",
+    "stated_config",
+]
 
 # A name that only this kind of model has -> what to call it. The first match wins.
 _KINDS = (
@@ -29,7 +44,7 @@ _KINDS = (
     ("encoder.downsamples.", "a Wan2.1 VAE"),
     ("first_stage_model.", "an image VAE"),
     ("decoder.up_blocks.", "a VAE in diffusers names"),
-    ("patch_embedding.weight", "a diffusion transformer (DiT)"),  # CLIP's own name of it is told apart below
+    ("patch_embedding.weight", "a diffusion transformer (DiT)"),  # CLIP has the name too, and is recognized before
     ("blocks.0.ffn.gate.0.weight", "a T5 text encoder"),
     ("encoder.block.0.layer.0.SelfAttention.", "a T5 text encoder"),
     ("visual.transformer.", "a CLIP vision model"),
@@ -58,6 +73,32 @@ def find_prefix(names: Iterable[str], anchor: str) -> str | None:
     return min(prefixes, key=len) if prefixes else None
 
 
+def bare_names(names: Iterable[str], anchor: str) -> dict[str, str]:
+    """Name without the prefix -> name in the file, for the part of the file that `anchor` belongs to; {} without it.
+
+    Savers put "model.diffusion_model.", "diffusion_model." or "model." before every name; what stands before `anchor`
+    is what goes. Names without that prefix belong to other models in the same file.
+    """
+    names = list(names)
+    prefix = find_prefix(names, anchor)
+    if prefix is None:
+        return {}
+    return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+
+
+def bare_tensors(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
+    """The tensors of `bare_names` under their names without the prefix."""
+    return {bare: state[name] for bare, name in bare_names(state, anchor).items()}
+
+
+def renamed(name: str, table: Mapping[str, str]) -> str:
+    """`name` with its beginning replaced by the first entry of `table` (old beginning -> new) that fits."""
+    for old, new in table.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
 def layers_of(names: Iterable[str], stem: str) -> int:
     """How many of `stem0.`, `stem1.`, ... there are without a gap (`stem` is "encoder.layers.", say)."""
     numbers = {int(number) for name in names if name.startswith(stem) and (number := _leading_number(name, stem))}
@@ -72,24 +113,60 @@ def _leading_number(name: str, stem: str) -> str:
     return number if number.isdigit() else ""
 
 
-def config_override(path: str | Path) -> dict[str, Any]:
-    """The JSON object under "config" in a safetensors header, {} without one.
+def json_object(text: str | bytes | None, what: str) -> dict[str, Any]:
+    """The JSON object in `text`; {} for None and for other JSON values.
 
-    Our small test models state there what shapes cannot tell (the number of heads, say). Public files have none.
+    Raises CheckpointError, which names `what`, for a text that is no JSON.
     """
-    text = read_metadata(path).get("config")
-    if not text:
-        return {}
     try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} carries a 'config' in its metadata that is no JSON ({error}).") from error
-    return config if isinstance(config, dict) else {}
+        content = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{what} is no valid JSON ({error}); download the file again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def stated_config(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The JSON object under "config" in the metadata of a safetensors file, {} without one.
+
+    Our small test models state there what shapes do not (the number of heads, say). Public files have none.
+    """
+    return json_object(metadata.get("config") or None, f"{what}: the 'config' in its metadata")
+
+
+def read_with_config(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(all tensors of a file, its `stated_config`); raises as `read_state_dict`."""
+    return read_state_dict(path), stated_config(read_metadata(path), str(path))
+
+
+def check_heads(width: int, heads: int, what: str) -> None:
+    """Raise CheckpointError unless `width` channels divide into `heads` attention heads."""
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"{what} is {width} wide, which does not divide into {heads} attention heads.")
+
+
+def check_complete(expected: Iterable[str], names: Mapping[str, Any], what: str) -> None:
+    """Raise CheckpointError where `names` lacks some of the `expected` ones."""
+    expected = list(expected)
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{what} lacks {len(missing)} of {len(expected)} tensors, such as {some(missing)}; "
+            "it is incomplete or another model."
+        )
+
+
+def check_shape(name: str, stored: Stored, expected: torch.Size, what: str) -> None:
+    """Raise CheckpointError unless the tensor `name` has the shape that the others imply."""
+    if stored.shape != expected:
+        raise CheckpointError(
+            f"{what} stores {name} as {list(stored.shape)}, but its other tensors ask for {list(expected)}; "
+            "it is damaged or another model."
+        )
 
 
 def owns_aligned_memory(tensor: Tensor) -> bool:
     """True when `tensor` is contiguous, starts its own storage, shares it with nothing, and is 16-byte aligned."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.is_contiguous() and whole and tensor.data_ptr() % ALIGNMENT == 0
 
 
@@ -114,24 +191,15 @@ def fill_module(
     Raises CheckpointError naming the first tensors that are missing or of another shape.
     """
     expected = module.state_dict()
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"{what} lacks {len(missing)} of {len(expected)} tensors, {_some(missing)}; "
-            "it is incomplete or another model."
-        )
+    check_complete(expected, tensors, what)
     filled = {}
     for name, blank in expected.items():
         tensor = tensors[name]
-        if tensor.shape != blank.shape:
-            raise CheckpointError(
-                f"{what} stores {name} as {list(tensor.shape)}, but its other tensors ask for {list(blank.shape)}; "
-                "it is damaged or another model."
-            )
+        check_shape(name, tensor, blank.shape, what)
         filled[name] = _placed(tensor, device, torch.float32 if float32_names(name) else dtype)
     unused = len(tensors) - len(expected)
     if unused > 0:
-        log.debug("%s: %d tensors are not needed", what, unused)
+        logger.debug("%s: %d tensors are not needed", what, unused)
     module.load_state_dict(filled, strict=True, assign=True)
     module.eval().requires_grad_(False)
 
@@ -145,7 +213,3 @@ def _placed(tensor: Tensor, device: str | torch.device, dtype: torch.dtype) -> T
     if same_device and tensor.dtype == dtype and owns_aligned_memory(tensor):
         return tensor.detach()
     return own_memory(tensor.detach(), device, dtype)
-
-
-def _some(names: list[str]) -> str:
-    return "such as " + ", ".join(names[:3])

@@ -1,7 +1,7 @@
-"""CLIP ViT-H/14's vision tower: what the DiT's image attention sees of the picture.
+"""CLIP ViT-H/14's vision tower: what the DiT's image attention sees of the image.
 
 transformers' CLIPVisionModel without its last block: the features that Wan2.1 uses are those after all blocks but one
-(31 of 32), all tokens, not normalised.
+(31 of 32), all tokens, not normalized.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoints.files import read_state_dict
-from ..checkpoints.state_dict import config_override, fill_module, find_prefix, kind_of, layers_of
+from ..checkpoints.state_dict import (
+    bare_tensors,
+    check_heads,
+    fill_module,
+    find_prefix,
+    kind_of,
+    layers_of,
+    read_with_config,
+    renamed,
+)
 from ..errors import CheckpointError, InputError
+from .base import Encoder, empty_transformer
 
 __all__ = ["IMAGE_MEAN", "IMAGE_STD", "ClipVision", "transformers_names"]
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Statistics of CLIP's training pictures, RGB in [0, 1]."""
+"""Statistics of CLIP's training images, RGB in [0, 1]."""
 
 _HEADS = {1280: 16, 1664: 16}  # the widths whose heads are not 64 channels: ViT-H, ViT-bigG
 
 _OFFICIAL = {
-    "pre_norm.": "pre_layrnorm.",  # the library's spelling
+    "pre_norm.": "pre_layrnorm.",  # so named in the library
     "post_norm.": "post_layernorm.",
     "patch_embedding.": "embeddings.patch_embedding.",
 }
@@ -59,27 +68,19 @@ def transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                     out[f"{stem}self_attn.{part}_proj.{kind}"] = rows
             else:
-                out[stem + _renamed(rest, _OFFICIAL_LAYER)] = tensor
+                out[stem + renamed(rest, _OFFICIAL_LAYER)] = tensor
         else:
-            out[_renamed(name, _OFFICIAL)] = tensor
+            out[renamed(name, _OFFICIAL)] = tensor
     return out
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str:
-    for old, new in table.items():
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name
-
-
 def _vision_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The vision tower's tensors in transformers' names without a prefix, from either spelling."""
-    for anchor, official in (("cls_embedding", True), ("embeddings.class_embedding", False)):
-        prefix = find_prefix(state, anchor)
-        if prefix is not None:
-            found = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-            return transformers_names(found) if official else found
-    raise CheckpointError(f"{what} is {kind_of(state)}, not a CLIP vision model.")
+    """The vision tower's tensors in transformers' names without a prefix, from official or transformers' names."""
+    official = bare_tensors(state, "cls_embedding")
+    found = transformers_names(official) if official else bare_tensors(state, "embeddings.class_embedding")
+    if not found:
+        raise CheckpointError(f"{what} is {kind_of(state)}, not a CLIP vision model.")
+    return found
 
 
 def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -97,8 +98,7 @@ def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -
     width, size = int(patch.shape[0]), int(patch.shape[-1])
     side = round((state["embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
     heads = int(fields.get("num_attention_heads", _HEADS.get(width, width // 64)))
-    if heads < 1 or width % heads:
-        raise CheckpointError(f"{what} is {width} wide, which {heads} attention heads cannot share.")
+    check_heads(width, heads, what)
     return {
         "hidden_size": width,
         "intermediate_size": int(state["encoder.layers.0.mlp.fc1.weight"].shape[0]),
@@ -111,18 +111,15 @@ def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -
     }
 
 
-class ClipVision:
-    """Pictures to CLIP features. `dtype` and `device` are those of the weights."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
+class ClipVision(Encoder):
+    """Images to CLIP features."""
 
     @classmethod
     def load(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> ClipVision:
         """Read a ViT-H vision tower in official or transformers names. Raises CheckpointError for anything else."""
-        state, fields = read_state_dict(path), config_override(path)
+        state, fields = read_with_config(path)
         return cls.from_state_dict(state, fields, dtype=dtype, device=device, what=f"The CLIP vision file {path}")
 
     @classmethod
@@ -135,14 +132,12 @@ class ClipVision:
         device: str | torch.device = "cpu",
         what: str = "The CLIP vision model",
     ) -> ClipVision:
-        """The same from tensors. `fields` may hold `num_attention_heads`, which shapes do not tell (16 in ViT-H)."""
+        """The same from tensors. `fields` may hold `num_attention_heads`, which shapes do not show (16 in ViT-H)."""
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         tensors = _vision_tensors(state, what)
         config = CLIPVisionConfig(**_config(tensors, fields or {}, what))
-        with torch.device("meta"):
-            # 257 tokens once per window: the eager attention asks nothing of memory layout.
-            model = CLIPVisionModel._from_config(config, attn_implementation="eager")
+        model = empty_transformer(CLIPVisionModel, config)  # 257 tokens once per window: eager is fast enough
         # Some releases of the library put the whole tower behind "vision_model.".
         outer = find_prefix(model.state_dict(), "embeddings.class_embedding") or ""
         fill_module(model, {outer + k: v for k, v in tensors.items()}, what=what, dtype=dtype, device=device)
@@ -153,14 +148,6 @@ class ClipVision:
         return cls(model)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
     def image_size(self) -> int:
         """Pixels of the square that the tower sees (224)."""
         return int(self.model.config.image_size)
@@ -169,13 +156,8 @@ class ClipVision:
     def hidden_size(self) -> int:
         return int(self.model.config.hidden_size)
 
-    def to(self, device: str | torch.device) -> ClipVision:
-        """Move the weights; returns self."""
-        self.model.to(device)
-        return self
-
     def preprocess(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, 3, image_size, image_size], normalised: bicubic, squeezed, not cropped."""
+        """[B, 3, H, W] in [-1, 1] -> [B, 3, image_size, image_size], normalized: bicubic, squeezed, not cropped."""
         size = (self.image_size, self.image_size)
         pixels = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=image.device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
@@ -192,13 +174,13 @@ class ClipVision:
         return output.last_hidden_state.float()
 
     def encode(self, image: Tensor) -> Tensor:
-        """Features [B, 257, 1280], float32 on the tower's device, of RGB pictures [B, 3, H, W] floats in [-1, 1].
+        """Features [B, 257, 1280], float32 on the tower's device, of RGB images [B, 3, H, W] floats in [-1, 1].
 
         Raises InputError for another shape.
         """
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point() or 0 in image.shape:
             raise InputError(
-                f"CLIP sees float pictures of shape [batch, 3, height, width]; it got {list(image.shape)} of "
+                f"CLIP takes float images of shape [batch, 3, height, width]; it got {list(image.shape)} of "
                 f"{image.dtype}."
             )
         return self.features(self.preprocess(image.to(self.device)))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import CheckpointFile, Stored
-from ..checkpoints.state_dict import fill_module, find_prefix, kind_of, layers_of
+from ..checkpoints.state_dict import bare_names, fill_module, kind_of, layers_of
 from ..errors import CheckpointError, InputError
+from .base import Encoder, empty_transformer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 __all__ = ["MAX_TOKENS", "TextEncoder", "Tokenizer", "clean_prompt", "load_tokenizer", "transformers_names"]
 
@@ -27,7 +28,7 @@ HUB_TOKENIZER = "google/umt5-xxl"
 
 
 def clean_prompt(text: str) -> str:
-    """The prompt as the public pipeline gives it to the tokenizer: mojibake mended, HTML entities, single spaces."""
+    """The prompt as the public pipeline gives it to the tokenizer: mojibake repaired, HTML entities, single spaces."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -90,25 +91,24 @@ class JsonTokenizer:
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-_BESIDE = ("", "google/umt5-xxl", "umt5-xxl", "tokenizer")
+_NEARBY = ("", "google/umt5-xxl", "umt5-xxl", "tokenizer")
 _HOW = (
     f"give the folder of {HUB_TOKENIZER}'s tokenizer, its tokenizer.json or spiece.model, or the name {HUB_TOKENIZER} "
     "to download it"
 )
 
 
-def load_tokenizer(source: str | Path | None, beside: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(source: str | Path | None, near: str | Path | None = None) -> Tokenizer:
     """The tokenizer in `source`: a folder, a tokenizer.json, a spiece.model, or a repository "owner/name" of the hub.
 
-    With None, it is looked for in and beside the folder of the file `beside` (where the public download puts it). The
+    With None, it is looked for next to the file `near` and in folders there (where the public download puts it). The
     hub is asked only when it is named. Raises CheckpointError saying what to give.
     """
     if source is None:
-        folders = [Path(beside).expanduser().parent / name for name in _BESIDE] if beside is not None else []
-        for folder in folders:
+        for folder in [Path(near).expanduser().parent / name for name in _NEARBY] if near is not None else []:
             if any((folder / name).is_file() for name in _TOKENIZER_FILES):
                 return load_tokenizer(folder)
-        where = f"{beside} carries no tokenizer and none lies beside it" if beside is not None else "No tokenizer given"
+        where = "No tokenizer given" if near is None else f"{near} carries no tokenizer and none lies next to it"
         raise CheckpointError(f"{where}: {_HOW}.")
     path = Path(source).expanduser()
     if path.is_dir():
@@ -132,7 +132,7 @@ def _from_hub(repository: str) -> Path:
     for name in _TOKENIZER_FILES:
         try:
             return Path(hf_hub_download(repository, name))
-        except (OSError, ValueError) as error:  # not found, offline, refused: all are one of these
+        except (OSError, ValueError) as error:  # not found, offline, denied: all are one of these
             problem = error
     reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
     raise CheckpointError(
@@ -162,19 +162,16 @@ _OUTER = {"token_embedding.weight": _EMBEDDING, "norm.weight": "final_layer_norm
 def transformers_names(names: Sequence[str]) -> dict[str, str]:
     """{name in transformers' encoder stack: name in the file}, from official or Hugging Face names, any prefix.
 
-    Empty when the names are of neither kind. Scales and markers of quantised files are left out.
+    Empty when the names are of neither kind. Scales and markers of quantized files are left out.
     """
-    prefix = find_prefix(names, "blocks.0.attn.q.weight")
-    if prefix is not None:
-        return {new: name for name in names if name.startswith(prefix) and (new := _official(name[len(prefix) :]))}
-    prefix = find_prefix(names, "encoder.block.0.layer.0.SelfAttention.q.weight")
-    if prefix is None:
-        return {}
-    stack = prefix + "encoder."
-    renamed = {name[len(stack) :]: name for name in names if name.startswith(stack) and name.endswith(".weight")}
-    if prefix + "shared.weight" in names:
-        renamed[_EMBEDDING] = prefix + "shared.weight"
-    return renamed
+    official = bare_names(names, "blocks.0.attn.q.weight")
+    if official:
+        return {new: name for bare, name in official.items() if (new := _official(bare))}
+    bare = bare_names(names, "encoder.block.0.layer.0.SelfAttention.q.weight")
+    stack = {n.removeprefix("encoder."): name for n, name in bare.items() if re.fullmatch(r"encoder\..*\.weight", n)}
+    if "shared.weight" in bare:
+        stack[_EMBEDDING] = bare["shared.weight"]
+    return stack
 
 
 def _official(name: str) -> str | None:
@@ -216,7 +213,7 @@ def _config(shapes: Mapping[str, Stored], what: str) -> dict[str, Any]:
     }
 
 
-class _Dequantised(Mapping[str, Tensor]):
+class _Dequantized(Mapping[str, Tensor]):
     """The encoder's tensors, read when asked for and multiplied by their scale where the file has one."""
 
     def __init__(
@@ -230,7 +227,7 @@ class _Dequantised(Mapping[str, Tensor]):
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             stored = weight.dtype if isinstance(weight, Tensor) else "GGUF blocks"
             raise CheckpointError(
-                f"{self._what} stores {source} as {stored}, a quantisation that is not read for text encoders; "
+                f"{self._what} stores {source} as {stored}, a quantization that is not read for text encoders; "
                 "use the fp8, bf16 or fp16 file."
             )
         stem = source.removesuffix(".weight")
@@ -250,11 +247,11 @@ class _Dequantised(Mapping[str, Tensor]):
         return len(self._names)
 
 
-class TextEncoder:
-    """Prompts to UMT5 features. `dtype` and `device` are those of the weights."""
+class TextEncoder(Encoder):
+    """Prompts to UMT5 features."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer | None) -> None:
-        self.model = model
+        super().__init__(model)
         self.tokenizer = tokenizer
 
     @classmethod
@@ -268,7 +265,7 @@ class TextEncoder:
         """Read an UMT5 encoder in official or Hugging Face names: bf16, fp16, float32, fp8 or scaled fp8.
 
         `tokenizer` as in `load_tokenizer`; with None the one that the file carries (`spiece_model`) is used, else one
-        that lies beside it. Raises CheckpointError for other files and where no tokenizer is found.
+        that lies next to it. Raises CheckpointError for other files and where no tokenizer is found.
         """
         what = f"The text encoder {path}"
         with CheckpointFile(path) as file:
@@ -276,7 +273,7 @@ class TextEncoder:
             if tokenizer is None and "spiece_model" in file.shapes:
                 words = _embedded(file.read("spiece_model"), what)
             else:
-                words = load_tokenizer(tokenizer, beside=path)
+                words = load_tokenizer(tokenizer, near=path)
             return cls._build(file.shapes, file.read, words, dtype, device, what)
 
     @classmethod
@@ -317,13 +314,11 @@ class TextEncoder:
                 f"{what} knows {config['vocab_size']} tokens, but its tokenizer has {tokenizer.size}: "
                 "they do not belong together."
             )
-        with torch.device("meta"):
-            # 512 tokens once per prompt: the eager attention asks nothing of memory layout.
-            model = UMT5EncoderModel._from_config(UMT5Config(**config), attn_implementation="eager")
+        model = empty_transformer(UMT5EncoderModel, UMT5Config(**config))  # 512 tokens once: eager is fast enough
         model.shared = model.encoder.embed_tokens  # one table, filled once, whatever the release calls it
         fill_module(
             model.encoder,
-            _Dequantised(names, list(shapes), read, what),
+            _Dequantized(names, list(shapes), read, what),
             what=what,
             dtype=dtype,
             device=device,
@@ -334,22 +329,9 @@ class TextEncoder:
         return cls(model, tokenizer)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.shared.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.shared.weight.device
-
-    @property
     def dim(self) -> int:
         """Width of a text feature (4096)."""
         return int(self.model.config.d_model)
-
-    def to(self, device: str | torch.device) -> TextEncoder:
-        """Move the weights; returns self."""
-        self.model.to(device)
-        return self
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of the cleaned prompt, at most MAX_TOKENS, the end mark last."""
@@ -357,7 +339,7 @@ class TextEncoder:
             raise InputError("This text encoder was made without a tokenizer; give one to turn words into tokens.")
         ids = self.tokenizer(clean_prompt(prompt))
         if len(ids) > MAX_TOKENS:
-            log.warning("The prompt has %d tokens; the last %d are left out", len(ids), len(ids) - MAX_TOKENS)
+            logger.warning("The prompt has %d tokens; the last %d are left out", len(ids), len(ids) - MAX_TOKENS)
             ids = [*ids[: MAX_TOKENS - 1], self.tokenizer.end]
         return ids
 

@@ -1,7 +1,7 @@
 """The Wan2.1 VAE: diffusers' AutoencoderKLWan filled from the public checkpoint, streamed in time, tiled in space.
 
 A video of 1 + 4n frames becomes 1 + n latent frames of an eighth of its width and height. Both directions run one
-latent frame at a time with the convolutions' history beside them (the causal cache of the public model), so that
+latent frame at a time keeping the convolutions' history (the causal cache of the public model), so that
 working memory does not depend on the length. Only the result grows, and it can be collected on another device.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.files import read_state_dict
-from ..checkpoints.state_dict import config_override, fill_module, find_prefix, kind_of
+from ..checkpoints.state_dict import bare_tensors, fill_module, kind_of, read_with_config, renamed
 from ..errors import CheckpointError, InputError
+from .base import Encoder
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 __all__ = ["DEFAULT_OVERLAP", "DEFAULT_TILE", "VaeConfig", "WanVAE", "diffusers_names", "vae_config"]
 
@@ -28,7 +28,7 @@ DEFAULT_TILE = 256
 """Pixels. Width and height of a tile."""
 
 DEFAULT_OVERLAP = 64
-"""Pixels that neighbouring tiles share; there they are blended."""
+"""Pixels that neighboring tiles share; there they are blended."""
 
 SMALLEST_TILE = 64
 """Pixels. Below this an out-of-memory error is passed on."""
@@ -102,7 +102,14 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
     )
 
 
-_RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+_BLOCK = {
+    "residual.0.": "norm1.",
+    "residual.2.": "conv1.",
+    "residual.3.": "norm2.",
+    "residual.6.": "conv2.",
+    "shortcut.": "conv_shortcut.",
+}
+_HEAD = {"0.": "norm_out.", "2.": "conv_out."}
 _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 _OUTER = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 
@@ -120,13 +127,9 @@ def diffusers_names(name: str, num_res_blocks: int) -> str:
     if layer == "conv1":
         return f"{part}.conv_in.{rest}"
     if layer == "head":
-        return f"{part}." + rest.replace("0.", "norm_out.", 1).replace("2.", "conv_out.", 1)
+        return f"{part}.{renamed(rest, _HEAD)}"
     number, _, rest = rest.partition(".")
-    for public, ours in _RESIDUAL.items():
-        if rest.startswith(public + "."):
-            rest = ours + rest[len(public) :]
-            break
-    rest = rest.replace("shortcut.", "conv_shortcut.", 1)
+    rest = renamed(rest, _BLOCK)
     if layer == "middle":
         return f"{part}.mid_block.{_MIDDLE.get(number, number)}.{rest}"
     if layer == "downsamples":
@@ -138,15 +141,15 @@ def diffusers_names(name: str, num_res_blocks: int) -> str:
     return name
 
 
-class WanVAE:
-    """Pixels to normalised latents and back.
+class WanVAE(Encoder):
+    """Pixels to normalized latents and back.
 
     Latents are (mean of the posterior - `latents_mean`) / `latents_std`, float32; frames are float32 in [-1, 1].
-    `dtype` and `device` are those of the weights and of the convolutions.
+    The convolutions compute in `dtype` on `device`.
     """
 
     def __init__(self, model: Any, config: VaeConfig) -> None:
-        self.model = model
+        super().__init__(model)
         self.config = config
         self.latents_mean = torch.tensor(model.config.latents_mean, dtype=torch.float32)
         self.latents_std = torch.tensor(model.config.latents_std, dtype=torch.float32)
@@ -154,13 +157,13 @@ class WanVAE:
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanVAE:
         """Read a public Wan2.1 VAE (.safetensors or .pth). Raises CheckpointError for anything else."""
-        override = config_override(path)
+        state, config = read_with_config(path)
         return cls.from_state_dict(
-            read_state_dict(path),
+            state,
             dtype=dtype,
             device=device,
-            latents_mean=override.get("latents_mean"),
-            latents_std=override.get("latents_std"),
+            latents_mean=config.get("latents_mean"),
+            latents_std=config.get("latents_std"),
             what=f"The VAE file {path}",
         )
 
@@ -182,8 +185,7 @@ class WanVAE:
         """
         from diffusers import AutoencoderKLWan
 
-        prefix = find_prefix(state, "encoder.conv1.weight") or ""
-        state = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = bare_tensors(state, "encoder.conv1.weight") or state
         config = vae_config(state, what)
         options: dict[str, Any] = {}
         if config.z_dim != 16:
@@ -206,26 +208,13 @@ class WanVAE:
                 temperal_downsample=list(config.temporal),
                 **options,
             )
-        renamed = {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
-        fill_module(model, renamed, what=what, dtype=dtype, device=device)
+        tensors = {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
+        fill_module(model, tensors, what=what, dtype=dtype, device=device)
         return cls(model, config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     @property
     def z_dim(self) -> int:
         return self.config.z_dim
-
-    def to(self, device: str | torch.device) -> WanVAE:
-        """Move the weights; returns self."""
-        self.model.to(device)
-        return self
 
     # --- pixels -> latents ---------------------------------------------------------------------------------------
 
@@ -240,13 +229,13 @@ class WanVAE:
         callback: ChunkCallback | None = None,
         output_device: str | torch.device | None = None,
     ) -> Tensor:
-        """Normalised latents [B, z, 1 + (F - 1) // 4, H / 8, W / 8], float32, of `video`.
+        """Normalized latents [B, z, 1 + (F - 1) // 4, H / 8, W / 8], float32, of `video`.
 
         Args:
             video: [B, 3, F, H, W] floats in [-1, 1] on any device; H and W multiples of 8. Frames beyond the last
                 4n + 1 are left out, with a warning, as the public model does.
             tiled: work in tiles of `tile_size` pixels that share `tile_overlap` pixels, blended linearly. Without it
-                the picture is encoded whole, and in tiles only after the GPU ran out of memory (which is logged).
+                the image is encoded whole, and in tiles only after the GPU ran out of memory (which is logged).
             callback: see ChunkCallback; it starts anew if the work does.
             output_device: where the latents are collected; the video's device by default.
 
@@ -306,7 +295,7 @@ class WanVAE:
         callback: ChunkCallback | None = None,
         output_device: str | torch.device | None = None,
     ) -> Tensor:
-        """Frames [B, 3, 1 + 4 (T - 1), 8 h, 8 w], float32 in [-1, 1], of normalised latents [B, z, T, h, w].
+        """Frames [B, 3, 1 + 4 (T - 1), 8 h, 8 w], float32 in [-1, 1], of normalized latents [B, z, T, h, w].
 
         Arguments as in `encode`; `tile_size` and `tile_overlap` are pixels of the result.
         """
@@ -372,7 +361,7 @@ class WanVAE:
             )
         if (frames - 1) % step:
             used = 1 + (frames - 1) // step * step
-            log.warning(
+            logger.warning(
                 "The VAE encodes %dn+1 frames: of %d frames the last %d are left out", step, frames, frames - used
             )
         return height, width
@@ -395,7 +384,7 @@ class WanVAE:
                 smaller = tile // 2 if tile is not None else min(tile_size, extent // 2)
                 if smaller < SMALLEST_TILE:
                     raise
-                log.warning("Out of GPU memory while %s: trying again in tiles of %d pixels", action, smaller)
+                logger.warning("Out of GPU memory while %s: trying again in tiles of %d pixels", action, smaller)
             # Outside the handler: there the exception would still hold the tensors of the failed attempt.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

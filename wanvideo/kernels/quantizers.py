@@ -56,10 +56,9 @@ def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def _code_of(values: torch.Tensor) -> torch.Tensor:
-    """The 4-bit code (uint8) of values on the e2m1 grid."""
-    grid = torch.tensor(E2M1_VALUES, device=values.device)
-    index = torch.searchsorted(grid, values.abs().float())
-    return (index + 8 * torch.signbit(values)).to(torch.uint8)
+    """The 4-bit code (uint8) of values on the e2m1 grid: bits of the e4m3 number that is 64 times smaller."""
+    bits = (values.float() / 64).to(torch.float8_e4m3fn).view(torch.uint8)
+    return bits >> 4 & 8 | bits >> 2 & 7
 
 
 def pack_e2m1(values: torch.Tensor, first_in_high_half: bool = True) -> torch.Tensor:
@@ -72,10 +71,8 @@ def pack_e2m1(values: torch.Tensor, first_in_high_half: bool = True) -> torch.Te
 def unpack_e2m1(packed: torch.Tensor, first_in_high_half: bool = True) -> torch.Tensor:
     """uint8 [..., n / 2] -> the float32 values [..., n]; undoes `pack_e2m1`."""
     high, low = packed >> 4, packed & 15
-    pair = (high, low) if first_in_high_half else (low, high)
-    codes = torch.stack(pair, dim=-1).flatten(-2).long()
-    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=packed.device)
-    return table[codes]
+    codes = torch.stack((high, low) if first_in_high_half else (low, high), dim=-1).flatten(-2)
+    return ((codes & 8) << 4 | (codes & 7) << 2).view(torch.float8_e4m3fn).float() * 64
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,8 @@ def quantize_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | float = 1.0) ->
     x = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % NVFP4_BLOCK))
     outer = torch.as_tensor(tensor_scale, dtype=torch.float32, device=x.device)
     blocks = x.unflatten(-1, (-1, NVFP4_BLOCK))  # [..., n / 16, 16]
-    wanted = blocks.abs().amax(-1) / E2M1_MAX / outer
+    # Divided by a tensor, not by a number, which CUDA turns into a product.
+    wanted = blocks.abs().amax(-1) / torch.full_like(outer, E2M1_MAX) / outer
     scales = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     total = (outer * scales.float()).unsqueeze(-1)
     # A block whose scale rounds to zero holds zeros.

@@ -45,12 +45,10 @@ class GGUFTensor:
         """True: the values are."""
         return True
 
-    def numel(self) -> int:
-        """Bytes stored: with `element_size`, the memory that this takes."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
         return self.blocks.numel()
-
-    def element_size(self) -> int:
-        return 1
 
     def to(self, device: str | torch.device) -> GGUFTensor:
         """The same in memory of its own on `device`."""
@@ -70,7 +68,7 @@ Unpacking = tuple[Callable[..., Tensor], int, int]
 def _dequantize_blocks(blocks: Tensor, unpacking: Unpacking) -> Tensor:
     """blocks uint8 [n, bytes per block] -> values float32 [n, values per block].
 
-    diffusers computes in the dtype of the block scales (float16) unless told otherwise; float32 costs little beside the
+    diffusers computes in the dtype of the block scales (float16) by default; float32 costs little next to the
     matmul and adds no error of its own.
     """
     unpack, block_size, type_size = unpacking

@@ -4,29 +4,55 @@ weight[n, k] = e2m1[n, k] * weight_scale[n, k // 16] * weight_scale_2
 
 The storage is that of comfy-kitchen and of ComfyUI's own files: `weight` uint8 with two values per byte (the first in
 the high half), `weight_scale` e4m3 in the tiled order that cuBLAS reads, rows and columns padded to multiples of 16.
-GPUs with FP4 tensor cores (Blackwell) multiply it as it is, with activations quantised the same way per call; others
-unpack it.
+Everything here runs in plain torch: the weight is unpacked, then multiplied. Where comfy-kitchen is installed, its CUDA
+kernels pack and unpack, and GPUs with FP4 tensor cores (Blackwell) multiply the weight as it is stored, with
+activations quantized the same way per call.
 """
 
 from __future__ import annotations
 
-import contextlib
+from importlib import metadata
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from packaging.version import Version
 from torch import Tensor, nn
 
+from ..kernels import quantizers
 from ..kernels.layout import aligned_contiguous
+from ..kernels.quantizers import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from .base import QuantizedLinear, store_buffers, store_weight, take_over
 
 __all__ = ["NVFP4Linear", "dequantize_nvfp4", "nvfp4_matmul_violations", "nvfp4_storage_shapes", "quantize_nvfp4"]
 
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-BLOCK = 16
-"""Values that share one scale."""
+PADDING = 16
+"""Rows and columns of a stored weight are a multiple of this."""
+
+SCALE_TILE = (128, 4)
+"""cuBLAS reads block scales in tiles of so many rows and columns."""
 
 MIN_CAPABILITY = (10, 0)
 """The first compute capability with FP4 tensor cores."""
+
+OLDEST_KITCHEN = "0.2.30"
+"""Older releases of comfy-kitchen are left alone."""
+
+
+def _kitchen_installed() -> bool:
+    try:
+        return Version(metadata.version("comfy-kitchen")) >= Version(OLDEST_KITCHEN)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+KITCHEN = _kitchen_installed()
+"""Whether comfy-kitchen's kernels can be used."""
+
+
+def _kitchen_packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether comfy-kitchen's CUDA kernels pack or unpack values of `dtype`; they take 16 bits."""
+    return KITCHEN and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,54 +61,68 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     M' and K' are M and K rounded up to multiples of 16. The per-tensor scale lets the largest block scale use the whole
     e4m3 range (NVIDIA, "Introducing NVFP4"): max|x| / (6 * 448).
     """
-    import comfy_kitchen
-
     x = aligned_contiguous(x)
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dtype=torch.float32)
     # Divided by a tensor, not by a number, which CUDA turns into a product: so both devices store the same weight.
     scale = (largest / torch.full_like(largest, E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
-    with _backend_for(x.dtype, x.device):
-        packed, block_scales = comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True)
-    return packed, block_scales, scale
+    if _kitchen_packs(x.dtype, x.device):
+        import comfy_kitchen
+
+        return *comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True), scale
+    quantized = quantizers.quantize_nvfp4(F.pad(x, (0, -x.shape[1] % PADDING, 0, -x.shape[0] % PADDING)), scale)
+    return quantizers.pack_e2m1(quantized.values), _tiled(quantized.block_scales), scale
 
 
 def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values [M', K'] in `dtype` of what `quantize_nvfp4` stored, padding included."""
-    import comfy_kitchen
-
-    # comfy-kitchen's plain-torch path multiplies the scales in the output dtype, which costs bfloat16 a systematic
-    # 2^-9; its CUDA kernel multiplies in float32.
-    unpacked = dtype if packed.is_cuda else torch.float32
+    """The values [M', K'] of what `quantize_nvfp4` stored, padding included: float32 products, rounded to `dtype`."""
     packed, block_scales = aligned_contiguous(packed), aligned_contiguous(block_scales)
-    with _backend_for(unpacked, packed.device):
-        return comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, unpacked).to(dtype)
+    if _kitchen_packs(dtype, packed.device):
+        import comfy_kitchen
+
+        return comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, dtype)
+    blocks = quantizers.unpack_e2m1(packed).unflatten(-1, (-1, NVFP4_BLOCK))
+    scales = scale.float() * _untiled(block_scales, blocks.shape[0], blocks.shape[1]).float()
+    return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def _backend_for(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """comfy-kitchen's own choice, but its plain-torch path for float32 on a GPU, which its CUDA kernels refuse."""
-    import comfy_kitchen
+def _tiled(scales: Tensor) -> Tensor:
+    """Block scales [rows, columns] in cuBLAS's order, padded with zeros to whole tiles.
 
-    if device.type == "cuda" and dtype == torch.float32:
-        return comfy_kitchen.use_backend("eager")
-    return contextlib.nullcontext()
+    Tiles of 128 x 4 lie one after the other, row by row; in a tile row 32 i + j is the i-th group of four of line j
+    (cuBLAS, "1D Block Scaling Factors Layout").
+    """
+    rows, columns = scales.shape
+    padded = F.pad(scales.view(torch.uint8), (0, -columns % SCALE_TILE[1], 0, -rows % SCALE_TILE[0]))
+    lines = rearrange(padded, "(r i j) (c s) -> (r c j i s)", i=4, j=32, s=4)
+    return lines.view(scales.dtype).reshape(padded.shape)
+
+
+def _untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `_tiled`: [rows, columns] without the padding."""
+    across = -(-columns // SCALE_TILE[1])
+    lines = scales.view(torch.uint8).flatten()
+    table = rearrange(lines, "(r c j i s) -> (r i j) (c s)", c=across, i=4, j=32, s=4)
+    return table[:rows, :columns].view(scales.dtype)
 
 
 def nvfp4_storage_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of (packed weight, tiled block scales) of a weight [out_features, in_features]."""
-    rows, columns = _round_up(out_features, 16), _round_up(in_features, 16)
-    return (rows, columns // 2), (_round_up(rows, 128), _round_up(columns // BLOCK, 4))
+    rows, columns = _round_up(out_features, PADDING), _round_up(in_features, PADDING)
+    return (rows, columns // 2), (_round_up(rows, SCALE_TILE[0]), _round_up(columns // NVFP4_BLOCK, SCALE_TILE[1]))
 
 
 def nvfp4_matmul_violations(
     out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, rows: int = 1
 ) -> list[str]:
-    """All the reasons why the FP4 matmul of comfy-kitchen cannot serve a linear layer; empty when it can."""
+    """All the reasons why the FP4 matmul of comfy-kitchen does not support a linear layer; empty when it does."""
     reasons = []
     if device.type != "cuda" or torch.version.cuda is None:
         reasons.append(f"it runs on an NVIDIA GPU, not on {device.type}")
     elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         reasons.append(f"compute capability {capability} has no FP4 tensor cores (10.0 has)")
+    if not KITCHEN:
+        reasons.append(f"comfy-kitchen {OLDEST_KITCHEN} or newer is not installed (pip install comfy-kitchen)")
     if dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"it writes bfloat16 or float16, not {dtype}")
     if in_features % 32:
@@ -102,7 +142,7 @@ class NVFP4Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(linear: nn.Linear, base_dtype: torch.dtype) -> NVFP4Linear:
-        """Quantise the 16- or 32-bit weight of `linear` in place."""
+        """Quantize the 16- or 32-bit weight of `linear` in place."""
         packed, block_scales, scale = quantize_nvfp4(linear.weight.detach().float())
         layer = take_over(linear, NVFP4Linear, base_dtype)
         store_weight(layer, packed)
@@ -123,7 +163,7 @@ class NVFP4Linear(QuantizedLinear):
         return self._native(rows).reshape(*leading, self.out_features)
 
     def _native(self, rows: Tensor) -> Tensor:
-        """rows [M, K] -> [M, N] by the FP4 tensor cores: the activations are quantised to NVFP4 too."""
+        """rows [M, K] -> [M, N] by the FP4 tensor cores: the activations are quantized to NVFP4 too."""
         import comfy_kitchen
 
         packed, block_scales, scale = quantize_nvfp4(rows.to(self.base_dtype))

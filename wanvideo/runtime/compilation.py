@@ -1,4 +1,4 @@
-"""torch.compile for a model: its transformer blocks one by one (one graph serves all of them), or all of it at once."""
+"""torch.compile for a model: its transformer blocks one by one (all of them share one graph), or all of it at once."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # cudaMalloc and the widest vector loads agree with this; it also keeps each tensor on its own cache lines.
 ALIGNMENT = 256
@@ -37,7 +37,7 @@ class BlockSwap:
     Attributes:
         blocks: number of transformer blocks that are swapped; more than the model has means all.
         prefetch: how many blocks are copied ahead while one computes. Each needs the memory of one block.
-        image_embedding: swap the picture embedding layers (`img_emb`) too.
+        image_embedding: swap the image embedding layers (`img_emb`) too.
         text_embedding: swap the text embedding layers (`text_embedding`) too.
         log_waits: log after each forward how long it waited for weights.
     """
@@ -62,7 +62,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)
 
 
 class _Unit:
@@ -76,7 +76,7 @@ class _Unit:
         self.size = 0
         for tensor in self.tensors:
             self.offsets.append(self.size)
-            self.size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+            self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self.host = _host_buffer(self.size, pin)
         for tensor, home in zip(self.tensors, self._views(self.host), strict=True):
             home.copy_(_plain(tensor))
@@ -87,7 +87,7 @@ class _Unit:
         """`buffer` (uint8) seen as the tensors of this unit."""
         views = []
         for tensor, offset in zip(self.tensors, self.offsets, strict=True):
-            piece = buffer[offset : offset + tensor.numel() * tensor.element_size()]
+            piece = buffer[offset : offset + tensor.nbytes]
             views.append(piece.view(tensor.dtype).view(tensor.shape))
         return views
 
@@ -120,7 +120,7 @@ class _Waits:
         if self.events:
             self.events[-1][1].synchronize()
             seconds += sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
-        log.info("block swap: waited %.1f ms for weights in this forward", seconds * 1000)
+        logger.info("block swap: waited %.1f ms for weights in this forward", seconds * 1000)
         self.seconds, self.events = 0.0, []
 
 
@@ -367,7 +367,7 @@ def _host_buffer(size: int, pin: bool) -> Tensor:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
-            log.warning("Block swap runs without pinned memory, so copies do not overlap with computation: %s", error)
+            logger.warning("Block swap runs without pinned memory: copies do not overlap with computation (%s)", error)
     return torch.empty(size, dtype=torch.uint8)
 
 
@@ -384,9 +384,9 @@ def _register(buffer: Tensor) -> bool:
 
 
 def _forget_cuda_error() -> None:
-    """A refused call leaves its error behind, and the next kernel launch would report it as its own."""
+    """A rejected call leaves its error behind, and the next kernel launch would report it as its own."""
     try:
         torch.zeros(1, device="cuda").add_(1)
         torch.cuda.synchronize()
     except RuntimeError as error:
-        log.debug("pinning failed: %s", error)
+        logger.debug("pinning failed: %s", error)
