@@ -9,8 +9,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from .. import assets
-from ..pipeline.long_video import GenerateConfig
 from ..pipeline.make_video import Job, ModelFiles
+from ..pipeline.plan import GenerateConfig
 from .tiny_models import TinySet, make_tiny
 
 __all__ = ["demo_job"]

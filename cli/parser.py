@@ -154,8 +154,8 @@ def _run_generate(args: argparse.Namespace) -> None:
 def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
     import torch
 
-    from ..pipeline.long_video import GenerateConfig
     from ..pipeline.make_video import DEFAULT_NEGATIVE, DEFAULT_PROMPT, Job
+    from ..pipeline.plan import GenerateConfig
 
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Job(

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..pipeline.single_window import cfg_schedule
+from ..pipeline.guidance import cfg_schedule
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap

@@ -22,7 +22,7 @@ __all__ = [
     "TARGET_LUFS",
     "integrated_loudness",
     "load_speech",
-    "normalise_loudness",
+    "normalize_loudness",
     "read_audio",
 ]
 
@@ -138,7 +138,7 @@ def load_speech(
     del waveform  # the loudness is measured in double precision: no need to hold both
     if not speech.any():
         log.warning("%s is silent", name)
-    return speech if target_lufs is None else normalise_loudness(speech, target_lufs=target_lufs)
+    return speech if target_lufs is None else normalize_loudness(speech, target_lufs=target_lufs)
 
 
 def _mono(samples: NDArray[Any] | Tensor) -> Waveform:
@@ -174,7 +174,7 @@ def integrated_loudness(waveform: Waveform, rate: int = SAMPLE_RATE) -> float:
     return float(meter.integrated_loudness(waveform))
 
 
-def normalise_loudness(waveform: Waveform, rate: int = SAMPLE_RATE, target_lufs: float = TARGET_LUFS) -> Waveform:
+def normalize_loudness(waveform: Waveform, rate: int = SAMPLE_RATE, target_lufs: float = TARGET_LUFS) -> Waveform:
     """`waveform` [n] scaled to `target_lufs`, float32; unchanged where the loudness has no meaning (silence).
 
     Peaks may pass 1: nothing is clipped.

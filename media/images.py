@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["SIZE_STEP", "cover_nearest", "cover_picture", "fit_size", "load_picture"]
+__all__ = ["SIZE_STEP", "cover_image", "cover_nearest", "fit_size", "load_image"]
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ MAX_ASPECT = 4.0
 """Of a video whose sides are not given; narrower pictures show their middle."""
 
 
-def load_picture(source: str | Path | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
+def load_image(source: str | Path | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
     """An upright RGB picture from a file, a PIL picture of any mode, or pixels [H, W, 3] (uint8, or float in [0, 1]).
 
     Transparent parts become white. Raises InputError for what is no picture.
@@ -65,7 +65,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
         if not np.isfinite(pixels).all():
             raise InputError("The picture holds NaN or infinite values: give numbers from 0 to 1.")
         pixels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-    return load_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+    return load_image(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
 def fit_size(
@@ -112,7 +112,7 @@ def _cover(height: int, width: int, target: tuple[int, int]) -> tuple[int, int, 
     return h, w, round((h - target[0]) / 2), round((w - target[1]) / 2)
 
 
-def cover_picture(picture: Image.Image, width: int, height: int) -> torch.Tensor:
+def cover_image(picture: Image.Image, width: int, height: int) -> torch.Tensor:
     """The picture resized (bilinear) to cover the size, its centre cut out: [3, height, width] float32 in [-1, 1]."""
     h, w, top, left = _cover(picture.height, picture.width, (height, width))
     # Only the part that is kept is resized, so that a 1 x 5000 picture needs no 832 x 4,160,000 one on the way.
@@ -135,7 +135,7 @@ def cover_picture(picture: Image.Image, width: int, height: int) -> torch.Tensor
 
 
 def cover_nearest(planes: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """The same cut as `cover_picture` takes, by nearest neighbours: [N, H, W] -> [N, height, width]."""
+    """The same cut as `cover_image` takes, by nearest neighbours: [N, H, W] -> [N, height, width]."""
     h, w, top, left = _cover(planes.shape[1], planes.shape[2], (height, width))
     # Nearest-neighbour resizing is a choice of rows and columns, so the cut is taken in the same go.
     rows = (torch.arange(top, top + height) * planes.shape[1]) // h

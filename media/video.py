@@ -24,7 +24,7 @@ import torch
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
 
-__all__ = ["VideoFrames", "VideoWriter", "refuse_path"]
+__all__ = ["VideoFrames", "VideoWriter", "check_path"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ BT709 = 1
 """The code of ITU-R BT.709 in the colour fields of a stream (ITU-T H.273)."""
 
 
-def refuse_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     """Raises InputError for a path that cannot be the name of a video, whether or not it can be written to."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the video file to write, such as {path / 'video.mp4'}.")
@@ -67,7 +67,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        refuse_path(self.path)
+        check_path(self.path)
         if not fps > 0:
             raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
         self.fps = Fraction(fps).limit_denominator(1001)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import TINY_WAV2VEC2, transformers_wav2vec2
-from wanvideo_infinitetalk.media.audio import integrated_loudness, load_speech, normalise_loudness, read_audio
+from wanvideo_infinitetalk.media.audio import integrated_loudness, load_speech, normalize_loudness, read_audio
 from wanvideo_infinitetalk.multitalk import wav2vec
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
@@ -175,7 +175,7 @@ def test_loudness():
         assert integrated_loudness(load_speech(gain * noise(3.0), 16_000)) == pytest.approx(-23.0, abs=0.05)
     assert integrated_loudness(load_speech(noise(3.0), 16_000, target_lufs=-30.0)) == pytest.approx(-30.0, abs=0.05)
     short = tone(0.1)
-    assert np.array_equal(normalise_loudness(short), short)
+    assert np.array_equal(normalize_loudness(short), short)
 
 
 # --- wav2vec2 --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wanvideo_infinitetalk.media.images import cover_nearest, cover_picture, fit_size, load_picture
+from wanvideo_infinitetalk.media.images import cover_image, cover_nearest, fit_size, load_image
 from wanvideo_infinitetalk.media.masks import default_masks, latent_masks
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
@@ -59,7 +59,7 @@ def test_masks_are_cut_like_the_picture() -> None:
     pixels = np.zeros((200, 120, 3), np.uint8)
     pixels[90:130, 30:80] = 255
     mask = torch.from_numpy(pixels[..., 0] > 0)
-    picture = cover_picture(Image.fromarray(pixels), 64, 48)
+    picture = cover_image(Image.fromarray(pixels), 64, 48)
     cut = cover_nearest(mask[None].float(), 64, 48)
     assert ((picture[0] > 0) == (cut[0] > 0)).float().mean() > 0.97
 
@@ -101,7 +101,7 @@ def test_sizes(picture, wanted, expected) -> None:
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (64, 48), (7, 3), (1, 1), (1, 400), (400, 1)])
 def test_pictures_cover_the_size(size) -> None:
     picture = Image.new("RGB", size, (255, 0, 51))
-    cut = cover_picture(picture, 64, 48)
+    cut = cover_image(picture, 64, 48)
     assert cut.shape == (3, 48, 64)
     assert cut.dtype == torch.float32
     assert torch.allclose(cut, torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand_as(cut), atol=1e-6)
@@ -111,40 +111,40 @@ def test_the_centre_is_kept() -> None:
     """Columns of a wide gradient: the middle of the cut is the middle of the picture."""
     ramp = np.repeat(np.linspace(0, 255, 900).astype(np.uint8)[None, :, None], 60, 0).repeat(3, 2)
     for width in (64, 640):
-        cut = cover_picture(Image.fromarray(ramp), width, width * 3 // 4)
+        cut = cover_image(Image.fromarray(ramp), width, width * 3 // 4)
         assert abs(float(cut.mean())) < 0.02
         assert cut[0, 0].diff().min() >= 0
 
 
 def test_transparent_becomes_white_and_deep_grey_is_scaled() -> None:
     clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
-    assert load_picture(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
-    assert [load_picture(deep).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+    assert [load_image(deep).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 def test_pixels_as_arrays_and_tensors() -> None:
     floats = np.array([[[0.0, 0.5, 1.0]]], np.float32)
     for source in (floats, torch.from_numpy(floats), np.array([[[0, 128, 255]]], np.uint8)):
-        assert load_picture(source).getpixel((0, 0)) == (0, 128, 255)
-    assert load_picture(np.zeros((2, 2, 1), np.uint8)).mode == "RGB"
+        assert load_image(source).getpixel((0, 0)) == (0, 128, 255)
+    assert load_image(np.zeros((2, 2, 1), np.uint8)).mode == "RGB"
     with pytest.raises(InputError, match="NaN"):
-        load_picture(floats * np.nan)
+        load_image(floats * np.nan)
     with pytest.raises(InputError, match="shape"):
-        load_picture(np.zeros((2, 2), np.uint8))
+        load_image(np.zeros((2, 2), np.uint8))
 
 
 def test_files_that_are_no_pictures(tmp_path) -> None:
     with pytest.raises(InputError, match="no picture at"):
-        load_picture(tmp_path / "none.png")
+        load_image(tmp_path / "none.png")
     for content in (b"", b"text", b"\x89PNG\r\n\x1a\n" + bytes(40)):
         (tmp_path / "bad.png").write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as a picture"):
-            load_picture(tmp_path / "bad.png")
+            load_image(tmp_path / "bad.png")
 
 
 def test_upright_as_the_camera_says(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_picture(tmp_path / "turned.jpg").size == (10, 20)
+    assert load_image(tmp_path / "turned.jpg").size == (10, 20)

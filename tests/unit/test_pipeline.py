@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from wanvideo_infinitetalk.media.images import load_image
 from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
-from wanvideo_infinitetalk.pipeline import nonfinite as safer
+from wanvideo_infinitetalk.pipeline import nonfinite
 from wanvideo_infinitetalk.pipeline.attention_policy import bind
-from wanvideo_infinitetalk.pipeline.long_video import Callbacks, Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
+from wanvideo_infinitetalk.pipeline.long_video import Callbacks, generate
+from wanvideo_infinitetalk.pipeline.plan import GenerateConfig, plan_video
 from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
@@ -101,7 +104,13 @@ def _conditioning(rows: int = 15, speakers: int = 1, **changes: Any) -> Conditio
 def _run(config: GenerateConfig = CONFIG, conditioning: Conditioning | None = None, **parts: Any):
     model, vae = parts.pop("model", None) or FakeModel(), parts.pop("vae", None) or FakeVae()
     clip = parts.pop("clip", None) or FakeClip()
-    return list(generate(model, vae, clip, conditioning or _conditioning(), config, **parts))
+    return list(_generate(model, vae, clip, conditioning or _conditioning(), config, **parts))
+
+
+def _generate(model, vae, clip, conditioning: Conditioning, config: GenerateConfig, **parts: Any):
+    size = load_image(conditioning.source[0]).size if len(conditioning.source) else (48, 32)
+    plan = plan_video(config, size, [len(features) for features in conditioning.audio])
+    return generate(model, vae, clip, conditioning, plan, **parts)
 
 
 def _video(windows) -> torch.Tensor:
@@ -158,7 +167,7 @@ def test_a_seed_means_one_video() -> None:
 
 def test_frames_come_out_while_later_windows_are_not_begun() -> None:
     model = FakeModel()
-    windows = generate(model, FakeVae(), FakeClip(), _conditioning(), CONFIG)
+    windows = _generate(model, FakeVae(), FakeClip(), _conditioning(), CONFIG)
     next(windows)
     assert len(model.calls) == 9  # three passes, three steps
     assert torch.is_grad_enabled()
@@ -352,7 +361,9 @@ def test_an_interrupt_keeps_what_is_finished() -> None:
         if calls > 12:
             raise KeyboardInterrupt
 
-    windows = generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), CONFIG, Callbacks(check_interrupt=check))
+    windows = _generate(
+        FakeModel(), FakeVae(), FakeClip(), _conditioning(), CONFIG, callbacks=Callbacks(check_interrupt=check)
+    )
     assert len(next(windows).frames) == 9
     with pytest.raises(KeyboardInterrupt):
         next(windows)
@@ -393,7 +404,7 @@ def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
 
 
 def test_a_rung_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(safer, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
+    monkeypatch.setattr(nonfinite, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
     config = replace(CONFIG, attention_policy="sageattn_3_fp4")
     windows = _run(config, model=FakeModel(broken={"sageattn_3_fp4": 0}))
     assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))
@@ -412,7 +423,7 @@ def test_one_check_a_step(monkeypatch) -> None:
 
 def test_without_a_safer_mode_there_is_one_sentence() -> None:
     model = FakeModel(broken={"sdpa": 9, "eager": 0})
-    windows = generate(model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"))
+    windows = _generate(model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"))
     assert len(next(windows).frames) == 9  # what was finished stays
     with pytest.raises(InfiniteTalkError, match=r"window 2, step 1 of 3.*eager.*block 1.*no safer mode left"):
         next(windows)
@@ -524,7 +535,7 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
 )
 def test_settings_are_refused_before_anything_runs(changes, message) -> None:
     with pytest.raises(InputError, match=message):
-        generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, **changes))
+        _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, **changes))
 
 
 @pytest.mark.parametrize(
@@ -532,7 +543,7 @@ def test_settings_are_refused_before_anything_runs(changes, message) -> None:
     [
         (dict(audio=[]), "one to 4"),
         (dict(audio=[torch.zeros(5, 2, 3)] * 5), "one to 4"),
-        (dict(audio=[torch.zeros(0, 2, 3)]), "do not fit"),
+        (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(0, 2, 3)]), "do not fit"),
         (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(5, 2, 4)]), "alike for all"),
         (dict(audio=[torch.full((5, 2, 3), torch.nan)]), "speech features embedding holds NaN"),
         (dict(context=torch.full((4, 8), torch.inf)), "prompt embedding holds NaN"),
@@ -541,4 +552,4 @@ def test_settings_are_refused_before_anything_runs(changes, message) -> None:
 )
 def test_inputs_are_refused_before_anything_runs(changes, message) -> None:
     with pytest.raises(InputError, match=message):
-        generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(**changes), CONFIG)
+        _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(**changes), replace(CONFIG, width=64))

@@ -7,16 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wanvideo_infinitetalk.pipeline.guidance import Guidance
-from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
-from wanvideo_infinitetalk.pipeline.single_window import (
-    Keyframes,
-    StepReport,
-    WindowInputs,
-    cfg_schedule,
-    denoise,
-    keyframe_condition,
-)
+from wanvideo_infinitetalk.pipeline.attention_policy import SAFER
+from wanvideo_infinitetalk.pipeline.conditioning import Keyframes, WindowInputs, keyframe_condition
+from wanvideo_infinitetalk.pipeline.guidance import cfg_schedule
+from wanvideo_infinitetalk.pipeline.nonfinite import AttentionPolicy, FallbackModes
+from wanvideo_infinitetalk.pipeline.plan import plan_schedule
+from wanvideo_infinitetalk.pipeline.sampling import StepReport, denoise
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 HEIGHT, WIDTH, FRAMES = 16, 32, 9
@@ -137,21 +133,19 @@ def run(
     cfg: float = 1.0,
     audio_cfg: float = 1.0,
     scheduler: str = "euler",
-    guidance: Guidance | None = None,
+    x: Tensor | None = None,
+    attention_policy: AttentionPolicy | None = None,
+    apg: tuple[float, float] | None = None,
+    steps: tuple[int, int] = (0, 4),
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3))
-    return denoise(
-        model,
-        make_scheduler(scheduler, 4, 5.0),
-        x,
-        inputs,
-        cfg=[cfg] * 4,
-        audio_cfg=[audio_cfg] * 4,
-        generator=torch.Generator().manual_seed(0),
-        guidance=guidance or Guidance(),
-        **options,
+    x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3)) if x is None else x
+    schedule = plan_schedule(
+        scheduler, 4, 5.0, start_step=steps[0], end_step=steps[1], cfg=cfg, audio_cfg=audio_cfg, apg=apg
     )
+    modes = FallbackModes(model, attention_policy, SAFER, 4, x.device)
+    generator = torch.Generator().manual_seed(0)
+    return denoise(model, schedule, x, inputs, generator=generator, modes=modes, **options)
 
 
 def inputs_of(**changes: Any) -> WindowInputs:
@@ -185,20 +179,10 @@ def test_speech_is_guided_against_silence_of_one_speaker() -> None:
 def test_steps_can_be_shared_and_are_reported() -> None:
     reports: list[StepReport] = []
     whole, _ = run(Model(), inputs_of(), report=reports.append)
-    assert [(r.done, r.total) for r in reports] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    first, guess = run(Model(), inputs_of(), end_step=2)
+    assert [r.step for r in reports] == [0, 1, 2, 3]
+    first, guess = run(Model(), inputs_of(), steps=(0, 2))
     torch.testing.assert_close(guess, reports[1].clean)
-    second, _ = denoise(
-        Model(),
-        make_scheduler("euler", 4, 5.0),
-        first,
-        inputs_of(),
-        cfg=[1.0] * 4,
-        audio_cfg=[1.0] * 4,
-        generator=torch.Generator(),
-        guidance=Guidance(),
-        start_step=2,
-    )
+    second, _ = run(Model(), inputs_of(), x=first, steps=(2, 4))
     torch.testing.assert_close(second, whole)
 
 
@@ -231,8 +215,7 @@ def test_non_finite_values_start_the_window_over_in_the_safer_mode(
 
 def test_guidance_with_momentum_starts_over_too() -> None:
     def momentum(model: Any) -> Tensor:
-        guidance = Guidance(use_apg=True)
-        return run(model, inputs_of(), cfg=3.0, attention_policy="sageattn_3_fp8", guidance=guidance)[0]
+        return run(model, inputs_of(), cfg=3.0, attention_policy="sageattn_3_fp8", apg=(-0.75, 55.0))[0]
 
     assert torch.equal(momentum(BreakingModel()), momentum(Model()))
 
