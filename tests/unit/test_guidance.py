@@ -21,12 +21,14 @@ V = {which: torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(n)) 
      enumerate((FULL, SPEECH, PROMPT, NULL))}  # fmt: skip
 
 
-def _velocity(formula: Formula, projection: Projection | None = None) -> tuple[torch.Tensor, list[Pass]]:
+def _velocity(
+    formula: Formula, projection: Projection | None = None, velocities: dict[Pass, torch.Tensor] = V
+) -> tuple[torch.Tensor, list[Pass]]:
     made: list[Pass] = []
 
     def evaluate(which: Pass) -> torch.Tensor:
         made.append(which)
-        return V[which]
+        return velocities[which]
 
     return formula.velocity(evaluate, projection), made
 
@@ -70,14 +72,17 @@ def _project_out(d: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def test_apg_limits_projects_and_remembers() -> None:
     projection = Projection(momentum=-0.75, norm_threshold=0.5)
     text_sum = audio_sum = torch.zeros_like(V[FULL])
-    for _ in range(3):
-        text_sum = V[FULL] - V[SPEECH] - 0.75 * text_sum
-        audio_sum = V[SPEECH] - V[NULL] - 0.75 * audio_sum
-        text, audio = (_project_out(d * min(1, 0.5 / float(d.norm())), V[FULL]) for d in (text_sum, audio_sum))
-        v, made = _velocity(guide(5.0, 4.0, projected=True), projection)
+    for step in range(3):
+        # Other velocities at each step: what is remembered then has a direction of its own.
+        step_v = {which: v.roll(step, dims=0) + step * v.flip(1) for which, v in V.items()}
+        full, speech, null = step_v[FULL], step_v[SPEECH], step_v[NULL]
+        text_sum = full - speech - 0.75 * text_sum
+        audio_sum = speech - null - 0.75 * audio_sum
+        text, audio = (_project_out(d * min(1, 0.5 / float(d.norm())), full) for d in (text_sum, audio_sum))
+        v, made = _velocity(guide(5.0, 4.0, projected=True), projection, step_v)
         assert made == [FULL, SPEECH, NULL]
-        assert torch.allclose(v, V[FULL] + 4 * text + 3 * audio, atol=1e-5)
-        assert abs(float(((v - V[FULL]) * V[FULL]).sum())) < 1e-3  # nothing is added along v
+        assert torch.allclose(v, full + 4 * text + 3 * audio, atol=1e-5)
+        assert abs(float(((v - full) * full).sum())) < 1e-3  # nothing is added along v
 
 
 def test_apg_with_audio_alone_and_below_the_limit() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from wanvideo_infinitetalk.media.images import cover_image, cover_nearest, fit_size, load_image
-from wanvideo_infinitetalk.media.masks import default_masks, latent_masks
+from wanvideo_infinitetalk.media.masks import default_masks, latent_masks, load_mask, speaker_planes
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 
@@ -52,6 +52,23 @@ def test_given_masks_of_any_scale_and_size(scale, size) -> None:
     assert masks[1, :, 6:].eq(1).all()
     assert masks[0, :, 6:].eq(0).all()
     assert masks[2].eq(0).all()
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_a_speaker_is_where_a_mask_is_above_half(scale) -> None:
+    """Columns of 0, 0.2, 0.45 and 0.55, 0.9, 1: gray edges and shadows below one half belong to nobody."""
+    levels = torch.tensor([0.0, 0.2, 0.45, 0.55, 0.9, 1.0]).repeat_interleave(16).expand(64, -1)
+    masks = latent_masks([levels * scale, levels.flip(1) * scale], 2, (96, 64), 96, 64)
+    assert masks[0, 0].tolist() == [0.0] * 6 + [1.0] * 6
+    assert masks[1, 0].tolist() == [1.0] * 6 + [0.0] * 6
+
+
+def test_masks_from_files_and_with_their_background(tmp_path) -> None:
+    Image.fromarray(np.array([[0, 51, 255]], np.uint8)).save(tmp_path / "mask.png")
+    assert torch.allclose(load_mask(tmp_path / "mask.png"), torch.tensor([[0.0, 0.2, 1.0]]))
+    planes = torch.rand(3, 2, 2)
+    assert [len(speaker_planes(planes, speakers)) for speakers in (2, 3)] == [2, 3]
+    assert torch.equal(speaker_planes(planes[0], 1)[0], planes[0])
 
 
 def test_masks_are_cut_like_the_picture() -> None:

@@ -191,6 +191,18 @@ def test_pictures_of_one_pixel(size) -> None:
     assert len(_video(_run(conditioning=_conditioning(5, source=[_picture(size)])))) == 5
 
 
+def test_frames_take_on_the_colors_of_the_image_before_they_are_carried_over() -> None:
+    flat = Image.new("RGB", (48, 32), (204, 102, 51))
+    vae = FakeVae()
+    video = _video(_run(replace(CONFIG, color_correction=1.0), _conditioning(source=[flat]), vae=vae))
+    assert torch.allclose(video, torch.tensor([0.8, 0.4, 0.2]).expand_as(video), atol=1e-3)
+    carried = vae.encoded[1][0]  # [3, 5, 16, 32] in [-1, 1]
+    assert torch.allclose(carried, torch.tensor([0.6, -0.2, -0.6])[:, None, None, None].expand_as(carried), atol=2e-3)
+    half = _video(_run(replace(CONFIG, color_correction=0.5), _conditioning(9, source=[flat])))
+    plain = _video(_run(CONFIG, _conditioning(9, source=[flat])))
+    assert torch.allclose(half, 0.5 * plain + 0.5 * video[:9], atol=1e-3)
+
+
 # --- what the model is given
 
 
@@ -245,6 +257,20 @@ def test_guidance_schedules_choose_the_passes_of_each_step() -> None:
     _run(config, _conditioning(9), model=model)
     times = [float(call["t"]) for call in model.calls]
     assert [times.count(t) for t in sorted(set(times), reverse=True)] == [3, 2, 1]
+
+
+def test_momentum_and_limit_of_the_projection_reach_the_steps() -> None:
+    def latents(**changes: Any) -> list[torch.Tensor]:
+        """At the beginning of each step."""
+        model = FakeModel()
+        config = replace(CONFIG, use_apg=True, **{"apg_norm_threshold": 1e9, **changes})
+        _run(config, _conditioning(9), model=model)
+        return [call["x"] for call in model.calls[::3]]
+
+    usual, without, limited = latents(), latents(apg_momentum=0.0), latents(apg_norm_threshold=0.01)
+    assert torch.equal(usual[1], without[1])  # nothing is remembered in the first step
+    assert not torch.allclose(usual[2], without[2], atol=1e-3)
+    assert not torch.allclose(usual[1], limited[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "dpm++_sde", "lcm", "res_multistep"])

@@ -78,8 +78,8 @@ def test_an_end_picture_marks_the_last_frame_of_its_group() -> None:
 
 
 def test_masks_of_ones_own_and_filled_frames() -> None:
-    given = torch.zeros(FRAMES)
-    given[5:] = 1
+    given = torch.full((FRAMES,), 0.4)
+    given[5:] = 0.6
     vae = LinearVae()
     keys = Keyframes(start=picture(0.25), empty=picture(0.75, 2), given=given)
     y = keyframe_condition(vae, keys, FRAMES, HEIGHT, WIDTH)
