@@ -77,32 +77,47 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         files.add_argument(option, type=kind, required=required, metavar="F", help=text)
 
     size = parser.add_argument_group("size and length")
-    size.add_argument("--width", type=int, metavar="N", help="pixels, rounded to 16; default: from the picture")
-    size.add_argument("--height", type=int, metavar="N", help="pixels, rounded to 16; default: from the picture")
-    size.add_argument("--frames", type=int, default=81, metavar="N", help="frames per window, 4n + 1 (%(default)s)")
-    size.add_argument("--motion-frames", type=int, default=9, metavar="N", help="frames carried over (%(default)s)")
+    _add_config(
+        size,
+        ("--width", int, "pixels, rounded to 16; default: from the image"),
+        ("--height", int, "pixels, rounded to 16; default: from the image"),
+        ("--frames", int, "frames per window, 4n + 1 (%(default)s)"),
+        ("--motion-frames", int, "frames carried over (%(default)s)"),
+    )
     size.add_argument("--max-frames", type=int, metavar="N", help="stop after so many frames, 25 per second")
     _add_sampling(parser)
     _add_machine(parser)
 
 
+def _add_config(group: Any, *options: tuple[str, Callable[[str], float], str]) -> None:
+    """Options (name, type, help) of the `GenerateConfig`, with its defaults."""
+    from ..pipeline.plan import GenerateConfig
+
+    for name, kind, text in options:
+        default = getattr(GenerateConfig, name.removeprefix("--").replace("-", "_"))
+        group.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text)
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from ..pipeline.plan import MODES
     from ..pipeline.schedulers import SCHEDULERS
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--steps", type=int, default=40, metavar="N", help="%(default)s; 4 to 8 with distilled models")
-    group.add_argument("--shift", type=float, default=7.0, metavar="X", help="of the noise schedule (%(default)s)")
-    group.add_argument("--cfg", type=float, default=5.0, metavar="X", help="text guidance, 1 is none (%(default)s)")
-    group.add_argument("--audio-cfg", type=float, default=4.0, metavar="X", help="speech guidance (%(default)s)")
-    group.add_argument("--audio-scale", type=float, default=1.0, metavar="X", help="weight of the speech (%(default)s)")
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="of the random numbers (%(default)s)")
-    group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
-    group.add_argument("--mode", choices=("infinitetalk", "multitalk"), default="infinitetalk", help="%(default)s")
-    group.add_argument(
-        "--start-step", type=int, default=0, metavar="N", help="with --video: how many steps to leave out"
+    _add_config(
+        group,
+        ("--steps", int, "%(default)s; 4 to 8 with distilled models"),
+        ("--shift", float, "of the noise schedule (%(default)s)"),
+        ("--cfg", float, "text guidance, 1 is none (%(default)s)"),
+        ("--audio-cfg", float, "speech guidance (%(default)s)"),
+        ("--audio-scale", float, "weight of the speech (%(default)s)"),
+        ("--seed", int, "of the random numbers (%(default)s)"),
     )
-    group.add_argument(
-        "--color-correction", type=_share, default=1.0, metavar="X", help="0 to 1, towards the picture's (%(default)s)"
+    group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
+    group.add_argument("--mode", choices=tuple(MODES), default="infinitetalk", help="%(default)s")
+    _add_config(
+        group,
+        ("--start-step", int, "with --video: how many steps to leave out"),
+        ("--color-correction", _share, "0 to 1, towards the image's (%(default)s)"),
     )
 
 

@@ -19,8 +19,7 @@ from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, plan_schedule, plan_video
-from ..pipeline.sampling import Schedule, StepReport, denoise
-from ..pipeline.schedulers import SCHEDULERS
+from ..pipeline.sampling import Schedule, denoise
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.kernels.layout import count_guards
@@ -68,8 +67,6 @@ class SamplerSettings:
             raise InputError(
                 f"The scheduler {self.scheduler} is not part of this pack: choose {INSTEAD[self.scheduler]} instead."
             )
-        if self.scheduler not in SCHEDULERS:
-            raise InputError(f"There is no scheduler '{self.scheduler}': choose one of {', '.join(SCHEDULERS)}.")
         if self.riflex:
             raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
         if self.denoise <= 0:
@@ -332,9 +329,9 @@ def _one_window(
     model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
     reporter = _Reporter(device)
 
-    def report(done: StepReport) -> None:
-        reporter.guess(done.clean, 0, done.step)
-        reporter.step(0, 1, done.step + 1 - schedule.start, schedule.end - schedule.start)
+    def report(step: int, clean: Tensor) -> None:
+        reporter.guess(clean, 0, step)
+        reporter.step(0, 1, step + 1 - schedule.start, schedule.end - schedule.start)
 
     x, clean = denoise(
         model.model,

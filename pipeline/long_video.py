@@ -20,41 +20,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 
 from ..media.color import match_colors
 from ..wanvideo.errors import InfiniteTalkError
-from ..wanvideo.modules.attention import AttentionMode
 from .attention_policy import SAFER
 from .conditioning import ClipLike, Conditioning, Stage, VaeLike, WindowConditioner
 from .nonfinite import FallbackModes
 from .plan import Plan
-from .sampling import StepReport, denoise, draw
+from .sampling import denoise, draw
 from .windows import Window
 
-__all__ = ["Callbacks", "FinishedWindow", "ModelLike", "generate", "generate_windows"]
-
-
-class ModelLike(Protocol):
-    """What is called like `WanModel.forward`; the velocity comes back as [1, 16, T, h, w], of x's dtype."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        context: torch.Tensor,
-        clip_fea: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
-        audio: torch.Tensor | None = None,
-        ref_target_masks: torch.Tensor | None = None,
-        *,
-        audio_scale: float = 1.0,
-        attention_mode: AttentionMode | None = None,
-    ) -> torch.Tensor: ...
+__all__ = ["Callbacks", "FinishedWindow", "generate", "generate_windows"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +52,6 @@ class FinishedWindow:
     latents: torch.Tensor
 
 
-def _no_stage(name: str) -> AbstractContextManager[Any]:
-    return contextlib.nullcontext()
-
-
 @dataclass(frozen=True)
 class Callbacks:
     """Ways to follow and stop a run.
@@ -92,11 +67,11 @@ class Callbacks:
     progress: Callable[[int, int, int, int], None] | None = None
     check_interrupt: Callable[[], None] | None = None
     preview: Callable[[torch.Tensor, int, int], None] | None = None
-    stage: Stage = field(default=_no_stage)
+    stage: Stage = contextlib.nullcontext
 
 
 def generate(
-    model: ModelLike,
+    model: Callable[..., torch.Tensor],
     vae: VaeLike,
     clip: ClipLike | None,
     conditioning: Conditioning,
@@ -107,6 +82,7 @@ def generate(
     """Finished windows, in order; their frames make the video, exactly `plan.total` of them.
 
     Args:
+        model: called like `WanModel.forward`; gives the velocity [1, 16, T, h, w], of x's dtype.
         clip: None for models without image tokens.
         fallback: attention mode -> the next safer one. When a step gives non-finite values, its window starts over,
             with the same random numbers, in the next one that this device runs, and later windows stay there.
@@ -121,7 +97,7 @@ def generate(
 
 
 def generate_windows(
-    model: ModelLike,
+    model: Callable[..., torch.Tensor],
     vae: VaeLike,
     conditioner: WindowConditioner,
     plan: Plan,
@@ -137,11 +113,11 @@ def generate_windows(
 
     for window in plan.windows:
 
-        def report(done: StepReport, index: int = window.index) -> None:
+        def report(step: int, clean: torch.Tensor, index: int = window.index) -> None:
             if callbacks.preview is not None:
-                callbacks.preview(done.clean, index, done.step)
+                callbacks.preview(clean, index, step)
             if callbacks.progress is not None:
-                callbacks.progress(index, count, done.step + 1, schedule.steps)
+                callbacks.progress(index, count, step + 1, schedule.steps)
 
         condition = conditioner(window, carried)
         x = draw(condition.shape, generator, device)

@@ -68,11 +68,9 @@ class FallbackModes:
         mode = self.policy(step, self.steps) if callable(self.policy) else self.policy
         if self.floor is None:
             return mode
-        if mode is None:
-            mode = self._mode_of_model()
-        if not callable(mode):
-            return self._at_least_floor(mode)
-        asked = mode
+        asked = self._mode_of_model() if mode is None else mode
+        if not callable(asked):
+            return self._at_least_floor(asked)
         return lambda block, role: self._at_least_floor(asked(block, role))
 
     def _mode_of_model(self) -> AttentionMode:
@@ -86,9 +84,7 @@ class FallbackModes:
 
     def name(self, step: int, block: int | None = None) -> str:
         """The mode of self-attention in this step and block; the least safe of all blocks where none is named."""
-        mode = self.mode(step)
-        if mode is None:
-            mode = self._mode_of_model()
+        mode = self.mode(step) or self._mode_of_model()
         if not callable(mode):
             return str(mode)
         blocks = range(len(getattr(self.model, "blocks", ())) or 1) if block is None else (block,)

@@ -26,7 +26,7 @@ from .guidance import Formula, Pass, Projection
 from .nonfinite import FallbackModes, check_finite
 from .schedulers import Scheduler
 
-__all__ = ["ModelInputs", "Overwrite", "Schedule", "StepReport", "denoise", "draw"]
+__all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw"]
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,6 @@ class Schedule:
         return len(self.scheduler)
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """After a step: its index in the whole schedule, and the clean latents [16, T, h, w] as guessed by it."""
-
-    step: int
-    clean: Tensor
-
-
 def draw(shape: torch.Size | tuple[int, ...], generator: torch.Generator, like: Tensor | torch.device) -> Tensor:
     """Standard normal numbers of `shape`, drawn on the CPU, on the device (and in the dtype) of `like`."""
     return torch.randn(shape, generator=generator).to(like)
@@ -132,7 +124,7 @@ def denoise(
     generator: torch.Generator,
     modes: FallbackModes,
     overwrite: Overwrite | None = None,
-    report: Callable[[StepReport], None] | None = None,
+    report: Callable[[int, Tensor], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
     place: str = "",
 ) -> tuple[Tensor, Tensor]:
@@ -144,6 +136,7 @@ def denoise(
         inputs_of: pass -> what the model is given in it.
         modes: attention mode of each step. When a step gives non-finite values, all steps are run again, with the same
             random numbers, in the next mode of its fallbacks.
+        report: called after each step with its index in the whole schedule and the clean latents as guessed by it.
         place: where this is, for messages, such as "window 2, ".
 
     Raises InfiniteTalkError when the last fallback gives non-finite values too.
@@ -184,7 +177,7 @@ def denoise(
             if overwrite is not None:
                 latents = overwrite.at_step(latents, step + 1, scheduler, generator)
             if report is not None:
-                report(StepReport(step, clean))
+                report(step, clean)
         return latents, clean
 
     return modes.retry(attempt, generator, place)

@@ -63,7 +63,8 @@ class Scheduler:
         return (1 - sigma) * clean + sigma * noise
 
     def _forget(self) -> None:
-        """Drop what multistep solvers remember."""
+        """Drop what multistep solvers remember: the x0 of the step before, and more in some."""
+        self._previous: torch.Tensor | None = None
 
     def _advance(self, v: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return x + (self._grid[i + 1] - self._grid[i]) * v
@@ -83,9 +84,6 @@ class LCM(Scheduler):
 
 class DPMSolver2M(Scheduler):
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2, midpoint form): second order on x0, first order at either end."""
-
-    def _forget(self) -> None:
-        self._previous: torch.Tensor | None = None
 
     def _advance(self, v: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         x0 = self.clean(v, i, x)
@@ -164,9 +162,6 @@ class UniPC(DPMSolver2M):
 class ResMultistep(Scheduler):
     """Second-order exponential multistep on x0 (Zhang et al. 2023, "Improved Order Analysis and Design of Exponential
     Integrator for Diffusion Models Sampling"), with time -ln sigma; first order at either end."""
-
-    def _forget(self) -> None:
-        self._previous: torch.Tensor | None = None
 
     def _advance(self, v: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         x0, previous = self.clean(v, i, x), self._previous

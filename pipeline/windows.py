@@ -42,11 +42,6 @@ class Window:
         """One past the last frame."""
         return self.start + self.frames
 
-    @property
-    def output(self) -> range:
-        """The frames that this window gives out."""
-        return range(self.start + self.overlap, self.start + self.overlap + self.new)
-
 
 def latent_frames(frames: int) -> int:
     """Latent frames of `frames` = 4n + 1 video frames: the first one alone, then groups of four."""
