@@ -1,1 +1,1 @@
-"""Picture, recording and other files that the demo brings."""
+"""Image, recording and other files that the demo brings."""

@@ -1,4 +1,4 @@
-"""Draws portrait.png, the demo's picture: `python draw_portrait.py [FILE]`.
+"""Draws portrait.png, the demo's image: `python draw_portrait.py [FILE]`.
 
 Everything is painted at four times the size and scaled down, which smooths the edges.
 """
@@ -23,29 +23,29 @@ Box = tuple[float, float, float, float]
 
 
 class Canvas:
-    """Drawing in units of the final picture, painted SCALE times larger."""
+    """Drawing in units of the final image, painted SCALE times larger."""
 
     def __init__(self) -> None:
         self.image = gradient(SKY_TOP, SKY_BOTTOM)
 
-    def ellipse(self, box: Box, colour: tuple[int, int, int], soft: float = 0.0, opacity: float = 1.0) -> None:
+    def ellipse(self, box: Box, color: tuple[int, int, int], soft: float = 0.0, opacity: float = 1.0) -> None:
         mask = Image.new("L", self.image.size, 0)
         ImageDraw.Draw(mask).ellipse([v * SCALE for v in box], fill=round(255 * opacity))
-        self._paint(mask, colour, soft)
+        self._paint(mask, color, soft)
 
-    def polygon(self, points: list[tuple[float, float]], colour: tuple[int, int, int], soft: float = 0.0) -> None:
+    def polygon(self, points: list[tuple[float, float]], color: tuple[int, int, int], soft: float = 0.0) -> None:
         mask = Image.new("L", self.image.size, 0)
         ImageDraw.Draw(mask).polygon([(x * SCALE, y * SCALE) for x, y in points], fill=255)
-        self._paint(mask, colour, soft)
+        self._paint(mask, color, soft)
 
-    def arc(self, box: Box, start: float, end: float, colour: tuple[int, int, int], width: float) -> None:
+    def arc(self, box: Box, start: float, end: float, color: tuple[int, int, int], width: float) -> None:
         draw = ImageDraw.Draw(self.image)
-        draw.arc([v * SCALE for v in box], start, end, fill=colour, width=round(width * SCALE))
+        draw.arc([v * SCALE for v in box], start, end, fill=color, width=round(width * SCALE))
 
-    def _paint(self, mask: Image.Image, colour: tuple[int, int, int], soft: float) -> None:
+    def _paint(self, mask: Image.Image, color: tuple[int, int, int], soft: float) -> None:
         if soft:
             mask = mask.filter(ImageFilter.GaussianBlur(soft * SCALE))
-        self.image.paste(Image.new("RGB", self.image.size, colour), mask=mask)
+        self.image.paste(Image.new("RGB", self.image.size, color), mask=mask)
 
     def finish(self) -> Image.Image:
         return self.image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -59,7 +59,7 @@ def gradient(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.I
 
 
 def draw_portrait() -> Image.Image:
-    """A woman before an evening sky, looking at the viewer, lips closed: a picture that asks to be made to speak."""
+    """A woman before an evening sky, looking at the viewer, lips closed."""
     c = Canvas()
     c.ellipse((170, 20, 230, 80), (255, 236, 200), soft=12, opacity=0.8)  # low sun
     # hair behind the head, shoulders, neck
@@ -73,7 +73,7 @@ def draw_portrait() -> Image.Image:
     c.ellipse((164, 112, 176, 136), SKIN)
     c.ellipse((88, 130, 112, 152), BLUSH, soft=5, opacity=0.5)
     c.ellipse((144, 130, 168, 152), BLUSH, soft=5, opacity=0.5)
-    # fringe
+    # bangs
     c.polygon([(80, 122), (86, 70), (128, 44), (172, 70), (178, 122), (160, 88), (132, 76), (112, 90), (94, 94)], HAIR)
     c.arc((90, 50, 170, 130), 200, 290, HAIR_LIGHT, 2)
     c.arc((84, 46, 164, 136), 210, 280, HAIR_LIGHT, 1.5)

@@ -1,8 +1,8 @@
-"""Does the mouth follow the speech? The talking set in attention modes and quantisations, read from the pixels.
+"""Does the mouth follow the speech? The talking set in attention modes and quantizations, read from the pixels.
 
-    python -m benchmarks.lipsync [--json F]                       the demo's sentence, every mode and quantisation here
+    python -m benchmarks.lipsync [--json F]                       the demo's sentence, every mode and quantization here
     python -m benchmarks.lipsync --recordings A.wav B.wav --seconds 30 --modes sdpa --quantizations disabled
-    python -m benchmarks.lipsync --speakers A.wav B.wav           two people in one picture, one recording each
+    python -m benchmarks.lipsync --speakers A.wav B.wav           two people in one image, one recording each
     python -m benchmarks.lipsync --modes sdpa --quantizations disabled --borders    again, with borders elsewhere
 
 Faces are drawn, and were not in the training. A mouth's opening is how dark the middle of its box is, frame by frame;
@@ -63,9 +63,9 @@ ELSEWHERE = WINDOW - 4
 """Frames of the windows of a video whose borders fall elsewhere: none is shared within 49 s."""
 OWN, OTHER = 0.5, 0.2
 LOSSES = {"fp4": 0.08, "fp8": 0.03}
-"""What a run may lose of the baseline's correlation, by a part of the mode's or the quantisation's name."""
+"""What a run may lose of the baseline's correlation, by a part of the mode's or the quantization's name."""
 BASELINE = ("sdpa", "disabled")
-"""Mode and quantisation that is always run first."""
+"""Mode and quantization that is always run first."""
 
 
 # --------------------------------------------------------------------------------------------------- reading the pixels
@@ -99,26 +99,26 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
 
 
-def lag(seen: Tensor, heard: Tensor) -> int:
-    """By how many frames the mouth `seen` [F] comes after what is `heard` [F]: where their correlation is highest."""
+def lag(seen: Tensor, spoken: Tensor) -> int:
+    """By how many frames the mouth `seen` [F] comes after what is `spoken` [F]: where their correlation is highest."""
     count = len(seen)
 
     def at(shift: int) -> float:
-        late, early = seen[max(0, shift) : count + min(0, shift)], heard[max(0, -shift) : count - max(0, shift)]
+        late, early = seen[max(0, shift) : count + min(0, shift)], spoken[max(0, -shift) : count - max(0, shift)]
         return float(correlation(late, early))
 
     return max(range(-FURTHEST, FURTHEST + 1), key=lambda shift: (at(shift), -abs(shift)))
 
 
-def silence(seen: Tensor, heard: Tensor) -> float:
+def silence(seen: Tensor, spoken: Tensor) -> float:
     """How far the mouth is open in silence, as a share of the way from its least to its usual opening in loud speech.
 
-    0 is closed. Silence begins three frames after the last sound and is a `heard` opening below 0.02; NaN without any.
+    0 is closed. Silence begins three frames after the last sound and is a `spoken` opening below 0.02; NaN without any.
     """
-    quiet = heard < 0.02
+    quiet = spoken < 0.02
     for _ in range(3):
         quiet = quiet & torch.cat([quiet[:1], quiet[:-1]])
-    loud = heard > 0.6
+    loud = spoken > 0.6
     if not quiet.any() or not loud.any():
         return float("nan")
     closed = seen.quantile(0.02)
@@ -134,15 +134,15 @@ def _outside(boxes: Tensor, height: int, width: int, margin: int = 3) -> Tensor:
     return ~inside
 
 
-def identity(video: Tensor, picture: Tensor, boxes: Tensor, reach: int = 2) -> Tensor:
-    """PSNR in dB, [F], of the frames [3, F, H, W] against the picture [3, H, W], both in [-1, 1], outside the mouths.
+def identity(video: Tensor, image: Tensor, boxes: Tensor, reach: int = 2) -> Tensor:
+    """PSNR in dB, [F], of the frames [3, F, H, W] against the image [3, H, W], both in [-1, 1], outside the mouths.
 
     The head may have moved: of all shifts by up to `reach` pixels the best counts.
     """
-    keep = _outside(boxes, *picture.shape[1:])
+    keep = _outside(boxes, *image.shape[1:])
     best = torch.full((video.shape[1],), float("inf"))
     for dy, dx in itertools.product(range(-reach, reach + 1), repeat=2):
-        moved = torch.roll(picture, (dy, dx), (1, 2))
+        moved = torch.roll(image, (dy, dx), (1, 2))
         inner = keep.clone()
         if reach:
             inner[:reach] = inner[-reach:] = inner[:, :reach] = inner[:, -reach:] = False
@@ -168,7 +168,7 @@ def border_excess(video: Tensor, other: Tensor, window: int, motion: int) -> lis
     """For each border of `video`: the change there over what `other` has between the same frames, without a border.
 
     A border that falls where a mouth opens is crossed by a change of the speech's own; `other` [3, F, H, W] is of the
-    same picture and recording, and shows it. Where it hardly moves, its median change counts.
+    same image and recording, and shows it. Where it hardly moves, its median change counts.
     """
     here, there = (frames.diff(dim=1).square().mean((0, 2, 3)).sqrt() for frames in (video, other))
     usual = there.median()
@@ -188,21 +188,21 @@ class Reading:
 
 
 def read_video(
-    video: Tensor, picture: Tensor, boxes: Tensor, speech: Sequence[np.ndarray], window: int, motion: int
+    video: Tensor, image: Tensor, boxes: Tensor, speech: Sequence[np.ndarray], window: int, motion: int
 ) -> list[Reading]:
     """One reading for each of `speech`, samples at 16 kHz, in the order of the mouths.
 
     Args:
-        video: [3, F, H, W] in [-1, 1]. picture: [3, H, W]. boxes: [people, 4] in pixels.
+        video: [3, F, H, W] in [-1, 1]. image: [3, H, W]. boxes: [people, 4] in pixels.
     """
     count = int(video.shape[1])
     seen = openings(video[None], boxes[None])[0]
-    same = float(identity(video[:, -FPS:], picture, boxes).mean())
+    same = float(identity(video[:, -FPS:], image, boxes).mean())
     jumps = border_jumps(video, window, motion)
     readings = []
     for own, wave in zip(seen, speech, strict=True):
-        heard = torch.from_numpy(mouth_of(wave, count).opening)
-        both = (own[3:], heard[3:])  # a mouth needs three frames to leave the picture
+        spoken = torch.from_numpy(mouth_of(wave, count).opening)
+        both = (own[3:], spoken[3:])  # a mouth needs three frames to leave the image
         readings.append(Reading(float(correlation(*both)), lag(*both), silence(*both), same, jumps))
     return readings
 
@@ -212,9 +212,9 @@ def read_video(
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture [3, H, W] in [-1, 1] and its mouths [people, 4]."""
+    """A drawn image [3, H, W] in [-1, 1] and its mouths [people, 4]."""
 
-    picture: Tensor
+    image: Tensor
     boxes: Tensor
 
     @classmethod
@@ -222,24 +222,24 @@ class Scene:
         generator = torch.Generator().manual_seed(SEED + seed)
         middles = [0.0] if people == 1 else [-1.0, 1.0]
         faces = [random_faces(1, generator, middle) for middle in middles]
-        picture = draw(faces, [rest(1) for _ in faces], SIZE, SIZE * people)[0, :, 0]
-        return cls(picture, torch.cat([mouth_boxes(face, SIZE, SIZE * people) for face in faces]))
+        image = draw(faces, [rest(1) for _ in faces], SIZE, SIZE * people)[0, :, 0]
+        return cls(image, torch.cat([mouth_boxes(face, SIZE, SIZE * people) for face in faces]))
 
     def save(self, path: Path) -> Path:
-        pixels = ((self.picture + 1) * 127.5).round().clamp(0, 255).byte()
+        pixels = ((self.image + 1) * 127.5).round().clamp(0, 255).byte()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
         return path
 
 
 @contextmanager
 def speaking(scene: Scene, recordings: Sequence[Path], folder: Path, seconds: float | None) -> Iterator[Job]:
-    """The demo's job with this picture and these recordings."""
-    width = int(scene.picture.shape[2])
+    """The demo's job with this image and these recordings."""
+    width = int(scene.image.shape[2])
     with demo_job(folder / "video.mp4", models=folder / "models") as job:
         yield replace(
             job,
             audio=tuple(recordings),
-            image=scene.save(folder / "picture.png"),
+            image=scene.save(folder / "image.png"),
             config=replace(job.config, width=width),
             max_frames=None if seconds is None else round(seconds * FPS),
         )
@@ -260,7 +260,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def allowed_loss(mode: str, quantization: str) -> float:
-    """Of correlation, for this mode and quantisation together."""
+    """Of correlation, for this mode and quantization together."""
     mode = "sageattn_3_fp4" if mode == "sageattn_3" else mode
     return sum(
         max((loss for part, loss in LOSSES.items() if part in name), default=0.005) for name in (mode, quantization)
@@ -275,7 +275,7 @@ def main() -> int:
     options.add_argument("--modes", nargs="+", default=None, metavar="M", help="attention modes (all that run here)")
     options.add_argument("--quantizations", nargs="+", default=list(QUANTIZATIONS), metavar="Q", help="(all)")
     options.add_argument("--borders", action="store_true", help="compare with a video whose borders fall elsewhere")
-    options.add_argument("--faces", type=int, default=1, help="pictures for each recording (%(default)s)")
+    options.add_argument("--faces", type=int, default=1, help="images for each recording (%(default)s)")
     options.add_argument("--device", default="auto", help="(%(default)s)")
     given = options.parse_args()
     device = choose_device(given.device)
@@ -307,7 +307,7 @@ def measure(
     device: str,
     borders: bool = False,
 ) -> None:
-    """Make and read the videos of one picture and its recordings, one of each mode and quantisation.
+    """Make and read the videos of one image and its recordings, one of each mode and quantization.
 
     Args:
         borders: make the first one again with windows of `ELSEWHERE` frames, to see what a border adds to the speech.
@@ -324,8 +324,8 @@ def measure(
             result = make_video(replace(job, attention_mode=mode, quantization=quantization, device=device))
             video = frames_of(result.path)
             count = int(video.shape[1])
-            heard = [wave[: count * 16_000 // FPS] for wave in speech]
-            readings = read_video(video, scene.picture, scene.boxes, heard, WINDOW, MOTION)
+            spoken = [wave[: count * 16_000 // FPS] for wave in speech]
+            readings = read_video(video, scene.image, scene.boxes, spoken, WINDOW, MOTION)
             first = video if first is None else first
             mean = statistics.mean(one.correlation for one in readings)
             best = best or mean
@@ -333,7 +333,7 @@ def measure(
             for name, one in zip(("", ", right"), readings, strict=False):
                 row |= {f"correlation{name}": one.correlation, f"lag{name}": one.lag, f"silence{name}": one.silence}
             if len(readings) == 2:
-                row["with the other's"] = max(_crosswise(video, scene.boxes, heard))
+                row["with the other's"] = max(_crosswise(video, scene.boxes, spoken))
             row["identity, dB"] = readings[0].identity
             if jumps := readings[0].jumps:
                 row |= {"jump": statistics.median(jumps), "largest": max(jumps)}
@@ -365,8 +365,8 @@ def measure(
 def _crosswise(video: Tensor, boxes: Tensor, speech: Sequence[np.ndarray]) -> list[float]:
     """Correlation of each of two mouths with the other's recording."""
     seen = openings(video[None], boxes[None])[0]
-    heard = [torch.from_numpy(mouth_of(wave, int(video.shape[1])).opening) for wave in reversed(speech)]
-    return [float(correlation(own[3:], other[3:])) for own, other in zip(seen, heard, strict=True)]
+    spoken = [torch.from_numpy(mouth_of(wave, int(video.shape[1])).opening) for wave in reversed(speech)]
+    return [float(correlation(own[3:], other[3:])) for own, other in zip(seen, spoken, strict=True)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..multitalk.wav2vec import SAMPLE_RATE
 from ..wanvideo.errors import InputError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "TARGET_LUFS",
@@ -56,7 +56,7 @@ def read_audio(path: str | Path) -> tuple[Waveform, int]:
     try:
         waveform, rate = _read_soundfile(path)
     except soundfile.SoundFileError as error:
-        log.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
+        logger.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
         waveform, rate = _read_av(path)
     if waveform.size == 0:
         raise InputError(f"The recording {path} holds no samples.")
@@ -137,7 +137,7 @@ def load_speech(
     speech = _resample(waveform, rate)
     del waveform  # the loudness is measured in double precision: no need to hold both
     if not speech.any():
-        log.warning("%s is silent", name)
+        logger.warning("%s is silent", name)
     return speech if target_lufs is None else normalize_loudness(speech, target_lufs=target_lufs)
 
 
@@ -181,7 +181,7 @@ def normalize_loudness(waveform: Waveform, rate: int = SAMPLE_RATE, target_lufs:
     """
     loudness = integrated_loudness(waveform, rate)
     if not abs(loudness) <= 100:
-        log.info("The recording has no measurable loudness (%s LUFS): its level stays as it is", loudness)
+        logger.info("The recording has no measurable loudness (%s LUFS): its level stays as it is", loudness)
         return waveform.astype(np.float32, copy=False)
     gain = 10.0 ** ((target_lufs - loudness) / 20.0)
     return (waveform * np.float32(gain)).astype(np.float32, copy=False)

@@ -179,7 +179,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         model = _load_model(job, checked, events)
         _check_widths(checked.dit, context, audio)
 
-        # 4. Generate, and write each window while the next one is not begun.
+        # 4. Generate, and write each window as it comes.
         conditioning = Conditioning(context, negative, audio, checked.source)
         callbacks = Callbacks(progress=events.step, check_interrupt=events.check_interrupt)
         windows = generate(model, vae, clip, conditioning, plan, callbacks)

@@ -1,6 +1,6 @@
 """Sigma grids and solvers for flow matching: x_sigma = (1 - sigma) x0 + sigma noise, velocity v = noise - x0.
 
-A `Scheduler` is a grid of sigmas, the timesteps that the model is told, and a solver that moves the latents from one
+A `Scheduler` is a grid of sigmas, the timesteps that the model is given, and a solver that moves the latents from one
 sigma to the next. `make_scheduler(name, steps, shift)` gives the named ones; `name/beta` spaces the same range by
 quantiles of Beta(0.6, 0.6) (Lee et al. 2024, "Beta Sampling is All You Need").
 """
@@ -54,7 +54,7 @@ class Scheduler:
         return self._advance(v, i, x, noise)
 
     def clean(self, v: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """What the model believes the clean latents to be: x0 = x - sigma v. Used for previews and by x0 solvers."""
+        """The clean latents as the model predicts them: x0 = x - sigma v. Used for previews and by x0 solvers."""
         return x - self._grid[i] * v
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, i: int) -> torch.Tensor:
@@ -241,7 +241,7 @@ _WITH_BETA = ("unipc", "dpm++", "dpm++_sde", "euler", "lcm")
 _WHOLE_TIMESTEPS = (_solver_grid,)
 
 SCHEDULERS: tuple[str, ...] = tuple(
-    spelling for name in _PLAIN for spelling in ((name, f"{name}/beta") if name in _WITH_BETA else (name,))
+    variant for name in _PLAIN for variant in ((name, f"{name}/beta") if name in _WITH_BETA else (name,))
 )
 """Names that `make_scheduler` takes."""
 

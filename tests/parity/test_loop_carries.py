@@ -92,12 +92,12 @@ def _humo_model(item: Golden, in_dim: int) -> Callable[..., torch.Tensor]:
 
 
 def _fitted(pixels: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """The whole picture in the middle of a white one, [3, height, width] in [-1, 1]."""
-    picture = Image.fromarray(pixels.numpy())
-    ratio = picture.width / picture.height
+    """The whole image in the middle of a white one, [3, height, width] in [-1, 1]."""
+    image = Image.fromarray(pixels.numpy())
+    ratio = image.width / image.height
     size = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
     canvas = Image.new("RGB", (width, height), "white")
-    canvas.paste(picture.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
     return torch.from_numpy(np.array(canvas, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 

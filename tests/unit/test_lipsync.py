@@ -39,7 +39,7 @@ def babble(seconds: float, seed: int) -> np.ndarray:
 
 
 def drawn(speech: list[np.ndarray], seed: int, late: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(video [3, F, H, W], picture, boxes) of faces whose mouths follow `speech`, `late` frames behind."""
+    """(video [3, F, H, W], image, boxes) of faces whose mouths follow `speech`, `late` frames behind."""
     generator = torch.Generator().manual_seed(seed)
     middles = [0.0] if len(speech) == 1 else [-1.0, 1.0]
     faces = [random_faces(1, generator, middle) for middle in middles]
@@ -50,19 +50,19 @@ def drawn(speech: list[np.ndarray], seed: int, late: int = 0) -> tuple[Tensor, T
         motions.append(random_motion(opening, width, generator, still_start=True))
     size = SIZE, SIZE * len(speech)
     video = draw(faces, motions, *size)[0]
-    picture = draw(faces, [rest(1) for _ in faces], *size)[0, :, 0]
-    return video, picture, torch.cat([mouth_boxes(face, *size) for face in faces])
+    image = draw(faces, [rest(1) for _ in faces], *size)[0, :, 0]
+    return video, image, torch.cat([mouth_boxes(face, *size) for face in faces])
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_drawn_mouths_are_read_whatever_the_face(seed: int) -> None:
     speech = babble(FRAMES / FPS, seed)
-    video, picture, boxes = drawn([speech], seed)
-    (reading,) = read_video(video, picture, boxes, [speech], FRAMES, 9)
+    video, image, boxes = drawn([speech], seed)
+    (reading,) = read_video(video, image, boxes, [speech], FRAMES, 9)
     assert reading.correlation > 0.96
     assert reading.lag == 0
     assert reading.silence < 0.1
-    assert reading.identity > 22  # a drawn head turns and blinks; the picture does not
+    assert reading.identity > 22  # a drawn head turns and blinks; the image does not
     assert not reading.jumps  # one window has no border
 
 
@@ -75,18 +75,18 @@ def test_a_late_mouth_is_found_late(late: int) -> None:
 
 def test_a_mouth_that_does_not_move_follows_nothing() -> None:
     speech = babble(FRAMES / FPS, 4)
-    _, picture, boxes = drawn([speech], 4)
-    still = picture[:, None].expand(-1, FRAMES, -1, -1)
-    (reading,) = read_video(still, picture, boxes, [speech], FRAMES, 9)
+    _, image, boxes = drawn([speech], 4)
+    still = image[:, None].expand(-1, FRAMES, -1, -1)
+    (reading,) = read_video(still, image, boxes, [speech], FRAMES, 9)
     assert abs(reading.correlation) < 0.01
     assert reading.identity > 60
 
 
 def test_each_of_two_mouths_follows_its_own_recording() -> None:
     speech = [babble(FRAMES / FPS, 5), babble(FRAMES / FPS, 6)]
-    video, picture, boxes = drawn(speech, 5)
-    own = read_video(video, picture, boxes, speech, FRAMES, 9)
-    other = read_video(video, picture, boxes, speech[::-1], FRAMES, 9)
+    video, image, boxes = drawn(speech, 5)
+    own = read_video(video, image, boxes, speech, FRAMES, 9)
+    other = read_video(video, image, boxes, speech[::-1], FRAMES, 9)
     assert min(one.correlation for one in own) > 0.95
     assert max(one.correlation for one in other) < 0.4
 
@@ -115,26 +115,26 @@ def test_what_the_speech_does_at_a_border_is_not_held_against_the_border() -> No
 
 
 def test_a_mouth_that_gapes_in_silence_is_seen() -> None:
-    heard = torch.from_numpy(mouth_of(babble(FRAMES / FPS, 8), FRAMES).opening)
-    assert silence(heard, heard) == pytest.approx(0, abs=0.02)
-    gaping = torch.where(heard < 0.05, 0.8, heard)
+    spoken = torch.from_numpy(mouth_of(babble(FRAMES / FPS, 8), FRAMES).opening)
+    assert silence(spoken, spoken) == pytest.approx(0, abs=0.02)
+    gaping = torch.where(spoken < 0.05, 0.8, spoken)
     gaping[0] = 0
     gaping[1] = 0
-    assert silence(gaping, heard) > 0.5
-    assert math.isnan(silence(heard, torch.ones_like(heard)))
+    assert silence(gaping, spoken) > 0.5
+    assert math.isnan(silence(spoken, torch.ones_like(spoken)))
 
 
 def test_identity_forgives_two_pixels_and_the_mouth_but_no_other_face() -> None:
     speech = babble(FRAMES / FPS, 9)
-    _, picture, boxes = drawn([speech], 9)
-    moved = torch.roll(picture, (1, -2), (1, 2))[:, None]
-    assert float(identity(moved, picture, boxes)[0]) > 60
-    black = picture.clone()
+    _, image, boxes = drawn([speech], 9)
+    moved = torch.roll(image, (1, -2), (1, 2))[:, None]
+    assert float(identity(moved, image, boxes)[0]) > 60
+    black = image.clone()
     left, top, right, bottom = (int(side) for side in boxes[0])
     black[:, top:bottom, left:right] = -1
-    assert float(identity(black[:, None], picture, boxes)[0]) > 60
+    assert float(identity(black[:, None], image, boxes)[0]) > 60
     _, another, _ = drawn([speech], 10)
-    assert float(identity(another[:, None], picture, boxes)[0]) < 15
+    assert float(identity(another[:, None], image, boxes)[0]) < 15
 
 
 def test_correlation_and_allowed_losses() -> None:

@@ -55,12 +55,12 @@ def test_schedules_that_cannot_be(arguments: Any, words: str) -> None:
 # --- condition channels
 
 
-def picture(value: float, count: int = 1) -> Tensor:
+def image(value: float, count: int = 1) -> Tensor:
     return torch.full((count, 3, HEIGHT, WIDTH), value)
 
 
-def test_a_start_picture_marks_the_first_latent_frame() -> None:
-    y = keyframe_condition(LinearVae(), Keyframes(start=picture(0.5)), FRAMES, HEIGHT, WIDTH)
+def test_a_start_image_marks_the_first_latent_frame() -> None:
+    y = keyframe_condition(LinearVae(), Keyframes(start=image(0.5)), FRAMES, HEIGHT, WIDTH)
     assert y.shape == (1, 20, 3, HEIGHT // 8, WIDTH // 8)
     mask, latents = y[0, :4], y[0, 4:]
     assert (mask[:, 0] == 1).all()
@@ -69,8 +69,8 @@ def test_a_start_picture_marks_the_first_latent_frame() -> None:
     assert (latents[:, 1:] == 0).all()
 
 
-def test_an_end_picture_marks_the_last_frame_of_its_group() -> None:
-    keys = Keyframes(start=picture(0.5), end=picture(-1.0), end_strength=0.5)
+def test_an_end_image_marks_the_last_frame_of_its_group() -> None:
+    keys = Keyframes(start=image(0.5), end=image(-1.0), end_strength=0.5)
     y = keyframe_condition(LinearVae(), keys, FRAMES, HEIGHT, WIDTH)
     mask = y[0, :4, :, 0, 0]  # [frame of the group, latent frame]
     assert mask.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]]
@@ -81,7 +81,7 @@ def test_masks_of_ones_own_and_filled_frames() -> None:
     given = torch.full((FRAMES,), 0.4)
     given[5:] = 0.6
     vae = LinearVae()
-    keys = Keyframes(start=picture(0.25), empty=picture(0.75, 2), given=given)
+    keys = Keyframes(start=image(0.25), empty=image(0.75, 2), given=given)
     y = keyframe_condition(vae, keys, FRAMES, HEIGHT, WIDTH)
     assert y[0, :4, :, 0, 0].tolist() == [[0, 0, 1]] * 4
     assert vae.seen[0, 0, :, 0, 0].tolist() == [0.25] + [0.75] * 8
@@ -89,7 +89,7 @@ def test_masks_of_ones_own_and_filled_frames() -> None:
 
 def test_noise_where_it_is_asked_for() -> None:
     vae = LinearVae()
-    start = picture(0.0)
+    start = image(0.0)
     keyframe_condition(vae, Keyframes(start=start, noise=0.1), FRAMES, HEIGHT, WIDTH)
     assert vae.seen[:, :, 0].std() == pytest.approx(0.1, rel=0.1)
     assert not vae.seen[:, :, 1:].any()
@@ -102,7 +102,7 @@ def test_noise_where_it_is_asked_for() -> None:
     ("keys", "frames", "words"),
     [
         (Keyframes(), 8, "set num_frames to 9"),
-        (Keyframes(start=picture(0, 5), end=picture(0, 5)), 9, "do not fit into 9"),
+        (Keyframes(start=image(0, 5), end=image(0, 5)), 9, "do not fit into 9"),
         (Keyframes(given=torch.ones(4)), 9, "4 frame masks for 9 frames"),
     ],
 )
@@ -159,7 +159,7 @@ def test_without_guidance_there_is_one_pass_per_step() -> None:
     assert all(call["context"].mean() == 1 for call in model.calls)
 
 
-def test_guidance_takes_the_negative_prompt_and_picture() -> None:
+def test_guidance_takes_the_negative_prompt_and_image() -> None:
     model = Model()
     clip, away = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
     run(model, inputs_of(clip=clip, negative_clip=away), cfg=3.0)

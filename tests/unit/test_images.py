@@ -1,4 +1,4 @@
-"""Pictures of every kind, and the public pipeline's way to the video's size."""
+"""Images of every kind, and the public pipeline's way to the video's size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_frames_as_the_public_loop_prepares_them(golden):
 
 
 @pytest.mark.parametrize(("width", "height"), [(48, 64), (64, 48), (60, 40), (16, 16), (96, 33)])
-def test_cover_scales_and_crops_at_the_centre(width, height):
+def test_cover_scales_and_crops_at_the_center(width, height):
     source = gradient()
     got = cover(source, width, height)
     assert got.shape == (3, height, width)
@@ -67,12 +67,12 @@ def test_a_long_strip_keeps_its_middle():
 def test_every_mode_becomes_rgb(tmp_path, mode):
     if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 11:
         pytest.skip("this Pillow cannot read back the YCbCr TIFF that it writes")
-    picture = Image.fromarray(gradient()).convert(mode)
+    image = Image.fromarray(gradient()).convert(mode)
     name = "a.tiff" if mode in ("CMYK", "YCbCr") else "a.png"
     if mode == "HSV":  # no file format stores it
-        got = load_image(picture)
+        got = load_image(image)
     else:
-        picture.save(tmp_path / name)
+        image.save(tmp_path / name)
         got = load_image(tmp_path / name)
     assert (got.mode, got.size) == ("RGB", (60, 40))
     if mode in ("RGB", "RGBA"):
@@ -95,7 +95,7 @@ def test_transparent_parts_become_white(tmp_path):
     assert (np.asarray(load_image(tmp_path / "p.png"))[2:] == 255).all()
 
 
-def test_16_bit_greyscale_keeps_its_tones(tmp_path):
+def test_16_bit_grayscale_keeps_its_tones(tmp_path):
     levels = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, 0)
     Image.fromarray(levels).save(tmp_path / "a.png")
     got = np.asarray(load_image(tmp_path / "a.png"))
@@ -103,7 +103,7 @@ def test_16_bit_greyscale_keeps_its_tones(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_of_cameras_stand_upright(tmp_path, orientation):
+def test_images_of_cameras_stand_upright(tmp_path, orientation):
     upright = Image.fromarray(gradient())
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -121,7 +121,7 @@ def test_pictures_of_cameras_stand_upright(tmp_path, orientation):
     assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), gradient())
 
 
-def test_arrays_and_open_pictures():
+def test_arrays_and_open_images():
     pixels = gradient()
     assert np.array_equal(np.asarray(load_image(pixels)), pixels)
     assert np.array_equal(np.asarray(load_image(pixels / 255)), pixels)
@@ -134,7 +134,7 @@ def test_arrays_and_open_pictures():
         load_image(np.full((2, 2, 3), np.nan))
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.png"):
         load_image(tmp_path / "nowhere.png")
     (tmp_path / "empty.png").touch()
@@ -143,20 +143,20 @@ def test_files_that_are_no_pictures(tmp_path):
     content = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     for bad in (tmp_path, tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "cut.png"):
-        with pytest.raises(InputError, match="cannot be read as a picture"):
+        with pytest.raises(InputError, match="cannot be read as an image"):
             load_image(bad)
 
 
-def test_a_bomb_is_refused(tmp_path, monkeypatch):
+def test_a_bomb_is_rejected(tmp_path, monkeypatch):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match="cannot be read as a picture"):
+    with pytest.raises(InputError, match="cannot be read as an image"):
         load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 32), (64, 64), (30, 20)])
-def test_masks_are_cut_as_pictures_are(width, height):
-    """The edge of a mask stays where the edge in the picture is."""
+def test_masks_are_cut_as_images_are(width, height):
+    """The edge of a mask stays where the edge in the image is."""
     half = np.zeros((40, 60, 3), np.uint8)
     half[:, :20] = 255
     mask = cover_nearest(torch.from_numpy(half[None, ..., 0] / 255).float(), width, height)

@@ -36,7 +36,7 @@ class FakeBlock(nn.Module):
 
 
 class FakeModel(nn.Module):
-    """A velocity that depends on everything it is given. `broken`: from its n-th call on, this mode spoils block 1."""
+    """A velocity that depends on everything it is given. `broken`: from its n-th call on, this mode breaks block 1."""
 
     def __init__(self, broken: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class FakeModel(nn.Module):
         self.calls.append(dict(x=x, t=t, context=context, clip=clip_fea, y=y, audio=audio, masks=ref_target_masks))
         self.calls[-1].update(audio_scale=audio_scale, mode=attention_mode)
         v = 0.4 * x + 0.1 * torch.sin(3 * x) + context.mean() + audio_scale * audio.mean() + 0.1 * y[0, 4:]
-        spoilt = attention_mode in self.broken and len(self.calls) > self.broken[attention_mode]
+        broken = attention_mode in self.broken and len(self.calls) > self.broken[attention_mode]
         for index, block in enumerate(self.blocks):
-            v = block(v, spoilt and index == 1)
+            v = block(v, broken and index == 1)
         return v.unsqueeze(0)
 
 
@@ -89,7 +89,7 @@ class FakeClip:
 CONFIG = GenerateConfig(width=32, height=16, frames=9, motion_frames=5, steps=3, seed=7, color_correction=0.0)
 
 
-def _picture(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
+def _image(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -98,7 +98,7 @@ def _conditioning(rows: int = 15, speakers: int = 1, **changes: Any) -> Conditio
     rng = torch.Generator().manual_seed(3)
     audio = [torch.randn(rows, LAYERS, HIDDEN, generator=rng) for _ in range(speakers)]
     text = torch.randn(2, 4, 8, generator=rng)
-    return replace(Conditioning(text[0], text[1], audio, [_picture()]), **changes)
+    return replace(Conditioning(text[0], text[1], audio, [_image()]), **changes)
 
 
 def _run(config: GenerateConfig = CONFIG, conditioning: Conditioning | None = None, **parts: Any):
@@ -181,14 +181,14 @@ def test_sizes_are_rounded_to_what_the_model_takes(caplog) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16", "CMYK", "1"])
-def test_pictures_of_any_mode(mode) -> None:
-    picture = _picture().convert("L").convert("I;16") if mode == "I;16" else _picture().convert(mode)
-    assert len(_video(_run(conditioning=_conditioning(5, source=[picture])))) == 5
+def test_images_of_any_mode(mode) -> None:
+    image = _image().convert("L").convert("I;16") if mode == "I;16" else _image().convert(mode)
+    assert len(_video(_run(conditioning=_conditioning(5, source=[image])))) == 5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_pictures_of_one_pixel(size) -> None:
-    assert len(_video(_run(conditioning=_conditioning(5, source=[_picture(size)])))) == 5
+def test_images_of_one_pixel(size) -> None:
+    assert len(_video(_run(conditioning=_conditioning(5, source=[_image(size)])))) == 5
 
 
 def test_frames_take_on_the_colors_of_the_image_before_they_are_carried_over() -> None:
@@ -206,7 +206,7 @@ def test_frames_take_on_the_colors_of_the_image_before_they_are_carried_over() -
 # --- what the model is given
 
 
-def test_the_picture_conditions_every_window() -> None:
+def test_the_image_conditions_every_window() -> None:
     model, vae, clip = FakeModel(), FakeVae(), FakeClip()
     _run(model=model, vae=vae, clip=clip)
     ys = torch.stack([call["y"] for call in model.calls])
@@ -413,8 +413,8 @@ def test_non_finite_values_start_the_window_over_in_the_safer_mode(caplog, broke
     assert modes[:first_safe].count("sageattn_3_fp4") >= 9 * broken_from + 3
 
 
-def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
-    """Each rung but the last breaks: FP4 in its second step only, FP8 and sdpa at once."""
+def test_a_fallback_that_fails_too_is_followed_by_the_next(caplog) -> None:
+    """Each mode but the last gives NaN: FP4 in its second step only, FP8 and sdpa at once."""
 
     def policy(step: int, steps: int) -> str:
         return "sageattn_3_fp4" if step == 1 else "eager"
@@ -429,7 +429,7 @@ def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
     assert all("In window 1, step 2 of 3" in r.getMessage() for r in caplog.records)
 
 
-def test_a_rung_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
+def test_a_fallback_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
     monkeypatch.setattr(nonfinite, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
     config = replace(CONFIG, attention_policy="sageattn_3_fp4")
     windows = _run(config, model=FakeModel(broken={"sageattn_3_fp4": 0}))
@@ -456,7 +456,7 @@ def test_without_a_safer_mode_there_is_one_sentence() -> None:
 
 
 class Poison:
-    """A forward hook that spoils the block's output when its mode of self-attention is named, `times` calls long."""
+    """A forward hook that makes the block's output NaN when its mode of self-attention is named, `times` calls long."""
 
     def __init__(self, **times: int) -> None:
         self.left = times
@@ -465,7 +465,7 @@ class Poison:
         _, _, modes = args
         left = self.left.get(modes.self_attention, 0)
         self.left[modes.self_attention] = left - 1
-        return output * torch.nan if left in (1, 2) else output  # the strike, and the look for the block after it
+        return output * torch.nan if left in (1, 2) else output  # the step, and the search for the block after it
 
 
 def _real_model() -> WanModel:
@@ -481,12 +481,12 @@ ONE_PASS = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
 
 
 @pytest.mark.parametrize(
-    ("policy", "chosen", "struck", "safe"),
+    ("policy", "chosen", "failing", "safe"),
     [
         ("uniform", "sageattn_3_fp4", {"sageattn_3_fp4": 3}, "sageattn_3_fp8"),
         ("default", "sageattn_3_fp4", {"sageattn_3_fp4": 2}, "sageattn_3_fp8"),
         ("ends_16bit", "sageattn_3_fp4", {"sageattn_3_fp4": 2}, "sageattn_3_fp8"),
-        # In FP8 at the first step of an FP4 run: that step would strike again in FP8, so FP4 goes to sdpa as well.
+        # In FP8 at the first step of an FP4 run: that step would fail again in FP8, so FP4 goes to sdpa as well.
         ("default", "sageattn_3_fp4", {"sageattn_3_fp8": 2}, "sdpa"),
         ("uniform", "sageattn_3_fp8", {"sageattn_3_fp8": 3}, "sdpa"),
         ("uniform", "sageattn_3_fp4", {"sageattn_3_fp4": 3, "sageattn_3_fp8": 2}, "sdpa"),
@@ -494,15 +494,15 @@ ONE_PASS = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
         ("uniform", "sage3_fp4", {"sageattn_3_fp4": 2, "sageattn_3_fp8": 2, "sdpa": 2}, "eager"),
     ],
 )
-def test_nan_in_one_block_of_one_step_gives_the_video_of_the_safe_mode(policy, chosen, struck, safe) -> None:
+def test_nan_in_one_block_of_one_step_gives_the_video_of_the_safe_mode(policy, chosen, failing, safe) -> None:
     model = _real_model()
     expected = _video(_run(replace(ONE_PASS, attention_policy=bind(policy, safe, 3)), model=model))
-    poison = Poison(**struck)
+    poison = Poison(**failing)
     handle = model.blocks[1].register_forward_hook(poison)
     got = _video(_run(replace(ONE_PASS, attention_policy=bind(policy, chosen, 3)), model=model))
     handle.remove()
     assert torch.equal(got, expected)
-    assert all(poison.left[mode] <= 0 for mode in struck)  # each of them did strike
+    assert all(poison.left[mode] <= 0 for mode in failing)  # each of them did fail
 
 
 def test_the_log_names_window_step_block_and_kernel(caplog) -> None:
@@ -515,7 +515,7 @@ def test_the_log_names_window_step_block_and_kernel(caplog) -> None:
     )
 
 
-def test_nan_in_every_mode_is_one_sentence_after_the_last_rung(caplog) -> None:
+def test_nan_in_every_mode_is_one_sentence_after_the_last_fallback(caplog) -> None:
     model = _real_model()
     model.blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
     with pytest.raises(InfiniteTalkError, match=r"step 1 of 3.*mode eager, first in block 1.*no safer mode left"):
@@ -526,7 +526,7 @@ def test_nan_in_every_mode_is_one_sentence_after_the_last_rung(caplog) -> None:
     ]
 
 
-def test_a_mode_that_the_model_was_made_with_has_a_ladder_too(caplog) -> None:
+def test_a_mode_that_the_model_was_made_with_has_fallbacks_too(caplog) -> None:
     model = _real_model()
     model.attention_mode = "sageattn_3_fp8"
     model.blocks[1].register_forward_hook(Poison(sageattn_3_fp8=2))
@@ -541,7 +541,7 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         _run(vae=FakeVae(decoded_as=float("nan")))
 
 
-# --- refusals
+# --- rejections
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         (dict(width=0), "multiple of 16"),
     ],
 )
-def test_settings_are_refused_before_anything_runs(changes, message) -> None:
+def test_settings_are_rejected_before_anything_runs(changes, message) -> None:
     with pytest.raises(InputError, match=message):
         _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, **changes))
 
@@ -576,6 +576,6 @@ def test_settings_are_refused_before_anything_runs(changes, message) -> None:
         (dict(source=[]), "no frame"),
     ],
 )
-def test_inputs_are_refused_before_anything_runs(changes, message) -> None:
+def test_inputs_are_rejected_before_anything_runs(changes, message) -> None:
     with pytest.raises(InputError, match=message):
         _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(**changes), replace(CONFIG, width=64))
