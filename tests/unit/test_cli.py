@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
 from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
 from wanvideo_infinitetalk.media.video import VideoWriter
+from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 
@@ -115,6 +117,14 @@ def run(
         return Ran(code, captured.out, captured.err)
 
     return go
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where weights are read."""
+    for part in ("Wav2Vec2Features.load", "TextEncoder.load", "ClipVision.load", "WanVAE.load", "load_dit"):
+        what = f"wanvideo_infinitetalk.pipeline.make_video.{part}"
+        monkeypatch.setattr(what, lambda *given, part=part, **options: pytest.fail(f"{part} came first"))
 
 
 def assert_rejected(ran: Ran, *words: str) -> None:
@@ -366,8 +376,21 @@ def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
         ({"blocks_to_swap": -1}, "-1 blocks"),
     ],
 )
+@pytest.mark.usefixtures("unread")
 def test_settings_that_do_not_fit(run: Callable[..., Ran], options: dict[str, object], words: str) -> None:
     assert_rejected(run(**options), words)
+
+
+def test_a_job_is_planned_once(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size, windows, schedule and masks, for the whole run."""
+    counts: Counter[str] = Counter()
+    for name in ("fit_size", "plan_windows", "make_scheduler", "latent_masks"):
+        for module in (plan, long_video, conditioning, generate):
+            if hasattr(module, name):
+                computed = getattr(module, name)
+                monkeypatch.setattr(module, name, lambda *a, n=name, f=computed, **k: counts.update([n]) or f(*a, **k))
+    assert run().code == 0
+    assert counts == dict.fromkeys(("fit_size", "plan_windows", "make_scheduler", "latent_masks"), 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -375,6 +398,7 @@ def test_a_gpu_that_is_not_there(run: Callable[..., Ran]) -> None:
     assert_rejected(run(device="cuda"), "needs an NVIDIA GPU")
 
 
+@pytest.mark.usefixtures("unread")
 def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, image: Path, tmp_path: Path) -> None:
     Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
     assert_rejected(run(audio_2=speech, masks=[image]), "1 masks for 2 speakers")

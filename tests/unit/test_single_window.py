@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 from wanvideo_infinitetalk.pipeline.attention_policy import SAFER
 from wanvideo_infinitetalk.pipeline.conditioning import Keyframes, WindowInputs, keyframe_condition
-from wanvideo_infinitetalk.pipeline.guidance import cfg_schedule
+from wanvideo_infinitetalk.pipeline.guidance import Pass, cfg_schedule
 from wanvideo_infinitetalk.pipeline.nonfinite import AttentionPolicy, FallbackModes
 from wanvideo_infinitetalk.pipeline.plan import plan_schedule
-from wanvideo_infinitetalk.pipeline.sampling import denoise
+from wanvideo_infinitetalk.pipeline.sampling import ModelInputs, Overwrite, denoise
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 HEIGHT, WIDTH, FRAMES = 16, 32, 9
@@ -129,7 +130,7 @@ class Model:
 
 def run(
     model: Any,
-    inputs: WindowInputs,
+    inputs: Callable[[Pass], ModelInputs],
     cfg: float = 1.0,
     audio_cfg: float = 1.0,
     scheduler: str = "euler",
@@ -137,6 +138,7 @@ def run(
     attention_policy: AttentionPolicy | None = None,
     apg: tuple[float, float] | None = None,
     steps: tuple[int, int] = (0, 4),
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3)) if x is None else x
@@ -144,7 +146,7 @@ def run(
         scheduler, 4, 5.0, start_step=steps[0], end_step=steps[1], cfg=cfg, audio_cfg=audio_cfg, apg=apg
     )
     modes = FallbackModes(model, attention_policy, SAFER, 4, x.device)
-    generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     return denoise(model, schedule, x, inputs, generator=generator, modes=modes, **options)
 
 
@@ -184,6 +186,50 @@ def test_steps_can_be_shared_and_are_reported() -> None:
     torch.testing.assert_close(guess, reports[1][1])
     second, _ = run(Model(), inputs_of(), x=first, steps=(2, 4))
     torch.testing.assert_close(second, whole)
+
+
+def test_a_pass_can_see_frames_of_its_own() -> None:
+    """References at the end of x, in one pass of two: the steps go on without them."""
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, *given: Any, **k: Any) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x).unsqueeze(0)
+
+    own = Overwrite(torch.full((16, 1, 2, 2), 7.0), at_end=True)
+
+    def inputs(which: Pass) -> ModelInputs:
+        return ModelInputs(torch.zeros(2, 3), overwrite=own if which.prompt else None)
+
+    x = torch.randn(16, 3, 2, 2)
+    result, _ = run(model, inputs, cfg=3.0, x=x)
+    with_references, without = seen[::2], seen[1::2]
+    assert all(torch.equal(given[:, :2], x[:, :2]) and given[:, 2].eq(7).all() for given in with_references)
+    assert all(torch.equal(given, x) for given in [*without, result])
+
+
+@pytest.mark.parametrize(("scheduler", "draws"), [("euler", 0), ("lcm", 4), ("dpm++_sde", 4)])
+@pytest.mark.parametrize(("front", "fronts"), [({}, 0), ({"draws": True}, 5), ({"draws": True, "noised": True}, 5)])
+def test_random_numbers_after_every_step_the_last_one_too(scheduler, draws, front, fronts) -> None:
+    shape, motion = (16, 3, 2, 2), torch.ones(16, 1, 2, 2)
+    generator, expected = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, *given: Any, **k: Any) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x).unsqueeze(0)
+
+    overwrite = Overwrite(motion, **front)
+    run(model, inputs_of(), x=torch.randn(shape), scheduler=scheduler, overwrite=overwrite, generator=generator)
+    first = torch.randn(motion.shape, generator=expected) if fronts else None
+    for _ in range(4):
+        if draws:
+            torch.randn(shape, generator=expected)
+        if fronts:
+            torch.randn(motion.shape, generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
+    stands = first if front.get("noised") else motion  # sigma is about 1 at first
+    assert torch.allclose(seen[0][:, :1], stands, atol=2e-3)
 
 
 def test_the_attention_policy_is_asked_step_by_step() -> None:
