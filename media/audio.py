@@ -63,10 +63,6 @@ def read_audio(path: str | Path) -> tuple[Waveform, int]:
     return waveform, rate
 
 
-def _joined(pieces: list[NDArray[Any]]) -> Waveform:
-    return np.concatenate(pieces).astype(np.float32, copy=False) if pieces else np.zeros(0, np.float32)
-
-
 def _read_soundfile(path: Path) -> tuple[Waveform, int]:
     import soundfile
 
@@ -98,7 +94,7 @@ def _read_av(path: Path) -> tuple[Waveform, int]:
         raise InputError(
             f"{path} cannot be read as a recording ({error.strerror}); convert it to WAV, FLAC or MP3."
         ) from error
-    return _joined(pieces), rate
+    return np.concatenate([np.zeros(0, np.float32), *pieces]).astype(np.float32, copy=False), rate
 
 
 def load_speech(

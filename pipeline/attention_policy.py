@@ -122,11 +122,6 @@ def bind(policy: str, chosen: str, blocks: int) -> Callable[[int, int], Attentio
         InputError: for an unknown policy, at once rather than in the first step.
     """
     select(policy, chosen, step=0, steps=1, block=0, blocks=blocks, role="self")
-
-    def for_step(step: int, steps: int) -> AttentionMode:
-        def mode(block: int, role: str) -> str:
-            return select(policy, chosen, step=step, steps=steps, block=block, blocks=blocks, role=role)
-
-        return mode
-
-    return for_step
+    return lambda step, steps: (
+        lambda block, role: select(policy, chosen, step=step, steps=steps, block=block, blocks=blocks, role=role)
+    )
