@@ -59,7 +59,7 @@ def gradient(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.I
 
 
 def draw_portrait() -> Image.Image:
-    """A woman before an evening sky, looking at the viewer, lips closed: an image that asks to be made to speak."""
+    """A woman before an evening sky, looking at the viewer, lips closed."""
     c = Canvas()
     c.ellipse((170, 20, 230, 80), (255, 236, 200), soft=12, opacity=0.8)  # low sun
     # hair behind the head, shoulders, neck
@@ -73,7 +73,7 @@ def draw_portrait() -> Image.Image:
     c.ellipse((164, 112, 176, 136), SKIN)
     c.ellipse((88, 130, 112, 152), BLUSH, soft=5, opacity=0.5)
     c.ellipse((144, 130, 168, 152), BLUSH, soft=5, opacity=0.5)
-    # fringe
+    # bangs
     c.polygon([(80, 122), (86, 70), (128, 44), (172, 70), (178, 122), (160, 88), (132, 76), (112, 90), (94, 94)], HAIR)
     c.arc((90, 50, 170, 130), 200, 290, HAIR_LIGHT, 2)
     c.arc((84, 46, 164, 136), 210, 280, HAIR_LIGHT, 1.5)

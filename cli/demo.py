@@ -1,4 +1,4 @@
-"""The demo: the whole job on tiny models that talk, with a picture and a spoken sentence of ours."""
+"""The demo: the whole job on tiny models that talk, with an image and a spoken sentence of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from .. import assets
-from ..pipeline.long_video import GenerateConfig
 from ..pipeline.make_video import Job, ModelFiles
+from ..pipeline.plan import GenerateConfig
 from .tiny_models import TinySet, make_tiny
 
 __all__ = ["demo_job"]
@@ -40,7 +40,7 @@ def demo_job(
     shipped = files(assets)
     with (
         tempfile.TemporaryDirectory(prefix="infinitetalk-") as temporary,
-        as_file(shipped.joinpath("portrait.png")) as picture,
+        as_file(shipped.joinpath("portrait.png")) as portrait,
         as_file(shipped.joinpath("speech.wav")) as recording,
     ):
         folder = temporary if models is None else models
@@ -57,7 +57,7 @@ def demo_job(
                 wav2vec=tiny.wav2vec,
             ),
             audio=(recording,),
-            image=picture,
+            image=portrait,
             out=out,
             prompt="A woman speaks to the camera in the evening light.",
             config=GenerateConfig(

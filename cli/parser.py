@@ -23,7 +23,7 @@ from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
 if TYPE_CHECKING:
     from ..pipeline.make_video import Job
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -50,17 +50,17 @@ class Command:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("what to make").add_mutually_exclusive_group(required=True)
-    source.add_argument("--image", type=Path, metavar="P", help="the picture that will speak (PNG, JPEG, WebP ...)")
+    source.add_argument("--image", type=Path, metavar="P", help="the image that will speak (PNG, JPEG, WebP ...)")
     source.add_argument("--video", type=Path, metavar="V", help="a source video instead; see --start-step")
-    what = parser.add_argument_group("what is heard and seen")
+    what = parser.add_argument_group("speech, speakers and prompt")
     what.add_argument("--audio", type=Path, required=True, metavar="A", help="the recording (WAV, FLAC, MP3, M4A ...)")
     for number in (2, 3, 4):
         what.add_argument(f"--audio-{number}", type=Path, metavar="A", help=f"the recording of speaker {number}")
     what.add_argument(
-        "--masks", type=Path, nargs="+", default=[], metavar="M", help="one picture per speaker, white where they are"
+        "--masks", type=Path, nargs="+", default=[], metavar="M", help="one image per speaker, white where they are"
     )
-    what.add_argument("--prompt", metavar="T", help="what is to be seen (default: a person talking to the camera)")
-    what.add_argument("--negative-prompt", metavar="T", help="what is not to be seen")
+    what.add_argument("--prompt", metavar="T", help="what to show (default: a person talking to the camera)")
+    what.add_argument("--negative-prompt", metavar="T", help="what not to show")
     what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
 
     files = parser.add_argument_group("model files")
@@ -77,32 +77,47 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         files.add_argument(option, type=kind, required=required, metavar="F", help=text)
 
     size = parser.add_argument_group("size and length")
-    size.add_argument("--width", type=int, metavar="N", help="pixels, rounded to 16; default: from the picture")
-    size.add_argument("--height", type=int, metavar="N", help="pixels, rounded to 16; default: from the picture")
-    size.add_argument("--frames", type=int, default=81, metavar="N", help="frames per window, 4n + 1 (%(default)s)")
-    size.add_argument("--motion-frames", type=int, default=9, metavar="N", help="frames carried over (%(default)s)")
+    _add_config(
+        size,
+        ("--width", int, "pixels, rounded to 16; default: from the image"),
+        ("--height", int, "pixels, rounded to 16; default: from the image"),
+        ("--frames", int, "frames per window, 4n + 1 (%(default)s)"),
+        ("--motion-frames", int, "frames carried over (%(default)s)"),
+    )
     size.add_argument("--max-frames", type=int, metavar="N", help="stop after so many frames, 25 per second")
     _add_sampling(parser)
     _add_machine(parser)
 
 
+def _add_config(group: Any, *options: tuple[str, Callable[[str], float], str]) -> None:
+    """Options (name, type, help) of the `GenerateConfig`, with its defaults."""
+    from ..pipeline.plan import GenerateConfig
+
+    for name, kind, text in options:
+        default = getattr(GenerateConfig, name.removeprefix("--").replace("-", "_"))
+        group.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text)
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from ..pipeline.plan import MODES
     from ..pipeline.schedulers import SCHEDULERS
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--steps", type=int, default=40, metavar="N", help="%(default)s; 4 to 8 with distilled models")
-    group.add_argument("--shift", type=float, default=7.0, metavar="X", help="of the noise schedule (%(default)s)")
-    group.add_argument("--cfg", type=float, default=5.0, metavar="X", help="text guidance, 1 is none (%(default)s)")
-    group.add_argument("--audio-cfg", type=float, default=4.0, metavar="X", help="speech guidance (%(default)s)")
-    group.add_argument("--audio-scale", type=float, default=1.0, metavar="X", help="weight of the speech (%(default)s)")
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="of the random numbers (%(default)s)")
-    group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
-    group.add_argument("--mode", choices=("infinitetalk", "multitalk"), default="infinitetalk", help="%(default)s")
-    group.add_argument(
-        "--start-step", type=int, default=0, metavar="N", help="with --video: how many steps to leave out"
+    _add_config(
+        group,
+        ("--steps", int, "%(default)s; 4 to 8 with distilled models"),
+        ("--shift", float, "of the noise schedule (%(default)s)"),
+        ("--cfg", float, "text guidance, 1 is none (%(default)s)"),
+        ("--audio-cfg", float, "speech guidance (%(default)s)"),
+        ("--audio-scale", float, "weight of the speech (%(default)s)"),
+        ("--seed", int, "of the random numbers (%(default)s)"),
     )
-    group.add_argument(
-        "--color-correction", type=_share, default=1.0, metavar="X", help="0 to 1, towards the picture's (%(default)s)"
+    group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
+    group.add_argument("--mode", choices=tuple(MODES), default="infinitetalk", help="%(default)s")
+    _add_config(
+        group,
+        ("--start-step", int, "with --video: how many steps to leave out"),
+        ("--color-correction", _share, "0 to 1, towards the image's (%(default)s)"),
     )
 
 
@@ -154,8 +169,8 @@ def _run_generate(args: argparse.Namespace) -> None:
 def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
     import torch
 
-    from ..pipeline.long_video import GenerateConfig
     from ..pipeline.make_video import DEFAULT_NEGATIVE, DEFAULT_PROMPT, Job
+    from ..pipeline.plan import GenerateConfig
 
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Job(
@@ -207,7 +222,7 @@ def _run_job(job: Job) -> None:
                 f"{bar.windows_done} finished windows are in {job.out}" if bar.windows_done else "nothing is finished"
             )
             raise Stopped(f"Interrupted: {kept}.") from None
-    log.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
+    logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
     print(f"video: {result.path}")
 
 
@@ -251,7 +266,7 @@ def _run_demo(args: argparse.Namespace) -> None:
         quantization=args.quantization,
         device=args.device,
     ) as job:
-        log.info("The demo's models are tiny: they make drawn faces speak, and show that everything works here.")
+        logger.info("The demo's models are tiny: they make drawn faces speak, and show that everything works here.")
         _run_job(job)
 
 
@@ -281,16 +296,16 @@ def _run_doctor(args: argparse.Namespace) -> None:
         args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
         print(f"report: {args.report}")
     if not report.healthy:
-        lacking = ", ".join(name for name, serves in report.precisions.items() if not serves)
-        raise BackendUnavailableError(f"No attention mode of {lacking} serves here; the table says why.")
+        lacking = ", ".join(name for name, supported in report.precisions.items() if not supported)
+        raise BackendUnavailableError(f"No attention mode of {lacking} runs here; the table says why.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 COMMANDS = (
-    Command("generate", "make a talking video from a picture and a recording", _add_generate, _run_generate),
+    Command("generate", "make a talking video from an image and a recording", _add_generate, _run_generate),
     Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
-    Command("doctor", "try every attention mode and quantisation on this machine", _add_doctor, _run_doctor),
+    Command("doctor", "try every attention mode and quantization on this machine", _add_doctor, _run_doctor),
     Command("make-tiny", "write the demo's tiny models, in the public formats", _add_make_tiny, _run_make_tiny),
 )
 
@@ -298,7 +313,7 @@ COMMANDS = (
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     top = argparse.ArgumentParser(
-        prog="infinitetalk", description="A picture and a recording of speech become a talking video."
+        prog="infinitetalk", description="An image and a recording of speech become a talking video."
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -311,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, 2 for what the user can correct, 130 when interrupted."""
     args = parser().parse_args(argv)
     _log_to_stderr(args.verbose)
     try:
@@ -335,7 +350,7 @@ def _os_sentence(error: OSError) -> str:
 
 def _end(sentence: str, code: int, with_traceback: bool) -> int:
     if with_traceback:
-        log.exception("What went wrong:")
+        logger.exception("What went wrong:")
     print(f"infinitetalk: {sentence}", file=sys.stderr)
     return code
 

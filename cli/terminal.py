@@ -16,7 +16,7 @@ from .doctor import Report
 
 __all__ = ["ProgressBar", "doctor_tables", "log_handler"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -26,7 +26,7 @@ def console() -> Console:
 
 
 def log_handler(verbose: bool) -> logging.Handler:
-    """For a terminal in colours; for a file or a pipe in plain lines that nothing wraps."""
+    """In colors for a terminal; in plain, unwrapped lines for a file or a pipe."""
     if console().is_terminal:
         return RichHandler(console=console(), show_time=verbose, show_path=False, show_level=verbose, markup=False)
     handler = logging.StreamHandler(sys.stderr)
@@ -63,7 +63,7 @@ class ProgressBar:
         self._bar.stop()
 
     def _stage(self, text: str) -> None:
-        log.debug("%s", text)
+        logger.debug("%s", text)
         self._bar.reset(self._task, description=text, total=None, count="")
 
     def _reading(self, done: int, total: int) -> None:
@@ -77,7 +77,7 @@ class ProgressBar:
     def _window_done(self, done: int, windows: int) -> None:
         self.windows_done = done
         if self._bar.disable:
-            log.info("Window %d of %d is in the file.", done, windows)
+            logger.info("Window %d of %d is in the file.", done, windows)
 
 
 def doctor_tables(report: Report) -> tuple[Table, Table, str]:
@@ -95,13 +95,13 @@ def doctor_tables(report: Report) -> tuple[Table, Table, str]:
         )
         shown = row.mode
     linears = Table(title="Linear layers, bf16 in and out", title_justify="left")
-    for heading in ("quantisation", "runs as", "rel. L2", "× 16 bit"):
+    for heading in ("quantization", "runs as", "rel. L2", "× 16 bit"):
         linears.add_column(heading, justify="right" if heading in ("rel. L2", "× 16 bit") else "left")
     for line in report.linears:
         linears.add_row(line.quantization, line.how, _number(line.relative_l2, 3), _number(line.speedup, 2))
-    serving = ", ".join(f"{name}: {'yes' if serves else 'NO'}" for name, serves in report.precisions.items())
+    modes = ", ".join(f"{name}: {'yes' if runs else 'NO'}" for name, runs in report.precisions.items())
     where = report.environment.get("gpu", "the CPU")
-    return kernels, linears, f"On {where}, torch {report.environment['torch']}. A mode of each precision: {serving}."
+    return kernels, linears, f"On {where}, torch {report.environment['torch']}. A mode of each precision: {modes}."
 
 
 def _number(value: float | None, digits: int) -> str:

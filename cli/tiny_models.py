@@ -1,6 +1,6 @@
 """Two complete sets of tiny checkpoints, in the formats and key names of the public ones.
 
-They exist to try the whole way from a picture and a recording to a video within seconds and without a download: their
+They exist to try the whole way from an image and a recording to a video within seconds and without a download: their
 files pass through the same loaders as the 14B ones.
 
 The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come
@@ -89,15 +89,15 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
             _save(tiny.adapter, adapter_weights(), audio_blocks=AUDIO_LAYERS)
             _save(tiny.vae, vae_weights())
             _save(tiny.clip_vision, clip_weights())
-            ears = wav2vec_weights()
+            speech = wav2vec_weights()
         else:
             for name in ("model", "adapter", "vae"):
                 getattr(tiny, name).write_bytes(_trained(name))
             _save(tiny.clip_vision, clip_weights(TALKING_CLIP_DIM))
-            ears = load(_trained("wav2vec"))
+            speech = load(_trained("wav2vec"))
         _save(tiny.text_encoder, text_encoder_weights())
-        _save(tiny.wav2vec / "model.safetensors", ears)
-        _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(ears).items()})
+        _save(tiny.wav2vec / "model.safetensors", speech)
+        _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(speech).items()})
         (tiny.wav2vec / "config.json").write_text(json.dumps(_wav2vec_config(), indent=2, sort_keys=True) + "\n")
         (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(_wav2vec_preprocessor(), indent=2) + "\n")
     except OSError as error:
@@ -300,7 +300,7 @@ def clip_weights(dim: int = CLIP_DIM, dtype: torch.dtype = torch.float16) -> Sta
 
 
 def wav2vec_weights(dtype: torch.dtype = torch.float32) -> State:
-    """wav2vec2 in the names of transformers, weight norm of the positional convolution in the new spelling."""
+    """wav2vec2 in the names of transformers, weight norm of the positional convolution as parametrization."""
     w = _Weights(dtype)
     w.normal("masked_spec_embed", AUDIO_DIM, std=1.0)
     for n, kernel in enumerate(WAV2VEC_KERNELS):
@@ -327,7 +327,7 @@ def wav2vec_weights(dtype: torch.dtype = torch.float32) -> State:
 
 
 def _old_weight_norm(state: State) -> State:
-    """The spelling of weight norm before torch 2: weight_g and weight_v."""
+    """The names of weight norm before torch 2: weight_g and weight_v."""
     return {
         name.replace("parametrizations.weight.original0", "weight_g").replace(
             "parametrizations.weight.original1", "weight_v"
@@ -368,5 +368,5 @@ def _wav2vec_preprocessor() -> dict[str, object]:
 
 
 def _save(path: Path, state: State, **facts: int) -> None:
-    """Write a safetensors file; `facts` that shapes cannot tell go into its metadata as "config"."""
+    """Write a safetensors file; `facts` that shapes do not show go into its metadata as "config"."""
     save_file(state, str(path), metadata={"config": json.dumps(facts, sort_keys=True)} if facts else None)

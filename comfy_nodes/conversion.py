@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pipeline.single_window import Keyframes, keyframe_condition
+from ..pipeline.conditioning import Keyframes, keyframe_condition
 from ..wanvideo.errors import InputError
 from . import comfyui
 from .models import VaeModel

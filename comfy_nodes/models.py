@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..fp8_optimization import Fp8Linear, quantize_linears
-from ..media.audio import load_speech, normalise_loudness
+from ..media.audio import load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
@@ -480,7 +480,7 @@ class SpeechModel:
         if smooth:
             speech = [smooth_transients(waveform, SAMPLE_RATE) for waveform in speech]
         if normalize:
-            speech = [normalise_loudness(waveform) for waveform in speech]
+            speech = [normalize_loudness(waveform) for waveform in speech]
         lines = arrange(speech, one_after_the_other=one_after_the_other)
         available = Wav2Vec2Features.frames_of(len(lines[0]), fps)
         frames = min(max_frames, available)
@@ -520,7 +520,7 @@ def normalized_audio(audio: dict[str, Any], lufs: float) -> dict[str, Any]:
     scaled = []
     for recording in waveform:  # [channels, n]
         mono = recording.float().mean(0).numpy()
-        louder = normalise_loudness(mono, rate, lufs)
+        louder = normalize_loudness(mono, rate, lufs)
         peak = int(abs(mono).argmax())
         gain = float(louder[peak] / mono[peak]) if mono[peak] != 0 else 1.0
         scaled.append(recording * gain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..pipeline.single_window import cfg_schedule
+from ..pipeline.guidance import cfg_schedule
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..fp8_optimization import summary
-from ..media.masks import latent_masks
-from ..pipeline.attention_policy import bind
-from ..pipeline.guidance import Guidance, per_step
-from ..pipeline.long_video import Callbacks, Conditioning, FinishedWindow, GenerateConfig, generate
-from ..pipeline.schedulers import SCHEDULERS, Scheduler, make_scheduler
-from ..pipeline.single_window import StepReport, WindowInputs, denoise
-from ..pipeline.windows import audio_rows, latent_frames, plan_windows
+from ..media.masks import latent_masks, speaker_planes
+from ..pipeline.attention_policy import SAFER, bind
+from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio
+from ..pipeline.long_video import Callbacks, FinishedWindow, generate
+from ..pipeline.nonfinite import FallbackModes
+from ..pipeline.plan import GenerateConfig, plan_schedule, plan_video
+from ..pipeline.sampling import Schedule, denoise
+from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.kernels.layout import count_guards
 from ..wanvideo.modules.attention import count_kernels
@@ -30,7 +31,7 @@ from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow, SpeechEmbed
 
 log = logging.getLogger(__name__)
 
-# What serves in place of public schedulers that we do not run.
+# What to choose in place of public schedulers that we do not run.
 INSTEAD = {
     "longcat_distill_euler": "euler",
     "deis": "dpm++",
@@ -66,8 +67,6 @@ class SamplerSettings:
             raise InputError(
                 f"The scheduler {self.scheduler} is not part of this pack: choose {INSTEAD[self.scheduler]} instead."
             )
-        if self.scheduler not in SCHEDULERS:
-            raise InputError(f"There is no scheduler '{self.scheduler}': choose one of {', '.join(SCHEDULERS)}.")
         if self.riflex:
             raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
         if self.denoise <= 0:
@@ -159,14 +158,11 @@ class _Reporter:
     def step(self, window: int, windows: int, step: int, steps: int) -> None:
         self._progress(window * steps + step, windows * steps, self._clean)
 
-    def report(self, report: StepReport) -> None:
-        self._progress(report.done, report.total, report.clean)
-
 
 # --- long videos -------------------------------------------------------------------------------------------------
 
 
-class _Pictures:
+class _Images:
     """IMAGE [N, H, W, 3] as a source of frames."""
 
     def __init__(self, images: Tensor) -> None:
@@ -180,7 +176,7 @@ class _Pictures:
 
 
 class _FixedClip:
-    """CLIP features that were made beforehand, whatever the picture."""
+    """CLIP features that were made beforehand, whatever the image."""
 
     def __init__(self, embeds: ClipEmbeds) -> None:
         self._embeds = embeds
@@ -227,10 +223,10 @@ def _long_video(
         tiled_vae=what.tiled,
         device=resident.device,
     )
-    masks = _planes(speech)
-    conditioning = Conditioning(
-        text.positive, _negative(text, settings), _features(model, speech), _Pictures(source), masks
-    )
+    features = _features(model, speech)
+    size = (source.shape[2], source.shape[1])
+    plan = plan_video(config, size, [len(rows) for rows in features], _planes(speech))
+    conditioning = Conditioning(text.positive, _negative(text, settings), features, _Images(source))
     reporter = _Reporter(resident.device)
     callbacks = Callbacks(
         progress=reporter.step,
@@ -239,14 +235,14 @@ def _long_video(
         stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
     )
     clip = None if what.clip is None else _FixedClip(what.clip)
-    windows = generate(model.model, what.vae, clip, conditioning, config, callbacks)
+    windows = generate(model.model, what.vae, clip, conditioning, plan, callbacks)
     result = _collect(windows, what, speech)
     what.vae.unload()
     return result, result
 
 
 def _source(what: LongVideo, start: Latent | None) -> Tensor:
-    """Pictures that the video starts from: a source video's frames come with the latents of WanVideo Encode."""
+    """Images that the video starts from: a source video's frames come with the latents of WanVideo Encode."""
     frames = None if start is None else start.get("source_frames")
     if start is not None and frames is None:
         raise InputError("samples of a long video must come from WanVideo Encode: connect its output.")
@@ -254,7 +250,7 @@ def _source(what: LongVideo, start: Latent | None) -> Tensor:
         return what.start_images
     if frames is not None:
         return frames
-    raise InputError("There is no picture: connect start_image of WanVideo Long I2V Multi/InfiniteTalk.")
+    raise InputError("There is no image: connect start_image of WanVideo Long I2V Multi/InfiniteTalk.")
 
 
 def _stages(
@@ -317,34 +313,40 @@ def _one_window(
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     device = model.weights.resident.device
-    scheduler = make_scheduler(settings.scheduler, settings.schedule_steps, settings.shift, settings.levels)
-    steps = len(scheduler)
-    if not 0 <= settings.first_step < steps:
-        raise InputError(f"start_step {settings.first_step} leaves none of {steps} steps: set it below that.")
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
-    shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
-    x = _first_latents(start, settings, scheduler, torch.randn(shape, generator=generator))
-    model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
-    reporter = _Reporter(device)
-    x, clean = denoise(
-        model.model,
-        scheduler,
-        x.to(device),
-        _window_inputs(model, what, settings, text, speech, device),
-        cfg=per_step(settings.cfg, steps, "cfg"),
-        audio_cfg=per_step(1.0 if speech is None else speech.audio_cfg, steps, "audio cfg"),
-        generator=generator,
-        guidance=Guidance(),
+    schedule = plan_schedule(
+        settings.scheduler,
+        settings.schedule_steps,
+        settings.shift,
+        sigmas=settings.levels,
         start_step=settings.first_step,
         end_step=None if settings.end_step == -1 else settings.end_step,
-        attention_policy=_policy(model),
-        report=reporter.report,
+        cfg=settings.cfg,
+        audio_cfg=1.0 if speech is None else speech.audio_cfg,
+    )
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
+    x = _first_latents(start, settings, schedule, torch.randn(shape, generator=generator))
+    model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
+    reporter = _Reporter(device)
+
+    def report(step: int, clean: Tensor) -> None:
+        reporter.guess(clean, 0, step)
+        reporter.step(0, 1, step + 1 - schedule.start, schedule.end - schedule.start)
+
+    x, clean = denoise(
+        model.model,
+        schedule,
+        x.to(device),
+        _window_inputs(model, what, settings, text, speech, device),
+        generator=generator,
+        modes=FallbackModes(model.model, _policy(model), SAFER, schedule.steps, device),
+        report=report,
         check_interrupt=comfyui.stop_if_interrupted,
     )
     return {"samples": x.cpu()[None]}, {"samples": clean.cpu()[None]}
 
 
-def _first_latents(start: Latent | None, settings: SamplerSettings, scheduler: Scheduler, noise: Tensor) -> Tensor:
+def _first_latents(start: Latent | None, settings: SamplerSettings, schedule: Schedule, noise: Tensor) -> Tensor:
     """Noise, or the latents to start from, noised to the level of the first step where they are clean."""
     if start is None:
         if settings.first_step > 0:
@@ -356,7 +358,7 @@ def _first_latents(start: Latent | None, settings: SamplerSettings, scheduler: S
             f"samples {list(given.shape)} do not have the size of the video {list(noise.shape)}: encode at its size."
         )
     clean = settings.add_noise or settings.denoise < 1
-    return scheduler.add_noise(given, noise, settings.first_step) if clean else given
+    return schedule.scheduler.add_noise(given, noise, schedule.start) if clean else given
 
 
 def _window_inputs(
@@ -371,8 +373,7 @@ def _window_inputs(
     audio, masks, audio_scale = None, None, 1.0
     if speech is not None:
         window = plan_windows(what.num_frames, what.num_frames, 1)[0]
-        rows = torch.tensor(audio_rows(window, what.num_frames))
-        audio = torch.stack([f[rows.clamp(max=len(f) - 1)] for f in _features(model, speech)]).to(device)
+        audio = window_audio(_features(model, speech), window, what.num_frames).to(device)
         masks = latent_masks(_planes(speech), len(audio), (what.width, what.height), what.width, what.height).to(device)
         audio_scale = speech.audio_scale
     return WindowInputs(
@@ -412,7 +413,4 @@ def _planes(speech: SpeechEmbeds) -> list[Tensor] | None:
     """Masks of the speakers, without the background that some workflows add behind them."""
     if speech.masks is None or len(speech.speakers) < 2:
         return None
-    masks = speech.masks if speech.masks.ndim == 3 else speech.masks[None]
-    if len(masks) == len(speech.speakers) + 1:
-        masks = masks[:-1]
-    return list(masks.float().cpu())
+    return speaker_planes(speech.masks, len(speech.speakers))

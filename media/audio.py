@@ -16,13 +16,13 @@ from torch import Tensor
 from ..multitalk.wav2vec import SAMPLE_RATE
 from ..wanvideo.errors import InputError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "TARGET_LUFS",
     "integrated_loudness",
     "load_speech",
-    "normalise_loudness",
+    "normalize_loudness",
     "read_audio",
 ]
 
@@ -56,15 +56,11 @@ def read_audio(path: str | Path) -> tuple[Waveform, int]:
     try:
         waveform, rate = _read_soundfile(path)
     except soundfile.SoundFileError as error:
-        log.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
+        logger.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
         waveform, rate = _read_av(path)
     if waveform.size == 0:
         raise InputError(f"The recording {path} holds no samples.")
     return waveform, rate
-
-
-def _joined(pieces: list[NDArray[Any]]) -> Waveform:
-    return np.concatenate(pieces).astype(np.float32, copy=False) if pieces else np.zeros(0, np.float32)
 
 
 def _read_soundfile(path: Path) -> tuple[Waveform, int]:
@@ -98,7 +94,7 @@ def _read_av(path: Path) -> tuple[Waveform, int]:
         raise InputError(
             f"{path} cannot be read as a recording ({error.strerror}); convert it to WAV, FLAC or MP3."
         ) from error
-    return _joined(pieces), rate
+    return np.concatenate([np.zeros(0, np.float32), *pieces]).astype(np.float32, copy=False), rate
 
 
 def load_speech(
@@ -137,8 +133,8 @@ def load_speech(
     speech = _resample(waveform, rate)
     del waveform  # the loudness is measured in double precision: no need to hold both
     if not speech.any():
-        log.warning("%s is silent", name)
-    return speech if target_lufs is None else normalise_loudness(speech, target_lufs=target_lufs)
+        logger.warning("%s is silent", name)
+    return speech if target_lufs is None else normalize_loudness(speech, target_lufs=target_lufs)
 
 
 def _mono(samples: NDArray[Any] | Tensor) -> Waveform:
@@ -174,14 +170,14 @@ def integrated_loudness(waveform: Waveform, rate: int = SAMPLE_RATE) -> float:
     return float(meter.integrated_loudness(waveform))
 
 
-def normalise_loudness(waveform: Waveform, rate: int = SAMPLE_RATE, target_lufs: float = TARGET_LUFS) -> Waveform:
+def normalize_loudness(waveform: Waveform, rate: int = SAMPLE_RATE, target_lufs: float = TARGET_LUFS) -> Waveform:
     """`waveform` [n] scaled to `target_lufs`, float32; unchanged where the loudness has no meaning (silence).
 
     Peaks may pass 1: nothing is clipped.
     """
     loudness = integrated_loudness(waveform, rate)
     if not abs(loudness) <= 100:
-        log.info("The recording has no measurable loudness (%s LUFS): its level stays as it is", loudness)
+        logger.info("The recording has no measurable loudness (%s LUFS): its level stays as it is", loudness)
         return waveform.astype(np.float32, copy=False)
     gain = 10.0 ** ((target_lufs - loudness) / 20.0)
     return (waveform * np.float32(gain)).astype(np.float32, copy=False)

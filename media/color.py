@@ -1,4 +1,4 @@
-"""Colour correction: frames take on the colours of a reference picture, so that long videos do not drift.
+"""Color correction: frames take on the colors of a reference image, so that long videos do not drift.
 
 Reinhard, Ashikhmin, Gooch & Shirley 2001, "Color Transfer between Images", equations 10-11, in CIE L*a*b* (D65, 2
 degrees).

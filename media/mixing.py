@@ -1,4 +1,4 @@
-"""Several recordings become one conversation: who speaks when, what the features hear, and what the video sounds like.
+"""Several recordings become one conversation: who speaks when, and the sound of the video.
 
 Everything is NumPy on mono samples; recordings of one conversation share a rate.
 """
@@ -22,7 +22,7 @@ CLICK_FACTOR = 8.0
 
 
 def arrange(recordings: Sequence[Waveform], *, one_after_the_other: bool) -> list[Waveform]:
-    """The recordings [n_i] on one time line: each [m], silent where that speaker is not heard.
+    """The recordings [n_i] on one time line: each [m], silent where that speaker does not speak.
 
     Together (all begin at once, the longest one gives m) or one after the other (m is the sum).
     Raises InputError without recordings.

@@ -24,18 +24,18 @@ import torch
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
 
-__all__ = ["VideoFrames", "VideoWriter", "refuse_path"]
+__all__ = ["VideoFrames", "VideoWriter", "check_path"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SOUND_RATES = (32000, 44100, 48000)
 """Hz that are kept. Others become 48 kHz: at lower rates one AAC packet lasts longer than a video frame."""
 
 BT709 = 1
-"""The code of ITU-R BT.709 in the colour fields of a stream (ITU-T H.273)."""
+"""The code of ITU-R BT.709 in the color fields of a stream (ITU-T H.273)."""
 
 
-def refuse_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     """Raises InputError for a path that cannot be the name of a video, whether or not it can be written to."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the video file to write, such as {path / 'video.mp4'}.")
@@ -67,7 +67,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        refuse_path(self.path)
+        check_path(self.path)
         if not fps > 0:
             raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
         self.fps = Fraction(fps).limit_denominator(1001)
@@ -98,7 +98,7 @@ class VideoWriter:
             elif size != self._size:
                 raise InputError(f"Frames of {size[1]} x {size[0]} do not fit this video: all must be of one size.")
             for frame in frames:
-                self._encode_picture(frame)
+                self._encode_frame(frame)
                 # Frame by frame, so that both streams are interleaved as players want them.
                 self._encode_sound(Fraction(self.frames) / self.fps)
 
@@ -129,7 +129,7 @@ class VideoWriter:
         try:
             self.close()
         except InfiniteTalkError as closing:
-            log.warning("%s", closing)
+            logger.warning("%s", closing)
 
     # --- encoding
 
@@ -152,15 +152,15 @@ class VideoWriter:
         if self._sound is not None:
             self._sound.open(self._container)
 
-    def _encode_picture(self, frame: torch.Tensor) -> None:
+    def _encode_frame(self, frame: torch.Tensor) -> None:
         pixels = frame if frame.dtype == torch.uint8 else (frame.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         rgb = pixels.cpu().numpy()
         height, width = rgb.shape[:2]
         rgb = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
-        picture.pts, picture.time_base = self.frames, 1 / self.fps
-        self._mux(self._container, self._video.encode(picture))
+        encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+        encoded = encoded.reformat(format="yuv420p", dst_colorspace="ITU709")
+        encoded.pts, encoded.time_base = self.frames, 1 / self.fps
+        self._mux(self._container, self._video.encode(encoded))
         self.frames += 1
 
     def _encode_sound(self, until: Fraction) -> None:
@@ -193,8 +193,8 @@ class VideoWriter:
             why = "there is no space left for it" if full else str(error)
             kept = f"; what was written before plays ({self.seconds:.1f} s were made)" if self.frames else ""
             todo = "free some space, or write elsewhere" if full else "check the path and its permissions"
-            told = f"The video {self.path} could not be written: {why}{kept}. {todo.capitalize()}."
-            raise InfiniteTalkError(told) from error
+            sentence = f"The video {self.path} could not be written: {why}{kept}. {todo.capitalize()}."
+            raise InfiniteTalkError(sentence) from error
 
 
 class _SoundTrack:

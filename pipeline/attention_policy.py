@@ -1,8 +1,8 @@
-"""Which attention mode serves which step, block and role: a table, read without a GPU.
+"""The attention mode of each step, block and role: a table, read without a GPU.
 
 SageAttention3's README (thu-ml/SageAttention) advises more precision where a diffusion run is most sensitive: the first
 and the last step. A policy is a tuple of rules; the first one that matches decides. Cross attention to audio, text and
-picture has few keys, where low precision is slower and less accurate: it stays on SDPA.
+image has few keys, where low precision is slower and less accurate: it stays on SDPA.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
     # The chosen mode in every step.
     "uniform": (Rule(CHOSEN),),
 }
-"""The named policies; what the `attention_policy` option of the command and the node offers."""
+"""The named policies, which the `attention_policy` option of the command and the node offers."""
 
 
 SAFER: dict[str, str] = {
@@ -95,7 +95,7 @@ def safer_modes(mode: str, table: Mapping[str, str] = SAFER) -> tuple[str, ...]:
 
 
 def select(policy: str, chosen: str, *, step: int, steps: int, block: int, blocks: int, role: str) -> str:
-    """The mode that serves one attention call.
+    """The attention mode of one call.
 
     Args:
         policy: a name of `POLICIES`.
@@ -122,11 +122,6 @@ def bind(policy: str, chosen: str, blocks: int) -> Callable[[int, int], Attentio
         InputError: for an unknown policy, at once rather than in the first step.
     """
     select(policy, chosen, step=0, steps=1, block=0, blocks=blocks, role="self")
-
-    def for_step(step: int, steps: int) -> AttentionMode:
-        def mode(block: int, role: str) -> str:
-            return select(policy, chosen, step=step, steps=steps, block=block, blocks=blocks, role=role)
-
-        return mode
-
-    return for_step
+    return lambda step, steps: (
+        lambda block, role: select(policy, chosen, step=step, steps=steps, block=block, blocks=blocks, role=role)
+    )

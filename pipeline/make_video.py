@@ -2,8 +2,8 @@
 
     result = make_video(Job(files=..., audio=("speech.wav",), image="portrait.png", out="talking.mp4"))
 
-Everything that can be refused is refused before the first large file is read. The encoders are loaded, used and let go
-one after the other, so that the largest part in memory beside the DiT is the VAE.
+Whatever can be rejected is rejected before the first large file is read. The encoders are loaded, used and let go one
+after the other, so that the largest part in memory next to the DiT is the VAE.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..fp8_optimization import Quantization, summary
 from ..media.audio import load_speech, read_audio
-from ..media.images import fit_size, load_picture
-from ..media.masks import MAX_SPEAKERS, latent_masks
+from ..media.images import load_image
+from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
-from ..media.video import VideoFrames, VideoWriter, refuse_path
+from ..media.video import VideoFrames, VideoWriter, check_path
 from ..multitalk.wav2vec import Wav2Vec2Features
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
@@ -38,13 +38,13 @@ from ..wanvideo.modules.attention import attention, canonical_mode, count_kernel
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
-from .long_video import Callbacks, Conditioning, FrameSource, GenerateConfig, generate
-from .schedulers import make_scheduler
-from .windows import plan_windows
+from .conditioning import Conditioning, FrameSource
+from .long_video import Callbacks, generate
+from .plan import GenerateConfig, Plan, plan_video
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DEFAULT_PROMPT = "A person is talking to the camera, with natural expressions and small movements of the head."
 DEFAULT_NEGATIVE = (
@@ -81,12 +81,12 @@ class Job:
         files: the checkpoints.
         audio: one recording per speaker, one to four.
         out: the video file to write (.mp4).
-        image: the picture; or `video`: a source video whose movements are kept. One of the two.
-        masks: one picture per speaker, white where the speaker is; empty: speakers side by side.
+        image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
+        masks: one image per speaker, white where the speaker is; empty: speakers side by side.
         prompt, negative: what to show, and what not.
         config: size, length of windows, steps, guidance, seed ...; its device and attention policy are set here.
         max_frames: where to stop although the recording goes on; None: nowhere.
-        attention_mode: one of `ATTENTION_MODES`. attention_policy: one of `policy.POLICIES`, which step uses it.
+        attention_mode: one of `ATTENTION_MODES`. attention_policy: one of `POLICIES`, which step uses it.
         quantization: one of `QUANTIZATIONS`.
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
@@ -161,38 +161,28 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     """
     events = events or Events()
     begin = time.monotonic()
-    device = choose_device(job.device)
-    dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
+    # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
-    dit = _check_settings(job, device, dtype)
-    source = _open_source(job)
-    masks = [_load_mask(path) for path in job.masks]
-    speech = [load_speech(path) for path in job.audio]
-    total = _check_length(job, speech)
-    first = load_picture(source[0])
-    width, height = fit_size(first.size, job.config.width, job.config.height, job.config.area)
-    latent_masks(masks or None, len(speech), first.size, width, height)  # refuses masks that cannot be used
+    checked = check(job)
+    device, dtype, plan = checked.device, checked.dtype, checked.plan
 
-    with torch.inference_mode(), _sentences_for_torch(device):
-        audio = _hear(job, speech, device, events)
-        context, negative = _read_prompts(job, device, dtype, events)
-        events.stage("Loading the picture encoder and the VAE")
+    with torch.inference_mode(), _explained_memory(device):
+        # 2. Encode the conditions.
+        audio = _speech_features(job, checked, events)
+        context, negative = _encode_prompts(job, checked, events)
+        events.stage("Loading the image encoder and the VAE")
         clip = ClipVision.load(job.files.clip_vision, dtype=dtype, device=device)
         vae = WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device)
-        model = _load_model(job, device, dtype, events)
-        _check_widths(dit, context, audio)
-        config = replace(
-            job.config,
-            width=width,
-            height=height,
-            total_frames=total,
-            device=device,
-            attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
-        )
-        conditioning = Conditioning(context, negative, audio, source, masks or None)
+
+        # 3. Load the model.
+        model = _load_model(job, checked, events)
+        _check_widths(checked.dit, context, audio)
+
+        # 4. Generate, and write each window as it comes.
+        conditioning = Conditioning(context, negative, audio, checked.source)
         callbacks = Callbacks(progress=events.step, check_interrupt=events.check_interrupt)
-        windows = generate(model, vae, clip, conditioning, config, callbacks)
+        windows = generate(model, vae, clip, conditioning, plan, callbacks)
         events.stage("Generating")
         sound, rate = _sound(job.audio)
         with (
@@ -203,7 +193,9 @@ def make_video(job: Job, events: Events | None = None) -> Result:
             for window in windows:
                 writer.append(window.frames)
                 events.window_done(window.index + 1, window.count)
-    log.info(
+
+    # 5. Say what really ran.
+    logger.info(
         "Attention %s (policy %s) by %s; linears %s; guard copies %d of %d calls (%.1f MiB)",
         job.attention_mode,
         job.attention_policy,
@@ -213,7 +205,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         guards.calls,
         guards.bytes / 2**20,
     )
-    return Result(Path(job.out), total, width, height, time.monotonic() - begin, guards, kernels)
+    return Result(Path(job.out), plan.total, plan.width, plan.height, time.monotonic() - begin, guards, kernels)
 
 
 def choose_device(name: str) -> torch.device:
@@ -238,42 +230,66 @@ def choose_device(name: str) -> torch.device:
 # ------------------------------------------------------------------------------------------------ before anything runs
 
 
-def _check_settings(job: Job, device: torch.device, dtype: torch.dtype) -> WanConfig:
-    """Refuse what cannot work, and read the DiT's shapes."""
-    if not 1 <= len(job.audio) <= MAX_SPEAKERS:
-        raise InputError(f"{len(job.audio)} recordings are given: give one to {MAX_SPEAKERS}, one per speaker.")
-    if (job.image is None) == (job.video is None):
-        raise InputError("Give either a picture or a source video, and not both.")
-    if job.masks and len(job.masks) != len(job.audio):
-        raise InputError(f"{len(job.masks)} masks for {len(job.audio)} speakers: give one mask to each, in order.")
-    Quantization.parse(job.quantization)
-    _check_out(Path(job.out))
+@dataclass(frozen=True)
+class Checked:
+    """A job that can be run.
+
+    Attributes:
+        dit: shapes of the model, as its files state them.
+        source: the image, or the frames of the source video.
+        speech: 16 kHz waveform of each speaker.
+        plan: size, windows, schedule and masks.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    dit: WanConfig
+    source: FrameSource
+    speech: Sequence[np.ndarray]
+    plan: Plan
+
+
+def check(job: Job) -> Checked:
+    """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
+    device = choose_device(job.device)
+    dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if job.max_frames is not None and job.max_frames < 1:
+        raise InputError(f"A video of {job.max_frames} frames cannot be made: give at least 1.")
     if job.blocks_to_swap < 0:
         raise InputError(f"{job.blocks_to_swap} blocks cannot be swapped: give 0 or more.")
-    _refuse_mixed_up_files(job.files)
-    config = inspect_dit(job.files.model, job.files.adapter)
-    _refuse_silent_models(config, job.files)
-    _try_attention(job.attention_mode, config, device, dtype)
-    return config
+    Quantization.parse(job.quantization)
+    _check_out(Path(job.out))
+    _check_kinds_of_files(job.files)
+    dit = inspect_dit(job.files.model, job.files.adapter)
+    _check_model_can_speak(dit, job.files)
+    _check_attention(job.attention_mode, dit, device, dtype)
+
+    source = _open_source(job)
+    masks = [load_mask(path) for path in job.masks]
+    speech = [load_speech(path) for path in job.audio]
+    frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
+    longest = max(frames, default=0)
+    config = replace(
+        job.config,
+        total_frames=longest if job.max_frames is None else min(longest, job.max_frames),
+        device=device,
+        attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
+    )
+    plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
+    return Checked(device, dtype, dit, source, speech, plan)
 
 
-def _check_length(job: Job, speech: Sequence[np.ndarray]) -> int:
-    """Frames of the video; refuses lengths and schedules that cannot be."""
-    total = max(Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech)
-    if job.max_frames is not None:
-        if job.max_frames < 1:
-            raise InputError(f"A video of {job.max_frames} frames cannot be made: give at least 1.")
-        total = min(total, job.max_frames)
-    config = job.config
-    plan_windows(total, config.frames, config.motion_frames)
-    steps = len(make_scheduler(config.scheduler, config.steps, config.shift, config.sigmas))
-    if not 0 <= config.start_step < steps:
-        raise InputError(f"The start step {config.start_step} leaves none of {steps} steps: set it below that.")
-    return total
+def _open_source(job: Job) -> FrameSource:
+    """The image as the only frame, or the frames of the source video."""
+    if job.image is not None and job.video is None:
+        return [load_image(job.image)]
+    if job.video is not None and job.image is None:
+        return VideoFrames(job.video)
+    raise InputError("Give either an image or a source video, and not both.")
 
 
-def _refuse_mixed_up_files(files: ModelFiles) -> None:
-    """Look at the names in each file: the mistakes that are easily made with six of them."""
+def _check_kinds_of_files(files: ModelFiles) -> None:
+    """Reject a file given in the place of another, by the names of its tensors."""
     for option, path, kind in (
         ("VAE", files.vae, "a Wan2.1 VAE"),
         ("text encoder", files.text_encoder, "a T5 text encoder"),
@@ -291,8 +307,8 @@ def _refuse_mixed_up_files(files: ModelFiles) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Find out now, not after an hour, that the video cannot be written."""
-    refuse_path(out)
+    """Reject a place that cannot be written to now, not after an hour."""
+    check_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         existed = out.exists()
@@ -304,7 +320,7 @@ def _check_out(out: Path) -> None:
         raise InputError(f"The video cannot be written to {out}: {error.strerror or error}.") from error
 
 
-def _refuse_silent_models(config: WanConfig, files: ModelFiles) -> None:
+def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
     name = Path(files.model).name
     if config.humo is not None:
         raise CheckpointError(
@@ -321,28 +337,15 @@ def _refuse_silent_models(config: WanConfig, files: ModelFiles) -> None:
         )
 
 
-def _try_attention(mode: str, config: WanConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """One small call, so that a mode that cannot run here is refused with its reasons before the weights are read."""
+def _check_attention(mode: str, config: WanConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """One small call, so that a mode that cannot run here is rejected with its reasons before the weights are read."""
     canonical_mode(mode)
     q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=device)
     attention(q, q.clone(), q.clone(), mode)
 
 
-def _open_source(job: Job) -> FrameSource:
-    if job.video is not None:
-        return VideoFrames(job.video)
-    assert job.image is not None
-    return [load_picture(job.image)]
-
-
-def _load_mask(path: str | Path) -> Tensor:
-    """White where the speaker is: [H, W] float32 in [0, 1]."""
-    grey = load_picture(path).convert("L")
-    return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)
-
-
 def _sound(recordings: Sequence[str | Path]) -> tuple[np.ndarray, int]:
-    """What the video sounds like: the recordings as they are, all at once; mono samples and their rate in Hz."""
+    """The sound of the video: the recordings as they are, all at once; mono samples and their rate in Hz."""
     waves = [read_audio(path) for path in recordings]
     if len(waves) == 1:
         return waves[0]
@@ -354,35 +357,37 @@ def _sound(recordings: Sequence[str | Path]) -> tuple[np.ndarray, int]:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def _hear(job: Job, speech: Sequence[np.ndarray], device: torch.device, events: Events) -> list[Tensor]:
-    """Features [frames, layers, hidden] of each recording."""
-    events.stage("Listening to the recording" if len(speech) == 1 else "Listening to the recordings")
-    features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=device)
-    return [features(waveform) for waveform in speech]
+def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]:
+    """Features [frames, layers, hidden] of each recording; the encoder is let go."""
+    events.stage("Encoding the recording" if len(checked.speech) == 1 else "Encoding the recordings")
+    features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=checked.device)
+    return [features(waveform) for waveform in checked.speech]
 
 
-def _read_prompts(job: Job, device: torch.device, dtype: torch.dtype, events: Events) -> tuple[Tensor, Tensor]:
+def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[Tensor, Tensor]:
     """Embeddings of the prompt and of the negative one, float32 on the CPU; the encoder is let go."""
-    events.stage("Reading the prompt")
-    encoder = TextEncoder.load(job.files.text_encoder, tokenizer=job.files.tokenizer, dtype=dtype, device=device)
+    events.stage("Encoding the prompt")
+    encoder = TextEncoder.load(
+        job.files.text_encoder, tokenizer=job.files.tokenizer, dtype=checked.dtype, device=checked.device
+    )
     prompt, negative = encoder.encode([job.prompt, job.negative])
     return prompt.float().cpu(), negative.float().cpu()
 
 
-def _load_model(job: Job, device: torch.device, dtype: torch.dtype, events: Events) -> WanModel:
+def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     events.stage("Loading the model")
     swap = BlockSwap(blocks=job.blocks_to_swap) if job.blocks_to_swap else None
     model = load_dit(
         job.files.model,
         job.files.adapter,
-        base_dtype=dtype,
+        base_dtype=checked.dtype,
         quantization=job.quantization,
-        device="cpu" if swap else device,
+        device="cpu" if swap else checked.device,
         attention_mode=job.attention_mode,
         progress=events.reading,
     )
     if swap is not None:
-        Offloader(model, device, swap).load()
+        Offloader(model, checked.device, swap).load()
     return model
 
 
@@ -393,17 +398,17 @@ def _check_widths(config: WanConfig, context: Tensor, audio: Sequence[Tensor]) -
             "Wan2.1 needs UMT5-XXL."
         )
     assert config.audio is not None
-    heard = tuple(audio[0].shape[1:])
-    if heard[0] * heard[1] != config.audio.blocks * config.audio.channels:
+    given = tuple(audio[0].shape[1:])
+    if given[0] * given[1] != config.audio.blocks * config.audio.channels:
         raise CheckpointError(
-            f"wav2vec2 gives {heard[0]} x {heard[1]} features per frame, the adapter reads {config.audio.blocks} x "
+            f"wav2vec2 gives {given[0]} x {given[1]} features per frame, the adapter reads {config.audio.blocks} x "
             f"{config.audio.channels}; InfiniteTalk needs chinese-wav2vec2-base."
         )
 
 
 @contextmanager
-def _sentences_for_torch(device: torch.device) -> Iterator[None]:
-    """Out of memory, in words that say what helps."""
+def _explained_memory(device: torch.device) -> Iterator[None]:
+    """Out of memory becomes an InfiniteTalkError that says what helps."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """No black frames: what a step with non-finite values leads to.
 
-A window whose model gives NaN or infinity starts over in the next safer attention mode of a table (`policy.SAFER`),
-and what follows stays there. The check is one reduction and one synchronisation a step; the look for the block and the
-kernels costs a second evaluation, and only then.
+A window whose model gives NaN or infinity starts over in the next safer attention mode of a table
+(`attention_policy.SAFER`), and what follows stays there. The check is one reduction and one synchronization a step; the
+search for the block and the kernels costs a second evaluation, and only then.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_serves
 from .attention_policy import safer_modes
-from .guidance import PASSES, Pass
+from .guidance import Pass
 
-__all__ = ["AttentionPolicy", "Ladder", "NonFinite", "refuse_non_finite"]
+__all__ = ["AttentionPolicy", "FallbackModes", "NonFinite", "check_finite"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -40,15 +40,15 @@ class NonFinite(Exception):
         return block + (f" (attention by {', '.join(self.kernels)})" if self.kernels else "")
 
 
-class Ladder:
-    """The attention mode of each step, and from the first strike on the least safe mode still allowed (`floor`).
+class FallbackModes:
+    """The attention mode of each step, and after non-finite values the least safe mode still allowed (`floor`).
 
     A mode that gave non-finite values is followed by the next one of `fallback` that runs on `device`, for every step
     and block whose mode is not safer anyway: an FP4 run with 16-bit ends keeps its ends when FP8 takes FP4's place.
 
     Args:
         policy: to begin with; None leaves the mode to the model (its `attention_mode`, or sdpa where it names none).
-        fallback: mode -> the next safer one, such as `policy.SAFER`.
+        fallback: mode -> the next safer one, such as `attention_policy.SAFER`.
         steps: of the whole schedule.
     """
 
@@ -68,79 +68,81 @@ class Ladder:
         mode = self.policy(step, self.steps) if callable(self.policy) else self.policy
         if self.floor is None:
             return mode
-        if mode is None:
-            mode = self._models_own()
-        if not callable(mode):
-            return self._raised(mode)
-        asked = mode
-        return lambda block, role: self._raised(asked(block, role))
+        asked = self._mode_of_model() if mode is None else mode
+        if not callable(asked):
+            return self._at_least_floor(asked)
+        return lambda block, role: self._at_least_floor(asked(block, role))
 
-    def _models_own(self) -> AttentionMode:
+    def _mode_of_model(self) -> AttentionMode:
         mode: AttentionMode = getattr(self.model, "attention_mode", "sdpa")
         return mode
 
-    def _raised(self, mode: str) -> str:
+    def _at_least_floor(self, mode: str) -> str:
         """`mode`, or the floor where that is safer."""
         mode = canonical_mode(mode)
         return self.floor if self.floor is not None and self.floor in safer_modes(mode, self.fallback) else mode
 
     def name(self, step: int, block: int | None = None) -> str:
-        """What serves self-attention in this step and block; the least safe of all blocks where none is named."""
-        mode = self.mode(step)
-        if mode is None:
-            mode = self._models_own()
+        """The mode of self-attention in this step and block; the least safe of all blocks where none is named."""
+        mode = self.mode(step) or self._mode_of_model()
         if not callable(mode):
             return str(mode)
         blocks = range(len(getattr(self.model, "blocks", ())) or 1) if block is None else (block,)
         return max((mode(index, "self") for index in blocks), key=lambda name: len(safer_modes(name, self.fallback)))
 
-    def climb(self, attempt: Callable[[], T], generator: torch.Generator, place: str = "") -> T:
-        """What `attempt` returns; while it raises NonFinite it starts over, one rung safer, with the same randomness.
+    def retry(self, attempt: Callable[[], T], generator: torch.Generator, place: str = "") -> T:
+        """What `attempt` returns; while it raises NonFinite it starts over in a safer mode, with the same randomness.
 
         Args:
             attempt: asks `mode` in each step.
             generator: of all random numbers that `attempt` draws.
             place: where it is, such as "window 2, ".
 
-        Raises InfiniteTalkError when there is no safer rung.
+        Raises InfiniteTalkError when there is no safer mode.
         """
         state = generator.get_state()
         while True:
             try:
                 return attempt()
-            except NonFinite as strike:
-                self._step_up(strike, place)
+            except NonFinite as error:
+                self._fall_back(error, place)
                 generator.set_state(state)
 
-    def _step_up(self, strike: NonFinite, place: str) -> None:
-        struck = self.name(strike.step, strike.block)
+    def _fall_back(self, error: NonFinite, place: str) -> None:
+        failed = self.name(error.step, error.block)
         found = (
-            f"{place}step {strike.step + 1} of {self.steps}: the model gave non-finite values with attention mode "
-            f"{struck}{strike}"
+            f"{place}step {error.step + 1} of {self.steps}: the model gave non-finite values with attention mode "
+            f"{failed}{error}"
         )
-        safer = next((mode for mode in safer_modes(struck, self.fallback) if mode_serves(mode, self.device)), None)
+        safer = next((mode for mode in safer_modes(failed, self.fallback) if mode_serves(mode, self.device)), None)
         if safer is None:
             raise InfiniteTalkError(
                 f"In {found}, and there is no safer mode left: the weights, the adapter or the embeddings hold "
                 "values that this precision cannot carry; try another file or bf16 weights."
             ) from None
         self.floor = safer
-        log.warning("In %s. The window starts over with %s.", found, safer)
+        logger.warning("In %s. The window starts over with %s.", found, safer)
 
 
-def refuse_non_finite(
-    velocity: torch.Tensor, step: int, model: object, evaluate: Callable[[Pass], torch.Tensor]
+def check_finite(
+    velocity: torch.Tensor,
+    step: int,
+    model: object,
+    evaluate: Callable[[Pass], torch.Tensor],
+    passes: Sequence[Pass],
 ) -> None:
-    """Raises NonFinite when `velocity` holds NaN or infinity. The one synchronisation of a step.
+    """Raises NonFinite when `velocity` holds NaN or infinity. The one synchronization of a step.
 
     Args:
-        evaluate: the model in this step, to look where it begins.
+        evaluate: the model in this step, to find where they begin; `passes`: the ones that this step made.
     """
     if not bool(torch.isfinite(velocity).all()):
-        raise NonFinite(step, *_first_bad_block(model, evaluate))
+        raise NonFinite(step, *_first_bad_block(model, evaluate, passes))
 
 
-def _first_bad_block(model: object, evaluate: Callable[[Pass], torch.Tensor]) -> tuple[int | None, tuple[str, ...]]:
+def _first_bad_block(
+    model: object, evaluate: Callable[[Pass], torch.Tensor], passes: Sequence[Pass]
+) -> tuple[int | None, tuple[str, ...]]:
     """The first block whose output is not finite, and the kernels called by then, found by running the step again.
 
     No block for models without a list of blocks, or when the values are finite this time.
@@ -160,7 +162,7 @@ def _first_bad_block(model: object, evaluate: Callable[[Pass], torch.Tensor]) ->
     handles = [block.register_forward_hook(look(index)) for index, block in enumerate(blocks)]
     try:
         with count_kernels() as kernels:
-            for which in PASSES:
+            for which in passes:
                 evaluate(which)
                 if bad:
                     break

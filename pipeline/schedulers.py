@@ -1,6 +1,6 @@
 """Sigma grids and solvers for flow matching: x_sigma = (1 - sigma) x0 + sigma noise, velocity v = noise - x0.
 
-A `Scheduler` is a grid of sigmas, the timesteps that the model is told, and a solver that moves the latents from one
+A `Scheduler` is a grid of sigmas, the timesteps that the model is given, and a solver that moves the latents from one
 sigma to the next. `make_scheduler(name, steps, shift)` gives the named ones; `name/beta` spaces the same range by
 quantiles of Beta(0.6, 0.6) (Lee et al. 2024, "Beta Sampling is All You Need").
 """
@@ -54,7 +54,7 @@ class Scheduler:
         return self._advance(v, i, x, noise)
 
     def clean(self, v: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """What the model believes the clean latents to be: x0 = x - sigma v. Used for previews and by x0 solvers."""
+        """The clean latents as the model predicts them: x0 = x - sigma v. Used for previews and by x0 solvers."""
         return x - self._grid[i] * v
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, i: int) -> torch.Tensor:
@@ -63,7 +63,8 @@ class Scheduler:
         return (1 - sigma) * clean + sigma * noise
 
     def _forget(self) -> None:
-        """Drop what multistep solvers remember."""
+        """Drop what multistep solvers remember: the x0 of the step before, and more in some."""
+        self._previous: torch.Tensor | None = None
 
     def _advance(self, v: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return x + (self._grid[i + 1] - self._grid[i]) * v
@@ -83,9 +84,6 @@ class LCM(Scheduler):
 
 class DPMSolver2M(Scheduler):
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2, midpoint form): second order on x0, first order at either end."""
-
-    def _forget(self) -> None:
-        self._previous: torch.Tensor | None = None
 
     def _advance(self, v: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         x0 = self.clean(v, i, x)
@@ -165,9 +163,6 @@ class ResMultistep(Scheduler):
     """Second-order exponential multistep on x0 (Zhang et al. 2023, "Improved Order Analysis and Design of Exponential
     Integrator for Diffusion Models Sampling"), with time -ln sigma; first order at either end."""
 
-    def _forget(self) -> None:
-        self._previous: torch.Tensor | None = None
-
     def _advance(self, v: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         x0, previous = self.clean(v, i, x), self._previous
         self._previous = x0
@@ -246,7 +241,7 @@ _WITH_BETA = ("unipc", "dpm++", "dpm++_sde", "euler", "lcm")
 _WHOLE_TIMESTEPS = (_solver_grid,)
 
 SCHEDULERS: tuple[str, ...] = tuple(
-    spelling for name in _PLAIN for spelling in ((name, f"{name}/beta") if name in _WITH_BETA else (name,))
+    variant for name in _PLAIN for variant in ((name, f"{name}/beta") if name in _WITH_BETA else (name,))
 )
 """Names that `make_scheduler` takes."""
 

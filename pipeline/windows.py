@@ -1,8 +1,8 @@
 """Which frames and which audio rows each window of a long video uses. Pure integers.
 
 A video of `total` frames is made in windows of `frames` = 4n + 1. Each window after the first begins with the last
-`motion` = 4m + 1 frames of the one before, so that starts advance by `frames - motion`. What runs past `total` is made,
-heard as the recording's tail played backwards, and cut off.
+`motion` = 4m + 1 frames of the one before, so that starts advance by `frames - motion`. What runs past `total` is made
+for the recording's tail played backwards, and cut off.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..wanvideo.errors import InputError
 __all__ = ["AUDIO_CONTEXT", "Window", "audio_rows", "latent_frames", "plan_windows"]
 
 AUDIO_CONTEXT = 5
-"""Audio rows that each frame hears: its own, and two on either side."""
+"""Rows of speech features for each frame: its own, and two on either side."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class Window:
     def end(self) -> int:
         """One past the last frame."""
         return self.start + self.frames
-
-    @property
-    def output(self) -> range:
-        """The frames that this window gives out."""
-        return range(self.start + self.overlap, self.start + self.overlap + self.new)
 
 
 def latent_frames(frames: int) -> int:
@@ -86,9 +81,9 @@ def plan_windows(total: int, frames: int, motion: int) -> list[Window]:
 
 
 def audio_rows(window: Window, total: int) -> list[list[int]]:
-    """Rows of the recording's features [total, ...] that each frame of the window hears: [frames][5].
+    """Rows of the recording's features [total, ...] for each frame of the window: [frames][5].
 
-    Frame f hears rows f - 2 ... f + 2. Before the beginning that is row 0. The last window may run past the end: there
+    Frame f takes rows f - 2 ... f + 2. Before the beginning that is row 0. The last window may run past the end: there
     the recording goes back from its last row (and to and fro when it is shorter than that); in earlier windows, where
     only the two rows of context can pass the end, it is the last row.
     """

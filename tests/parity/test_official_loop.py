@@ -10,47 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.analytic import AnalyticModel, LinearVae
 from support.goldens import Golden, relative_error
-from wanvideo_infinitetalk.pipeline.long_video import Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
+from wanvideo_infinitetalk.pipeline.long_video import generate
+from wanvideo_infinitetalk.pipeline.plan import GenerateConfig, plan_video
 from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
 
 MODEL_TOLERANCE = 2e-5
 CONDITION_TOLERANCE = 1e-6
-
-
-@dataclass
-class AnalyticModel:
-    """0.3 x + 0.1 sin x + 0.05 mean(context) + 0.2 a / (1 + |a|) + 0.02 y[4:20] + 0.01 t / 1000, a = mean(audio)."""
-
-    calls: list[dict[str, Any]] = field(default_factory=list)
-
-    def __call__(
-        self, x, t, context, clip_fea=None, y=None, audio=None, ref_target_masks=None, *, audio_scale=1.0,
-        attention_mode=None,
-    ):  # fmt: skip
-        assert audio_scale == 1.0
-        self.calls.append(dict(x=x, t=t, context=context, y=y, audio=audio, masks=ref_target_masks))
-        a = audio.mean()
-        v = 0.3 * x + 0.1 * torch.sin(x) + 0.05 * context.mean() + 0.2 * a / (1 + a.abs())
-        return (v + 0.02 * y[0, 4:20] + 0.01 * t / 1000).unsqueeze(0)
-
-
-@dataclass
-class LinearVae:
-    """latent = M x 8 x 8 block means (frame 0 alone, then means of four); decode = P z, repeated, clamped."""
-
-    m: torch.Tensor
-    p: torch.Tensor
-
-    def encode(self, video, *, tiled=False):
-        blocks = video[0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean(dim=(3, 5))  # [3, F, h, w]
-        later = blocks[:, 1:].unflatten(1, (-1, 4)).mean(2) if blocks.shape[1] > 1 else blocks[:, 1:]
-        return torch.einsum("ij,jthw->ithw", self.m, torch.cat([blocks[:, :1], later], 1)).unsqueeze(0)
-
-    def decode(self, latents, *, tiled=False):
-        small = torch.einsum("ij,jthw->ithw", self.p, latents[0])
-        frames = torch.cat([small[:, :1], small[:, 1:].repeat_interleave(4, 1)], 1)
-        return frames.repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1).unsqueeze(0)
 
 
 @dataclass
@@ -102,7 +70,8 @@ def _run(item: Golden, case: str) -> Result:
     source = list(item.inputs["src_frames_u8"].numpy())
     conditioning = Conditioning(item.inputs["context"], item.inputs["context_null"], speakers, source)
     vae = LinearVae(item.inputs["vae_M"], item.inputs["vae_P"])
-    windows = list(generate(model, vae, clip, conditioning, config))
+    plan = plan_video(config, source[0].shape[1::-1], [len(features) for features in speakers])
+    windows = list(generate(model, vae, clip, conditioning, plan))
     video = torch.cat([w.frames for w in windows]).permute(3, 0, 1, 2) * 2 - 1
     passes = len(model.calls) // (len(windows) * settings["steps"])
     return Result(model, clip, video, torch.stack([w.latents for w in windows]), passes)
@@ -154,8 +123,8 @@ def test_the_passes_of_guidance(runs) -> None:
         contexts = torch.stack([call["context"].mean() for call in result.model.calls[: len(rows)]])
         assert torch.allclose(contexts, item.outputs[f"{case}.ctx_mean_per_call"], atol=1e-6), case
         expected = item.outputs[f"{case}.audio_mean_per_call"]  # [windows, steps, passes]
-        heard = torch.stack([call["audio"].mean() for call in result.model.calls]).reshape(expected.shape)
-        assert torch.allclose(heard, expected, atol=1e-6), case
+        given = torch.stack([call["audio"].mean() for call in result.model.calls]).reshape(expected.shape)
+        assert torch.allclose(given, expected, atol=1e-6), case
 
 
 def test_conditions_of_every_window(runs) -> None:

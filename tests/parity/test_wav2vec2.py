@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.goldens import relative_error
-from wanvideo_infinitetalk.media.audio import integrated_loudness, normalise_loudness
+from wanvideo_infinitetalk.media.audio import integrated_loudness, normalize_loudness
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 
 LIMIT = 2e-5
@@ -63,13 +63,13 @@ def test_loudness(golden):
     waveform = item.inputs["waveform"].float().numpy()
     out = item.outputs
     before, after = out["loudness.lufs"].tolist()
-    normal = normalise_loudness(waveform, rate, target)
+    normal = normalize_loudness(waveform, rate, target)
     assert integrated_loudness(waveform, rate) == pytest.approx(before, abs=1e-4)
     assert integrated_loudness(normal, rate) == pytest.approx(after, abs=1e-4)
     for name, factor in (("normalized", 1.0), ("x0.02", 0.02)):
-        got = torch.from_numpy(normalise_loudness(waveform * factor, rate, target))
+        got = torch.from_numpy(normalize_loudness(waveform * factor, rate, target))
         assert got.dtype == torch.float32
         assert relative_error(got, out[f"loudness.{name}"]) <= 1e-6
     for name, factor in (("silence", 0.0), ("quiet_x1e-6", 1e-6)):
-        got = torch.from_numpy(normalise_loudness(waveform * factor, rate, target))
+        got = torch.from_numpy(normalize_loudness(waveform * factor, rate, target))
         assert torch.equal(got, out[f"loudness.{name}"].float())

@@ -1,6 +1,6 @@
 """Generations on the random tiny models, in memory: everything but the transformer is loaded and computed once.
 
-The path is that of `generate.make_video`: files, encoders, loop. How far a mode or a quantisation may move the latents
+The path is that of `make_video`: files, encoders, loop. How far a mode or a quantization may move the latents
 of a window is data here, so that the CPU and the GPU suite hold them to the same bounds.
 """
 
@@ -13,11 +13,13 @@ import torch
 from wanvideo_infinitetalk.cli.demo import demo_job
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.media.audio import load_speech
-from wanvideo_infinitetalk.media.images import load_picture
+from wanvideo_infinitetalk.media.images import load_image
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.pipeline.attention_policy import bind
-from wanvideo_infinitetalk.pipeline.long_video import Conditioning, FinishedWindow, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
+from wanvideo_infinitetalk.pipeline.long_video import FinishedWindow, generate
 from wanvideo_infinitetalk.pipeline.make_video import Job
+from wanvideo_infinitetalk.pipeline.plan import GenerateConfig, plan_video
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
 from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
 from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
@@ -31,7 +33,7 @@ WINDOW = 17
 SETTINGS = GenerateConfig(width=96, height=96, motion_frames=5, steps=3, shift=7.0, cfg=5.0)
 """Text and audio guidance, unlike the demo's own: three evaluations a step."""
 
-# Relative L2 of one window's clean latents against mode "sdpa" without quantisation, after three guided steps in
+# Relative L2 of one window's clean latents against mode "sdpa" without quantization, after three guided steps in
 # float32: the least that a mode differs by, which shows that it was not sdpa in disguise, and the most, twice what
 # was measured. The guidance (scales 5 and 4) multiplies every difference between two forwards.
 MODE_BOUNDS: dict[str, tuple[float, float]] = {
@@ -108,14 +110,14 @@ def prepare(
         job = replace(demo, config=SETTINGS)
         features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=device)
         audio = [features(load_speech(path)) for path in job.audio]
-        picture = load_picture(job.image)
+        image = load_image(job.image)
     encoder = TextEncoder.load(job.files.text_encoder, dtype=dtype, device=device)
     prompt, negative = (context.float() for context in encoder.encode([job.prompt, job.negative]))
     return Prepared(
         job=job,
         vae=WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device),
         clip=ClipVision.load(job.files.clip_vision, dtype=dtype, device=device),
-        conditioning=Conditioning(prompt, negative, audio, [picture]),
+        conditioning=Conditioning(prompt, negative, audio, [image]),
         config=replace(job.config, device=device, frames=window, total_frames=frames),
         dtype=dtype,
     )
@@ -123,13 +125,15 @@ def prepare(
 
 @torch.inference_mode()
 def run(given: Prepared, mode: str, quantization: str, policy: str = "default") -> Made:
-    """Generate with one attention mode and one quantisation; non-finite values are an error, not a reason to retry."""
+    """Generate with one attention mode and one quantization; non-finite values are an error, not a reason to retry."""
     files = given.job.files
     device = given.config.device
     model = load_dit(files.model, files.adapter, base_dtype=given.dtype, quantization=quantization, device=device)
     config = replace(given.config, attention_policy=bind(policy, mode, model.config.num_layers))
+    conditioning = given.conditioning
+    plan = plan_video(config, conditioning.source[0].size, [len(rows) for rows in conditioning.audio])
     with count_guards() as guards:
-        windows = list(generate(model, given.vae, given.clip, given.conditioning, config, fallback={}))
+        windows = list(generate(model, given.vae, given.clip, given.conditioning, plan, fallback={}))
     return Made(windows, guards)
 
 

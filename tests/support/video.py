@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def streams_of(path: Path) -> tuple[int, float, float]:
-    """(frames, seconds of the picture, seconds of the sound) of a video."""
+    """(frames, seconds of the frames, seconds of the sound) of a video."""
     import av
 
     with av.open(str(path)) as container:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import TINY_WAV2VEC2, transformers_wav2vec2
-from wanvideo_infinitetalk.media.audio import integrated_loudness, load_speech, normalise_loudness, read_audio
+from wanvideo_infinitetalk.media.audio import integrated_loudness, load_speech, normalize_loudness, read_audio
 from wanvideo_infinitetalk.multitalk import wav2vec
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
@@ -28,18 +28,18 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * 16_000))).astype(np.float32)
 
 
-def write_av(path, samples: np.ndarray, rate: int, codec: str = "aac", picture: bool = False, sound: bool = True):
+def write_av(path, samples: np.ndarray, rate: int, codec: str = "aac", image: bool = False, sound: bool = True):
     """A container that libsndfile cannot read; `samples` [channels, n]."""
     with av.open(str(path), "w") as container:
-        video = container.add_stream("mpeg4", rate=25) if picture else None
+        video = container.add_stream("mpeg4", rate=25) if image else None
         stream = (
             container.add_stream(codec, rate=rate, layout="stereo" if len(samples) == 2 else "mono") if sound else None
         )
         if video is not None:
             video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
             for _ in range(3):
-                picture_frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-                container.mux(video.encode(picture_frame))
+                image_frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+                container.mux(video.encode(image_frame))
             container.mux(video.encode(None))
         if stream is not None:
             for begin in range(0, samples.shape[1], 1024):
@@ -65,7 +65,7 @@ def test_formats_of_libsndfile(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.m4a", "a.mp4", "a.mkv"])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_formats_of_pyav(tmp_path, name, channels):
-    write_av(tmp_path / name, np.stack([tone(rate=44_100)] * channels), 44_100, picture=name != "a.m4a")
+    write_av(tmp_path / name, np.stack([tone(rate=44_100)] * channels), 44_100, image=name != "a.m4a")
     samples, rate = read_audio(tmp_path / name)
     assert (samples.dtype, samples.ndim, rate) == (np.float32, 1, 44_100)
     assert abs(samples.size - 44_100) < 4410
@@ -134,7 +134,7 @@ def test_recordings_that_cannot_be_read(tmp_path):
     soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16_000)
     with pytest.raises(InputError, match="no samples"):
         read_audio(tmp_path / "none.wav")
-    write_av(tmp_path / "mute.mp4", np.zeros((1, 0)), 16_000, picture=True, sound=False)
+    write_av(tmp_path / "mute.mp4", np.zeros((1, 0)), 16_000, image=True, sound=False)
     with pytest.raises(InputError, match="holds no sound"):
         read_audio(tmp_path / "mute.mp4")
 
@@ -175,7 +175,7 @@ def test_loudness():
         assert integrated_loudness(load_speech(gain * noise(3.0), 16_000)) == pytest.approx(-23.0, abs=0.05)
     assert integrated_loudness(load_speech(noise(3.0), 16_000, target_lufs=-30.0)) == pytest.approx(-30.0, abs=0.05)
     short = tone(0.1)
-    assert np.array_equal(normalise_loudness(short), short)
+    assert np.array_equal(normalize_loudness(short), short)
 
 
 # --- wav2vec2 --------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_every_spelling_of_the_weight_norm(base):
     assert relative_error(plain(noise(1.0)), expected) < 1e-5
 
 
-def test_models_that_are_refused(tmp_path, base):
+def test_models_that_are_rejected(tmp_path, base):
     with pytest.raises(CheckpointError, match="hubert"):
         Wav2Vec2Features.load(write_folder(tmp_path / "h", base, model_type="hubert"))
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
 from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
 from wanvideo_infinitetalk.media.video import VideoWriter
+from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 
@@ -43,23 +45,21 @@ class Media:
     frames: int
     width: int
     height: int
-    picture_seconds: float
+    video_seconds: float
     sound_seconds: float
     spread: float  # standard deviation of all pixels
 
 
 def probe(path: Path) -> Media:
     with av.open(str(path)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         video = container.streams.video[0]
         rate = video.average_rate
         assert rate is not None
     with av.open(str(path)) as container:
         samples = sum(Fraction(frame.samples, frame.sample_rate) for frame in container.decode(audio=0))
-    height, width = pictures[0].shape[:2]
-    return Media(
-        len(pictures), width, height, float(len(pictures) / rate), float(samples), float(np.std(np.stack(pictures)))
-    )
+    height, width = images[0].shape[:2]
+    return Media(len(images), width, height, float(len(images) / rate), float(samples), float(np.std(np.stack(images))))
 
 
 def tone(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
@@ -76,19 +76,19 @@ def speech(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 @pytest.fixture
 def run(
-    tiny_set: TinySet, speech: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Ran]:
     """`run(steps=2, model=path, ...)`: `infinitetalk generate` with small defaults; None leaves an option out."""
     defaults = {
-        "image": picture,
+        "image": image,
         "audio": speech,
         "model": tiny_set.model,
         "adapter": tiny_set.adapter,
@@ -119,7 +119,15 @@ def run(
     return go
 
 
-def assert_refused(ran: Ran, *words: str) -> None:
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where weights are read."""
+    for part in ("Wav2Vec2Features.load", "TextEncoder.load", "ClipVision.load", "WanVAE.load", "load_dit"):
+        what = f"wanvideo_infinitetalk.pipeline.make_video.{part}"
+        monkeypatch.setattr(what, lambda *given, part=part, **options: pytest.fail(f"{part} came first"))
+
+
+def assert_rejected(ran: Ran, *words: str) -> None:
     """Exit code 2 and one sentence on stderr, as its last line, with no traceback."""
     assert ran.code == 2, ran.err
     last = ran.err.rstrip().splitlines()[-1]
@@ -133,14 +141,14 @@ def assert_refused(ran: Ran, *words: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- it works
 
 
-def test_a_picture_and_a_recording_become_a_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+def test_an_image_and_a_recording_become_a_video(run: Callable[..., Ran], tmp_path: Path) -> None:
     out = tmp_path / "new folder" / "talk.mp4"
     ran = run(out=out)
     assert ran.code == 0, ran.err
     assert ran.out.splitlines()[-1] == f"video: {out}"
     media = probe(out)
     assert (media.frames, media.width, media.height) == (FRAMES, 32, 32)
-    assert abs(media.picture_seconds - SECONDS) < 0.04
+    assert abs(media.video_seconds - SECONDS) < 0.04
     assert abs(media.sound_seconds - SECONDS) < 0.04
     assert media.spread > 5
 
@@ -148,7 +156,7 @@ def test_a_picture_and_a_recording_become_a_video(run: Callable[..., Ran], tmp_p
 def test_a_generation_names_its_kernels_weights_and_guard_copies_in_one_line(run: Callable[..., Ran]) -> None:
     ran = run(attention_mode="sage3_fp8", quantization="fp8_e4m3fn_scaled", steps=2, max_frames=9)
     (line,) = [line for line in ran.err.splitlines() if line.startswith("Attention ")]
-    # Two windows of two steps of one pass: self attention by the mode, text, picture and speech by SDPA.
+    # Two windows of two steps of one pass: self attention by the mode, text, image and speech by SDPA.
     assert "Attention sage3_fp8 (policy default) by " in line
     assert re.search(r"emulated_fp8 \(8 calls\)", line)
     assert re.search(r"sdpa \(24 calls\)", line)
@@ -205,7 +213,7 @@ def test_silence_makes_a_video_and_a_warning(run: Callable[..., Ran], tmp_path: 
     "mode",
     ["RGBA", "L", "LA", "P", "I;16", "CMYK", "one pixel", "one column"],
 )
-def test_pictures_of_any_form(run: Callable[..., Ran], tmp_path: Path, mode: str) -> None:
+def test_images_of_any_form(run: Callable[..., Ran], tmp_path: Path, mode: str) -> None:
     size = {"one pixel": (1, 1), "one column": (1, 300)}.get(mode, (30, 50))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
     if mode == "I;16":
@@ -247,7 +255,7 @@ def test_two_speakers_with_masks_last_as_long_as_the_longer_one(
     assert abs(media.sound_seconds - 0.8) < 0.04
 
 
-def test_a_source_video_instead_of_a_picture(run: Callable[..., Ran], tmp_path: Path) -> None:
+def test_a_source_video_instead_of_an_image(run: Callable[..., Ran], tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "source.mp4", 25, tone(0.4, 16000), 16000) as writer:
         writer.append(torch.rand(10, 48, 48, 3))
     ran = run(image=None, video=tmp_path / "source.mp4", steps=2, start_step=1)
@@ -283,7 +291,7 @@ def test_a_merged_model_needs_no_adapter(run: Callable[..., Ran], tiny_set: Tiny
     assert run(model=tmp_path / "merged.safetensors", adapter=None, max_frames=5).code == 0
 
 
-# --------------------------------------------------------------------------------------------------------- it refuses
+# --------------------------------------------------------------------------------------------------------- it rejects
 
 
 def test_recordings_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -303,15 +311,15 @@ def test_recordings_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path)
         "missing.wav": "does not exist",
         ".": "folder",
     }.items():
-        assert_refused(run(audio=tmp_path / name), words)
+        assert_rejected(run(audio=tmp_path / name), words)
     assert not (tmp_path / "video.mp4").exists()
 
 
-def test_pictures_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+def test_images_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("text.png", "empty.png", "missing.png", "."):
-        assert_refused(run(image=tmp_path / name), str(tmp_path / name))
+        assert_rejected(run(image=tmp_path / name), str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -330,25 +338,25 @@ def test_pictures_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -
 def test_files_of_another_kind(
     run: Callable[..., Ran], tiny_set: TinySet, option: str, role: str | None, words: str
 ) -> None:
-    assert_refused(run(**{option: role and getattr(tiny_set, role)}), words)
+    assert_rejected(run(**{option: role and getattr(tiny_set, role)}), words)
 
 
 @pytest.mark.parametrize("option", ["model", "adapter", "vae", "text-encoder", "clip-vision", "wav2vec"])
 def test_missing_and_truncated_files(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path, option: str) -> None:
-    assert_refused(run(**{option: tmp_path / "nowhere.safetensors"}), "nowhere.safetensors", "does not exist")
+    assert_rejected(run(**{option: tmp_path / "nowhere.safetensors"}), "nowhere.safetensors", "does not exist")
     role = {"wav2vec": "wav2vec_file"}.get(option, option.replace("-", "_"))
     whole = getattr(tiny_set, role)
     cut = tmp_path / "cut.safetensors"
     with whole.open("rb") as source, cut.open("wb") as target:
         shutil.copyfileobj(source, target)
         target.truncate(whole.stat().st_size - 1000)
-    assert_refused(run(**{option: cut}), "cut.safetensors", "not downloaded completely")
+    assert_rejected(run(**{option: cut}), "cut.safetensors", "not downloaded completely")
 
 
 def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
     path = tmp_path / "t2v.safetensors"
     save_file(dit_weights("t2v"), path, metadata={"config": '{"num_heads": 2}'})
-    assert_refused(run(model=path), "a text-to-video model (16 input channels)", "image-to-video")
+    assert_rejected(run(model=path), "a text-to-video model (16 input channels)", "image-to-video")
 
 
 @pytest.mark.parametrize(
@@ -368,35 +376,49 @@ def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
         ({"blocks_to_swap": -1}, "-1 blocks"),
     ],
 )
+@pytest.mark.usefixtures("unread")
 def test_settings_that_do_not_fit(run: Callable[..., Ran], options: dict[str, object], words: str) -> None:
-    assert_refused(run(**options), words)
+    assert_rejected(run(**options), words)
+
+
+def test_a_job_is_planned_once(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size, windows, schedule and masks, for the whole run."""
+    counts: Counter[str] = Counter()
+    for name in ("fit_size", "plan_windows", "make_scheduler", "latent_masks"):
+        for module in (plan, long_video, conditioning, generate):
+            if hasattr(module, name):
+                computed = getattr(module, name)
+                monkeypatch.setattr(module, name, lambda *a, n=name, f=computed, **k: counts.update([n]) or f(*a, **k))
+    assert run().code == 0
+    assert counts == dict.fromkeys(("fit_size", "plan_windows", "make_scheduler", "latent_masks"), 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(run: Callable[..., Ran]) -> None:
-    assert_refused(run(device="cuda"), "needs an NVIDIA GPU")
+    assert_rejected(run(device="cuda"), "needs an NVIDIA GPU")
 
 
-def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, picture: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unread")
+def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, image: Path, tmp_path: Path) -> None:
     Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
-    assert_refused(run(audio_2=speech, masks=[picture]), "1 masks for 2 speakers")
-    assert_refused(run(audio_2=speech, masks=[picture, tmp_path / "black.png"]), "speaker 2 covers no part")
+    assert_rejected(run(audio_2=speech, masks=[image]), "1 masks for 2 speakers")
+    assert_rejected(run(audio_2=speech, masks=[image, tmp_path / "black.png"]), "speaker 2 covers no part")
 
 
 def test_places_that_cannot_be_written_to(
     run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert_refused(run(out=tmp_path / "file" / "video.mp4"), "cannot be written")
-    assert_refused(run(out=tmp_path), "folder")
+    assert_rejected(run(out=tmp_path / "file" / "video.mp4"), "cannot be written")
+    assert_rejected(run(out=tmp_path), "folder")
     monkeypatch.setattr(generate, "load_dit", lambda *given, **options: pytest.fail("the model was read first"))
-    assert_refused(run(out=tmp_path / "video.gif"), ".mp4")
+    assert_rejected(run(out=tmp_path / "video.gif"), ".mp4")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
 def test_a_full_disk(run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "full.mp4").symlink_to("/dev/full")
-    assert_refused(run(out=tmp_path / "full.mp4"), "could not be written")
+    assert_rejected(run(out=tmp_path / "full.mp4"), "could not be written")
 
 
 @pytest.mark.parametrize(
@@ -412,7 +434,7 @@ def test_too_little_memory(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPa
         raise error
 
     monkeypatch.setattr("wanvideo_infinitetalk.pipeline.make_video.load_dit", fail)
-    assert_refused(run(), "memory of cpu does not suffice", "fp8_e4m3fn_scaled")
+    assert_rejected(run(), "memory of cpu does not suffice", "fp8_e4m3fn_scaled")
 
 
 def test_other_runtime_errors_are_not_hidden(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +446,7 @@ def test_other_runtime_errors_are_not_hidden(run: Callable[..., Ran], monkeypatc
         run()
 
 
-def test_arguments_that_argparse_refuses(run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_argparse_rejects(run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
     for options in (
         {"model": None},
         {"image": None},
@@ -442,7 +464,7 @@ def test_verbose_shows_where_an_error_arose(run: Callable[..., Ran], tmp_path: P
     ran = run("--verbose", image=tmp_path / "missing.png")
     assert ran.code == 2
     assert "Traceback" in ran.err
-    assert ran.err.rstrip().splitlines()[-1].startswith("infinitetalk: There is no picture")
+    assert ran.err.rstrip().splitlines()[-1].startswith("infinitetalk: There is no image")
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions
@@ -485,7 +507,7 @@ def test_an_interruption_before_the_first_window(
 
 def test_an_older_video_is_left_alone_until_there_is_a_new_one(run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "video.mp4").write_bytes(b"older work")
-    assert_refused(run(steps=0))
+    assert_rejected(run(steps=0))
     assert (tmp_path / "video.mp4").read_bytes() == b"older work"
 
 

@@ -1,4 +1,4 @@
-"""Colour correction against known colours and its own definition."""
+"""Color correction against known colors and its own definition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from wanvideo_infinitetalk.media.color import lab_to_rgb, match_colors, rgb_to_lab
 
-# sRGB and L*a*b* (D65, 2 degrees) of the primaries and greys, as tables of the colour space give them.
+# sRGB and L*a*b* (D65, 2 degrees) of the primaries and grays, as tables of the color space give them.
 KNOWN = [
     ((1, 1, 1), (100.0, 0.0, 0.0)),
     ((0, 0, 0), (0.0, 0.0, 0.0)),
@@ -22,7 +22,7 @@ def _frames(count: int = 3, size: int = 12, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rgb", "lab"), KNOWN)
-def test_known_colours(rgb, lab) -> None:
+def test_known_colors(rgb, lab) -> None:
     result = rgb_to_lab(torch.tensor(rgb, dtype=torch.float32)[:, None, None]).flatten()
     assert torch.allclose(result, torch.tensor(lab), atol=0.03)
 
@@ -50,7 +50,7 @@ def test_strength_blends_linearly() -> None:
     assert match_colors(frames, reference, 0.0) is frames
 
 
-def test_its_own_colours_change_nothing() -> None:
+def test_its_own_colors_change_nothing() -> None:
     frame = _frames(1)
     assert torch.allclose(match_colors(frame, frame[:, 0], 1.0), frame, atol=1e-4)
 

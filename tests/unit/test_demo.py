@@ -43,7 +43,7 @@ def test_the_demo_ends_in_a_video_with_sound_as_long_as_the_recording(tmp_path: 
     assert abs(len(frames) / 25 - seconds) < 1 / 25
     assert abs(len(sound) / sound_rate - seconds) < 1 / 25
     assert np.stack(frames).std() > 5
-    # It is the recording that is heard: both swell and fade together.
+    # The sound is the recording: both swell and fade together.
     at = np.arange(0, min(len(sound) / sound_rate, seconds) - 0.05, 0.05)
     loud = [
         [np.std(w[int(t * r) : int((t + 0.05) * r)]) for t in at] for w, r in ((sound, sound_rate), (recording, rate))
@@ -54,9 +54,9 @@ def test_the_demo_ends_in_a_video_with_sound_as_long_as_the_recording(tmp_path: 
     # And she speaks it: her mouth opens and closes with the speech.
     video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1
     seen = openings(video[None], torch.tensor([[MOUTH]]))[0, 0]
-    heard = torch.from_numpy(mouth_of(load_speech(recording, rate), len(frames)).opening)
-    assert correlation(seen[3:], heard[3:]) > 0.9  # 0.97 when this was written
-    assert abs(lag(seen[3:], heard[3:])) <= 1
+    spoken = torch.from_numpy(mouth_of(load_speech(recording, rate), len(frames)).opening)
+    assert correlation(seen[3:], spoken[3:]) > 0.9  # 0.97 when this was written
+    assert abs(lag(seen[3:], spoken[3:])) <= 1
 
 
 def test_the_command_makes_the_demo_on_any_set(
@@ -96,7 +96,7 @@ def test_the_demo_leaves_nothing_behind_but_can_keep_its_models(tmp_path: Path) 
     assert (tmp_path / "kept" / model.name).exists()
 
 
-def test_the_drawn_picture_is_what_the_code_draws() -> None:
+def test_the_drawn_image_is_what_the_code_draws() -> None:
     from wanvideo_infinitetalk.assets.draw_portrait import draw_portrait
 
     drawn = np.asarray(draw_portrait()).astype(int)

@@ -102,4 +102,4 @@ def test_the_command_ends_with_2_when_a_precision_has_no_kernel(capsys, monkeypa
     sick = dataclasses.replace(report, precisions={"16-bit": True, "8-bit": False, "4-bit": True})
     monkeypatch.setattr(doctor, "examine", lambda device: sick)
     assert main(["doctor", "--device", "cpu"]) == 2
-    assert "No attention mode of 8-bit serves here" in capsys.readouterr().err
+    assert "No attention mode of 8-bit runs here" in capsys.readouterr().err

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wanvideo_infinitetalk.pipeline.guidance import FULL, NULL, PROMPT, SPEECH, Guidance, Pass, per_step
+from wanvideo_infinitetalk.pipeline.guidance import (
+    FULL,
+    NULL,
+    PROMPT,
+    SPEECH,
+    Formula,
+    Pass,
+    Projection,
+    guide,
+    per_step,
+)
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 V = {which: torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(n)) for n, which in
      enumerate((FULL, SPEECH, PROMPT, NULL))}  # fmt: skip
 
 
-def _velocity(guidance: Guidance, text: float, audio: float) -> tuple[torch.Tensor, list[Pass]]:
+def _velocity(
+    formula: Formula, projection: Projection | None = None, velocities: dict[Pass, torch.Tensor] = V
+) -> tuple[torch.Tensor, list[Pass]]:
     made: list[Pass] = []
 
     def evaluate(which: Pass) -> torch.Tensor:
         made.append(which)
-        return V[which]
+        return velocities[which]
 
-    return guidance.velocity(evaluate, text, audio), made
+    return formula.velocity(evaluate, projection), made
 
 
 def _additive(text: float, audio: float) -> torch.Tensor:
@@ -36,7 +48,7 @@ def _additive(text: float, audio: float) -> torch.Tensor:
     ],
 )
 def test_the_additive_formula_makes_no_pass_that_cancels(text, audio, passes) -> None:
-    v, made = _velocity(Guidance(), text, audio)
+    v, made = _velocity(guide(text, audio))
     assert made == passes
     expected = _additive(text, audio) if text != 1 else V[PROMPT] + audio * (V[FULL] - V[PROMPT])
     assert torch.allclose(v, expected, atol=1e-5)
@@ -44,13 +56,13 @@ def test_the_additive_formula_makes_no_pass_that_cancels(text, audio, passes) ->
 
 @pytest.mark.parametrize(("text", "audio"), [(5.0, 4.0), (5.0, 1.0), (5.0, 0.2)])
 def test_the_nested_formula(text, audio) -> None:
-    v, _ = _velocity(Guidance("nested"), text, audio)
+    v, _ = _velocity(guide(text, audio, "nested"))
     expected = V[NULL] + text * ((V[FULL] - V[SPEECH]) + audio * (V[SPEECH] - V[NULL]))
     assert torch.allclose(v, expected, atol=1e-5)
 
 
 def test_without_text_guidance_the_formulas_agree() -> None:
-    assert torch.equal(_velocity(Guidance("nested"), 1.0, 4.0)[0], _velocity(Guidance(), 1.0, 4.0)[0])
+    assert guide(1.0, 4.0, "nested") == guide(1.0, 4.0)
 
 
 def _project_out(d: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -58,34 +70,37 @@ def _project_out(d: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def test_apg_limits_projects_and_remembers() -> None:
-    guidance = Guidance(use_apg=True, apg_momentum=-0.75, apg_norm_threshold=0.5)
+    projection = Projection(momentum=-0.75, norm_threshold=0.5)
     text_sum = audio_sum = torch.zeros_like(V[FULL])
-    for _ in range(3):
-        text_sum = V[FULL] - V[SPEECH] - 0.75 * text_sum
-        audio_sum = V[SPEECH] - V[NULL] - 0.75 * audio_sum
-        text, audio = (_project_out(d * min(1, 0.5 / float(d.norm())), V[FULL]) for d in (text_sum, audio_sum))
-        v, made = _velocity(guidance, 5.0, 4.0)
+    for step in range(3):
+        # Other velocities at each step: what is remembered then has a direction of its own.
+        step_v = {which: v.roll(step, dims=0) + step * v.flip(1) for which, v in V.items()}
+        full, speech, null = step_v[FULL], step_v[SPEECH], step_v[NULL]
+        text_sum = full - speech - 0.75 * text_sum
+        audio_sum = speech - null - 0.75 * audio_sum
+        text, audio = (_project_out(d * min(1, 0.5 / float(d.norm())), full) for d in (text_sum, audio_sum))
+        v, made = _velocity(guide(5.0, 4.0, projected=True), projection, step_v)
         assert made == [FULL, SPEECH, NULL]
-        assert torch.allclose(v, V[FULL] + 4 * text + 3 * audio, atol=1e-5)
-        assert abs(float(((v - V[FULL]) * V[FULL]).sum())) < 1e-3  # nothing is added along v
+        assert torch.allclose(v, full + 4 * text + 3 * audio, atol=1e-5)
+        assert abs(float(((v - full) * full).sum())) < 1e-3  # nothing is added along v
 
 
 def test_apg_with_audio_alone_and_below_the_limit() -> None:
-    v, made = _velocity(Guidance(use_apg=True, apg_norm_threshold=1e9), 1.0, 4.0)
+    v, made = _velocity(guide(1.0, 4.0, projected=True), Projection(norm_threshold=1e9))
     assert made == [FULL, PROMPT]
     assert torch.allclose(v, V[FULL] + 3 * _project_out(V[FULL] - V[PROMPT], V[FULL]), atol=1e-5)
 
 
 def test_apg_of_equal_predictions_is_finite() -> None:
     same = torch.zeros(2, 2)
-    assert Guidance(use_apg=True).velocity(lambda which: same, 5.0, 4.0).eq(0).all()
+    assert guide(5.0, 4.0, projected=True).velocity(lambda which: same, Projection()).eq(0).all()
 
 
 def test_formulas_that_do_not_go_together() -> None:
     with pytest.raises(InputError, match="additive, nested"):
-        Guidance("product")
+        guide(5.0, 4.0, "product")
     with pytest.raises(InputError, match="additive formula only"):
-        Guidance("nested", use_apg=True)
+        guide(5.0, 4.0, "nested", projected=True)
 
 
 def test_schedules() -> None:

@@ -115,13 +115,13 @@ def test_what_the_speech_does_at_a_border_is_not_held_against_the_border() -> No
 
 
 def test_a_mouth_that_gapes_in_silence_is_seen() -> None:
-    heard = torch.from_numpy(mouth_of(babble(FRAMES / FPS, 8), FRAMES).opening)
-    assert silence(heard, heard) == pytest.approx(0, abs=0.02)
-    gaping = torch.where(heard < 0.05, 0.8, heard)
+    spoken = torch.from_numpy(mouth_of(babble(FRAMES / FPS, 8), FRAMES).opening)
+    assert silence(spoken, spoken) == pytest.approx(0, abs=0.02)
+    gaping = torch.where(spoken < 0.05, 0.8, spoken)
     gaping[0] = 0
     gaping[1] = 0
-    assert silence(gaping, heard) > 0.5
-    assert math.isnan(silence(heard, torch.ones_like(heard)))
+    assert silence(gaping, spoken) > 0.5
+    assert math.isnan(silence(spoken, torch.ones_like(spoken)))
 
 
 def test_identity_forgives_two_pixels_and_the_mouth_but_no_other_face() -> None:

@@ -1,4 +1,4 @@
-"""Masks of speakers, and pictures cut to the size of the video."""
+"""Masks of speakers, and images cut to the size of the video."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wanvideo_infinitetalk.media.images import cover_nearest, cover_picture, fit_size, load_picture
-from wanvideo_infinitetalk.media.masks import default_masks, latent_masks
+from wanvideo_infinitetalk.media.images import cover_image, cover_nearest, fit_size, load_image
+from wanvideo_infinitetalk.media.masks import default_masks, latent_masks, load_mask, speaker_planes
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 
@@ -18,7 +18,7 @@ def _half(height: int, width: int, left: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("speakers", [2, 3, 4])
-def test_default_masks_share_the_picture_out(speakers) -> None:
+def test_default_masks_share_the_image_out(speakers) -> None:
     masks = default_masks(speakers, 100, 400)
     assert masks.shape == (speakers + 1, 100, 400)
     assert masks.sum(0).eq(1).all()  # each place belongs to one speaker or to the background
@@ -54,14 +54,31 @@ def test_given_masks_of_any_scale_and_size(scale, size) -> None:
     assert masks[2].eq(0).all()
 
 
-def test_masks_are_cut_like_the_picture() -> None:
-    """A marked square lies at the same place of the cut picture and of the cut mask."""
+@pytest.mark.parametrize("scale", [1, 255])
+def test_a_speaker_is_where_a_mask_is_above_half(scale) -> None:
+    """Columns of 0, 0.2, 0.45 and 0.55, 0.9, 1: gray edges and shadows below one half belong to nobody."""
+    levels = torch.tensor([0.0, 0.2, 0.45, 0.55, 0.9, 1.0]).repeat_interleave(16).expand(64, -1)
+    masks = latent_masks([levels * scale, levels.flip(1) * scale], 2, (96, 64), 96, 64)
+    assert masks[0, 0].tolist() == [0.0] * 6 + [1.0] * 6
+    assert masks[1, 0].tolist() == [1.0] * 6 + [0.0] * 6
+
+
+def test_masks_from_files_and_with_their_background(tmp_path) -> None:
+    Image.fromarray(np.array([[0, 51, 255]], np.uint8)).save(tmp_path / "mask.png")
+    assert torch.allclose(load_mask(tmp_path / "mask.png"), torch.tensor([[0.0, 0.2, 1.0]]))
+    planes = torch.rand(3, 2, 2)
+    assert [len(speaker_planes(planes, speakers)) for speakers in (2, 3)] == [2, 3]
+    assert torch.equal(speaker_planes(planes[0], 1)[0], planes[0])
+
+
+def test_masks_are_cut_like_the_image() -> None:
+    """A marked square lies at the same place of the cut image and of the cut mask."""
     pixels = np.zeros((200, 120, 3), np.uint8)
     pixels[90:130, 30:80] = 255
     mask = torch.from_numpy(pixels[..., 0] > 0)
-    picture = cover_picture(Image.fromarray(pixels), 64, 48)
+    image = cover_image(Image.fromarray(pixels), 64, 48)
     cut = cover_nearest(mask[None].float(), 64, 48)
-    assert ((picture[0] > 0) == (cut[0] > 0)).float().mean() > 0.97
+    assert ((image[0] > 0) == (cut[0] > 0)).float().mean() > 0.97
 
 
 def test_masks_that_do_not_fit() -> None:
@@ -73,16 +90,16 @@ def test_masks_that_do_not_fit() -> None:
     with pytest.raises(InputError, match=r"speaker 1 covers no part of the 96 x 64 video"):
         latent_masks([torch.zeros(60, 90), halves[1]], 2, (90, 60), 96, 64)
     edge = torch.zeros(60, 200)
-    edge[:, :10] = 1  # cut away with the sides of a wide picture
+    edge[:, :10] = 1  # cut away with the sides of a wide image
     with pytest.raises(InputError, match="speaker 1 covers no part"):
         latent_masks([edge, 1 - edge], 2, (200, 60), 64, 64)
 
 
-# --- pictures
+# --- images
 
 
 @pytest.mark.parametrize(
-    ("picture", "wanted", "expected"),
+    ("image", "wanted", "expected"),
     [
         ((1000, 1000), (832, 480), (832, 480)),
         ((1000, 1000), (830, 475), (832, 480)),
@@ -94,57 +111,57 @@ def test_masks_that_do_not_fit() -> None:
         ((1, 5000), (None, None), (320, 1280)),
     ],
 )
-def test_sizes(picture, wanted, expected) -> None:
-    assert fit_size(picture, *wanted) == expected
+def test_sizes(image, wanted, expected) -> None:
+    assert fit_size(image, *wanted) == expected
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (64, 48), (7, 3), (1, 1), (1, 400), (400, 1)])
-def test_pictures_cover_the_size(size) -> None:
-    picture = Image.new("RGB", size, (255, 0, 51))
-    cut = cover_picture(picture, 64, 48)
+def test_images_cover_the_size(size) -> None:
+    image = Image.new("RGB", size, (255, 0, 51))
+    cut = cover_image(image, 64, 48)
     assert cut.shape == (3, 48, 64)
     assert cut.dtype == torch.float32
     assert torch.allclose(cut, torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand_as(cut), atol=1e-6)
 
 
-def test_the_centre_is_kept() -> None:
-    """Columns of a wide gradient: the middle of the cut is the middle of the picture."""
+def test_the_center_is_kept() -> None:
+    """Columns of a wide gradient: the middle of the cut is the middle of the image."""
     ramp = np.repeat(np.linspace(0, 255, 900).astype(np.uint8)[None, :, None], 60, 0).repeat(3, 2)
     for width in (64, 640):
-        cut = cover_picture(Image.fromarray(ramp), width, width * 3 // 4)
+        cut = cover_image(Image.fromarray(ramp), width, width * 3 // 4)
         assert abs(float(cut.mean())) < 0.02
         assert cut[0, 0].diff().min() >= 0
 
 
-def test_transparent_becomes_white_and_deep_grey_is_scaled() -> None:
+def test_transparent_becomes_white_and_deep_gray_is_scaled() -> None:
     clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
-    assert load_picture(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
-    assert [load_picture(deep).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+    assert [load_image(deep).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 def test_pixels_as_arrays_and_tensors() -> None:
     floats = np.array([[[0.0, 0.5, 1.0]]], np.float32)
     for source in (floats, torch.from_numpy(floats), np.array([[[0, 128, 255]]], np.uint8)):
-        assert load_picture(source).getpixel((0, 0)) == (0, 128, 255)
-    assert load_picture(np.zeros((2, 2, 1), np.uint8)).mode == "RGB"
+        assert load_image(source).getpixel((0, 0)) == (0, 128, 255)
+    assert load_image(np.zeros((2, 2, 1), np.uint8)).mode == "RGB"
     with pytest.raises(InputError, match="NaN"):
-        load_picture(floats * np.nan)
+        load_image(floats * np.nan)
     with pytest.raises(InputError, match="shape"):
-        load_picture(np.zeros((2, 2), np.uint8))
+        load_image(np.zeros((2, 2), np.uint8))
 
 
-def test_files_that_are_no_pictures(tmp_path) -> None:
-    with pytest.raises(InputError, match="no picture at"):
-        load_picture(tmp_path / "none.png")
+def test_files_that_are_no_images(tmp_path) -> None:
+    with pytest.raises(InputError, match="no image at"):
+        load_image(tmp_path / "none.png")
     for content in (b"", b"text", b"\x89PNG\r\n\x1a\n" + bytes(40)):
         (tmp_path / "bad.png").write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read as a picture"):
-            load_picture(tmp_path / "bad.png")
+        with pytest.raises(InputError, match="cannot be read as an image"):
+            load_image(tmp_path / "bad.png")
 
 
 def test_upright_as_the_camera_says(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_picture(tmp_path / "turned.jpg").size == (10, 20)
+    assert load_image(tmp_path / "turned.jpg").size == (10, 20)

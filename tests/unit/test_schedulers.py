@@ -31,32 +31,32 @@ def test_grids_fall_to_zero_and_timesteps_follow(name, shift) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_perfect_model_is_followed_to_its_picture(name) -> None:
-    """Whatever the noise, a model that always points at one picture leads there."""
-    picture = torch.randn(SHAPE)
+def test_a_perfect_model_is_followed_to_its_target(name) -> None:
+    """Whatever the noise, a model that always points at one target leads there."""
+    target = torch.randn(SHAPE)
     scheduler = make_scheduler(name, 4, 5.0)
-    result = _run(scheduler, torch.randn(SHAPE), lambda x, sigma: (x - picture) / sigma)
-    assert torch.allclose(result, picture, atol=1e-4)
+    result = _run(scheduler, torch.randn(SHAPE), lambda x, sigma: (x - target) / sigma)
+    assert torch.allclose(result, target, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "flowmatch_distill"])
 def test_one_step_runs(name) -> None:
-    picture = torch.randn(SHAPE)
-    result = _run(make_scheduler(name, 1, 5.0), torch.randn(SHAPE), lambda x, sigma: (x - picture) / sigma)
-    assert torch.allclose(result, picture, atol=1e-4)
+    target = torch.randn(SHAPE)
+    result = _run(make_scheduler(name, 1, 5.0), torch.randn(SHAPE), lambda x, sigma: (x - target) / sigma)
+    assert torch.allclose(result, target, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_later_start_and_a_second_run_carry_nothing_over(name) -> None:
-    picture, noise, x = torch.randn(3, *SHAPE)
+    target, noise, x = torch.randn(3, *SHAPE)
 
     def velocity(x, sigma):
         return 0.3 * x + 0.1 * torch.sin(x)
 
     fresh, used = make_scheduler(name, 4, 5.0), make_scheduler(name, 4, 5.0)
     _run(used, x, velocity)
-    start = fresh.add_noise(picture, noise, 2)
-    assert torch.allclose(start, picture + float(fresh.sigmas[2]) * (noise - picture), atol=1e-6)
+    start = fresh.add_noise(target, noise, 2)
+    assert torch.allclose(start, target + float(fresh.sigmas[2]) * (noise - target), atol=1e-6)
     torch.manual_seed(1)
     expected = _run(fresh, start, velocity, start=2)
     torch.manual_seed(1)
@@ -99,9 +99,9 @@ def test_explicit_sigmas(name) -> None:
     scheduler = make_scheduler(name, 99, 5.0, sigmas)
     assert torch.equal(scheduler.sigmas, torch.tensor(sigmas))
     assert len(scheduler) == 4
-    picture = torch.randn(SHAPE)
-    result = _run(scheduler, torch.randn(SHAPE), lambda x, sigma: (x - picture) / sigma)
-    assert torch.allclose(result, picture, atol=1e-5)  # finite although ln(1 - sigma) is not at sigma 1
+    target = torch.randn(SHAPE)
+    result = _run(scheduler, torch.randn(SHAPE), lambda x, sigma: (x - target) / sigma)
+    assert torch.allclose(result, target, atol=1e-5)  # finite although ln(1 - sigma) is not at sigma 1
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [0.5, 0.5, 0.0], [1.2, 0.0], [0.5, -0.1], [0.5, float("nan"), 0.0]])

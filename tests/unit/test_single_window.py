@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from wanvideo_infinitetalk.pipeline.guidance import Guidance
-from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
-from wanvideo_infinitetalk.pipeline.single_window import (
-    Keyframes,
-    StepReport,
-    WindowInputs,
-    cfg_schedule,
-    denoise,
-    keyframe_condition,
-)
+from wanvideo_infinitetalk.pipeline.attention_policy import SAFER
+from wanvideo_infinitetalk.pipeline.conditioning import Keyframes, WindowInputs, keyframe_condition
+from wanvideo_infinitetalk.pipeline.guidance import Pass, cfg_schedule
+from wanvideo_infinitetalk.pipeline.nonfinite import AttentionPolicy, FallbackModes
+from wanvideo_infinitetalk.pipeline.plan import plan_schedule
+from wanvideo_infinitetalk.pipeline.sampling import ModelInputs, Overwrite, denoise
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 HEIGHT, WIDTH, FRAMES = 16, 32, 9
@@ -59,12 +56,12 @@ def test_schedules_that_cannot_be(arguments: Any, words: str) -> None:
 # --- condition channels
 
 
-def picture(value: float, count: int = 1) -> Tensor:
+def image(value: float, count: int = 1) -> Tensor:
     return torch.full((count, 3, HEIGHT, WIDTH), value)
 
 
-def test_a_start_picture_marks_the_first_latent_frame() -> None:
-    y = keyframe_condition(LinearVae(), Keyframes(start=picture(0.5)), FRAMES, HEIGHT, WIDTH)
+def test_a_start_image_marks_the_first_latent_frame() -> None:
+    y = keyframe_condition(LinearVae(), Keyframes(start=image(0.5)), FRAMES, HEIGHT, WIDTH)
     assert y.shape == (1, 20, 3, HEIGHT // 8, WIDTH // 8)
     mask, latents = y[0, :4], y[0, 4:]
     assert (mask[:, 0] == 1).all()
@@ -73,8 +70,8 @@ def test_a_start_picture_marks_the_first_latent_frame() -> None:
     assert (latents[:, 1:] == 0).all()
 
 
-def test_an_end_picture_marks_the_last_frame_of_its_group() -> None:
-    keys = Keyframes(start=picture(0.5), end=picture(-1.0), end_strength=0.5)
+def test_an_end_image_marks_the_last_frame_of_its_group() -> None:
+    keys = Keyframes(start=image(0.5), end=image(-1.0), end_strength=0.5)
     y = keyframe_condition(LinearVae(), keys, FRAMES, HEIGHT, WIDTH)
     mask = y[0, :4, :, 0, 0]  # [frame of the group, latent frame]
     assert mask.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]]
@@ -82,10 +79,10 @@ def test_an_end_picture_marks_the_last_frame_of_its_group() -> None:
 
 
 def test_masks_of_ones_own_and_filled_frames() -> None:
-    given = torch.zeros(FRAMES)
-    given[5:] = 1
+    given = torch.full((FRAMES,), 0.4)
+    given[5:] = 0.6
     vae = LinearVae()
-    keys = Keyframes(start=picture(0.25), empty=picture(0.75, 2), given=given)
+    keys = Keyframes(start=image(0.25), empty=image(0.75, 2), given=given)
     y = keyframe_condition(vae, keys, FRAMES, HEIGHT, WIDTH)
     assert y[0, :4, :, 0, 0].tolist() == [[0, 0, 1]] * 4
     assert vae.seen[0, 0, :, 0, 0].tolist() == [0.25] + [0.75] * 8
@@ -93,7 +90,7 @@ def test_masks_of_ones_own_and_filled_frames() -> None:
 
 def test_noise_where_it_is_asked_for() -> None:
     vae = LinearVae()
-    start = picture(0.0)
+    start = image(0.0)
     keyframe_condition(vae, Keyframes(start=start, noise=0.1), FRAMES, HEIGHT, WIDTH)
     assert vae.seen[:, :, 0].std() == pytest.approx(0.1, rel=0.1)
     assert not vae.seen[:, :, 1:].any()
@@ -106,7 +103,7 @@ def test_noise_where_it_is_asked_for() -> None:
     ("keys", "frames", "words"),
     [
         (Keyframes(), 8, "set num_frames to 9"),
-        (Keyframes(start=picture(0, 5), end=picture(0, 5)), 9, "do not fit into 9"),
+        (Keyframes(start=image(0, 5), end=image(0, 5)), 9, "do not fit into 9"),
         (Keyframes(given=torch.ones(4)), 9, "4 frame masks for 9 frames"),
     ],
 )
@@ -133,25 +130,24 @@ class Model:
 
 def run(
     model: Any,
-    inputs: WindowInputs,
+    inputs: Callable[[Pass], ModelInputs],
     cfg: float = 1.0,
     audio_cfg: float = 1.0,
     scheduler: str = "euler",
-    guidance: Guidance | None = None,
+    x: Tensor | None = None,
+    attention_policy: AttentionPolicy | None = None,
+    apg: tuple[float, float] | None = None,
+    steps: tuple[int, int] = (0, 4),
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3))
-    return denoise(
-        model,
-        make_scheduler(scheduler, 4, 5.0),
-        x,
-        inputs,
-        cfg=[cfg] * 4,
-        audio_cfg=[audio_cfg] * 4,
-        generator=torch.Generator().manual_seed(0),
-        guidance=guidance or Guidance(),
-        **options,
+    x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(3)) if x is None else x
+    schedule = plan_schedule(
+        scheduler, 4, 5.0, start_step=steps[0], end_step=steps[1], cfg=cfg, audio_cfg=audio_cfg, apg=apg
     )
+    modes = FallbackModes(model, attention_policy, SAFER, 4, x.device)
+    generator = generator or torch.Generator().manual_seed(0)
+    return denoise(model, schedule, x, inputs, generator=generator, modes=modes, **options)
 
 
 def inputs_of(**changes: Any) -> WindowInputs:
@@ -165,7 +161,7 @@ def test_without_guidance_there_is_one_pass_per_step() -> None:
     assert all(call["context"].mean() == 1 for call in model.calls)
 
 
-def test_guidance_takes_the_negative_prompt_and_picture() -> None:
+def test_guidance_takes_the_negative_prompt_and_image() -> None:
     model = Model()
     clip, away = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
     run(model, inputs_of(clip=clip, negative_clip=away), cfg=3.0)
@@ -183,23 +179,57 @@ def test_speech_is_guided_against_silence_of_one_speaker() -> None:
 
 
 def test_steps_can_be_shared_and_are_reported() -> None:
-    reports: list[StepReport] = []
-    whole, _ = run(Model(), inputs_of(), report=reports.append)
-    assert [(r.done, r.total) for r in reports] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    first, guess = run(Model(), inputs_of(), end_step=2)
-    torch.testing.assert_close(guess, reports[1].clean)
-    second, _ = denoise(
-        Model(),
-        make_scheduler("euler", 4, 5.0),
-        first,
-        inputs_of(),
-        cfg=[1.0] * 4,
-        audio_cfg=[1.0] * 4,
-        generator=torch.Generator(),
-        guidance=Guidance(),
-        start_step=2,
-    )
+    reports: list[tuple[int, Tensor]] = []
+    whole, _ = run(Model(), inputs_of(), report=lambda *given: reports.append(given))
+    assert [step for step, _ in reports] == [0, 1, 2, 3]
+    first, guess = run(Model(), inputs_of(), steps=(0, 2))
+    torch.testing.assert_close(guess, reports[1][1])
+    second, _ = run(Model(), inputs_of(), x=first, steps=(2, 4))
     torch.testing.assert_close(second, whole)
+
+
+def test_a_pass_can_see_frames_of_its_own() -> None:
+    """References at the end of x, in one pass of two: the steps go on without them."""
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, *given: Any, **k: Any) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x).unsqueeze(0)
+
+    own = Overwrite(torch.full((16, 1, 2, 2), 7.0), at_end=True)
+
+    def inputs(which: Pass) -> ModelInputs:
+        return ModelInputs(torch.zeros(2, 3), overwrite=own if which.prompt else None)
+
+    x = torch.randn(16, 3, 2, 2)
+    result, _ = run(model, inputs, cfg=3.0, x=x)
+    with_references, without = seen[::2], seen[1::2]
+    assert all(torch.equal(given[:, :2], x[:, :2]) and given[:, 2].eq(7).all() for given in with_references)
+    assert all(torch.equal(given, x) for given in [*without, result])
+
+
+@pytest.mark.parametrize(("scheduler", "draws"), [("euler", 0), ("lcm", 4), ("dpm++_sde", 4)])
+@pytest.mark.parametrize(("front", "fronts"), [({}, 0), ({"draws": True}, 5), ({"draws": True, "noised": True}, 5)])
+def test_random_numbers_after_every_step_the_last_one_too(scheduler, draws, front, fronts) -> None:
+    shape, motion = (16, 3, 2, 2), torch.ones(16, 1, 2, 2)
+    generator, expected = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, *given: Any, **k: Any) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x).unsqueeze(0)
+
+    overwrite = Overwrite(motion, **front)
+    run(model, inputs_of(), x=torch.randn(shape), scheduler=scheduler, overwrite=overwrite, generator=generator)
+    first = torch.randn(motion.shape, generator=expected) if fronts else None
+    for _ in range(4):
+        if draws:
+            torch.randn(shape, generator=expected)
+        if fronts:
+            torch.randn(motion.shape, generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
+    stands = first if front.get("noised") else motion  # sigma is about 1 at first
+    assert torch.allclose(seen[0][:, :1], stands, atol=2e-3)
 
 
 def test_the_attention_policy_is_asked_step_by_step() -> None:
@@ -231,8 +261,7 @@ def test_non_finite_values_start_the_window_over_in_the_safer_mode(
 
 def test_guidance_with_momentum_starts_over_too() -> None:
     def momentum(model: Any) -> Tensor:
-        guidance = Guidance(use_apg=True)
-        return run(model, inputs_of(), cfg=3.0, attention_policy="sageattn_3_fp8", guidance=guidance)[0]
+        return run(model, inputs_of(), cfg=3.0, attention_policy="sageattn_3_fp8", apg=(-0.75, 55.0))[0]
 
     assert torch.equal(momentum(BreakingModel()), momentum(Model()))
 

@@ -19,7 +19,7 @@ FPS = 25
 
 
 def _frames(count: int, height: int = 48, width: int = 64, start: int = 0) -> torch.Tensor:
-    """Grey frames that tell their index: (index * 8) % 240."""
+    """Gray frames that show their index: (index * 8) % 240."""
     levels = (torch.arange(start, start + count) * 8 % 240).to(torch.uint8)
     return levels[:, None, None, None].expand(count, height, width, 3)
 
@@ -31,13 +31,13 @@ def _tone(seconds: float, rate: int) -> np.ndarray:
 def _decode(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """Frames [n, H, W, 3], sound [samples] and its rate."""
     with av.open(str(path)) as container:
-        pictures = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        images = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     with av.open(str(path)) as container:
         if not container.streams.audio:
-            return pictures, np.zeros(0), 0
+            return images, np.zeros(0), 0
         pieces = [f.to_ndarray().mean(0) for f in container.decode(audio=0)]
         rate = container.streams.audio[0].rate
-    return pictures, np.concatenate(pieces), rate
+    return images, np.concatenate(pieces), rate
 
 
 def _durations(path: Path) -> dict[str, float]:
@@ -58,22 +58,22 @@ def _write(path: Path, seconds: float, rate: int, windows: int = 3) -> int:
     ("rate", "seconds"),
     [(8000, 0.2), (16000, 0.04), (16000, 2.013), (22050, 1.0), (44100, 1.5), (48000, 2.5), (96000, 1)],
 )
-def test_picture_and_sound_last_as_long_as_the_recording(tmp_path, rate, seconds) -> None:
+def test_image_and_sound_last_as_long_as_the_recording(tmp_path, rate, seconds) -> None:
     path = tmp_path / "out.mp4"
     total = _write(path, seconds, rate)
     durations = _durations(path)
     assert abs(durations["video"] - seconds) <= 1 / FPS + 1e-6
     assert abs(durations["audio"] - seconds) <= 1 / FPS + 1e-6
-    pictures, sound, out_rate = _decode(path)
-    assert len(pictures) == total
+    images, sound, out_rate = _decode(path)
+    assert len(images) == total
     assert abs(len(sound) / out_rate - seconds) <= 0.05  # whole AAC packets
 
 
 def test_frames_and_sound_come_back_in_order(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     total = _write(path, 3.0, 16000)
-    pictures, sound, rate = _decode(path)
-    levels = pictures.mean(axis=(1, 2, 3))
+    images, sound, rate = _decode(path)
+    levels = images.mean(axis=(1, 2, 3))
     assert np.abs(levels - np.arange(total) * 8 % 240).max() < 6
     loud = sound[rate // 2 : rate * 2]
     spectrum = np.abs(np.fft.rfft(loud))
@@ -90,16 +90,16 @@ def test_the_finished_file_is_an_ordinary_mp4_alone_in_its_folder(tmp_path) -> N
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-def test_colours_survive(tmp_path) -> None:
+def test_colors_survive(tmp_path) -> None:
     path = tmp_path / "out.mp4"
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.5, 0.8]])
+    colors = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.5, 0.8]])
     with VideoWriter(path) as writer:
-        for colour in colours:
-            writer.append(colour.expand(6, 64, 64, 3))
+        for color in colors:
+            writer.append(color.expand(6, 64, 64, 3))
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.colorspace == 1
         frames = [f.to_ndarray() for f in container.decode(video=0)]  # [96, 64]: luma above, chroma below
-    for index, (red, green, blue) in enumerate(colours.tolist()):
+    for index, (red, green, blue) in enumerate(colors.tolist()):
         luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # ITU-R BT.709-6, items 3.2 and 3.3
         expected = [16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748]
         planes = frames[6 * index + 3]
@@ -122,7 +122,7 @@ def test_odd_sizes_get_one_more_row_or_column(tmp_path, height, width) -> None:
     assert _decode(path)[0].shape == (5, height + height % 2, width + width % 2, 3)
 
 
-def test_sound_is_cut_with_the_picture(tmp_path) -> None:
+def test_sound_is_cut_with_the_image(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     with VideoWriter(path, FPS, _tone(10, 48000), 48000) as writer:
         writer.append(_frames(25))
@@ -217,7 +217,7 @@ def test_paths_that_cannot_be_written(tmp_path, path, message) -> None:
         writer.append(_frames(1))
 
 
-def test_what_does_not_fit_is_refused(tmp_path) -> None:
+def test_what_does_not_fit_is_rejected(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     with pytest.raises(InputError, match="one or two channels"):
         VideoWriter(path, sound=np.zeros((3, 10)), rate=16000)

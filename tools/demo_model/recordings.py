@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
-from ...media.audio import load_speech, normalise_loudness, read_audio
+from ...media.audio import load_speech, normalize_loudness, read_audio
 from ...multitalk.wav2vec import SAMPLE_RATE
 
 __all__ = ["SCALE", "make_recordings", "read_recordings"]
@@ -105,7 +105,7 @@ def _recording(rng: np.random.Generator) -> Wave:
         if rng.random() < 0.5:
             level = rng.uniform(10, 45)  # dB below the speech
             wave = wave + _noise(rng, total) * np.float32(_rms(wave) / 10 ** (level / 20))
-    return normalise_loudness(wave.astype(np.float32))
+    return normalize_loudness(wave.astype(np.float32))
 
 
 def _speech(rng: np.random.Generator, total: int) -> Wave:

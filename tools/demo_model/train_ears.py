@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...cli import tiny_models as tiny
-from ...media.audio import normalise_loudness
+from ...media.audio import normalize_loudness
 from ...multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
 from .recordings import Wave, read_recordings
 from .rule import mouth_of
@@ -61,7 +61,7 @@ def pieces_of(recordings: list[Wave], count: int, seed: int) -> tuple[Tensor, Te
     def piece(rng: np.random.Generator) -> tuple[Wave, NDArray[np.float32]]:
         whole = long[int(rng.integers(len(long)))]
         start = int(rng.integers(len(whole) - length + 1))
-        speech = normalise_loudness(whole[start : start + length])
+        speech = normalize_loudness(whole[start : start + length])
         mouth = mouth_of(speech)
         both = np.pad(np.stack([mouth.opening, mouth.width], 1), ((1, 1), (0, 0)), mode="edge")
         return speech, np.concatenate([both[:-2], both[1:-1], both[2:]], axis=1)

@@ -36,7 +36,7 @@ def test_one_after_the_other_each_is_silent_while_the_others_speak() -> None:
         start += len(part)
 
 
-def test_nobody_is_refused() -> None:
+def test_nobody_is_rejected() -> None:
     with pytest.raises(InputError, match="connect at least one"):
         arrange([], one_after_the_other=False)
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind, and the public pipeline's way to the video's size."""
+"""Images of every kind, and the public pipeline's way to the video's size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from wanvideo_infinitetalk.media.images import cover_nearest, cover_picture, load_picture
+from wanvideo_infinitetalk.media.images import cover_image, cover_nearest, load_image
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 
@@ -17,7 +17,7 @@ def gradient(width: int = 60, height: int = 40) -> np.ndarray:
 
 
 def cover(source: np.ndarray, width: int, height: int) -> torch.Tensor:
-    return cover_picture(load_picture(source), width, height)
+    return cover_image(load_image(source), width, height)
 
 
 def test_frames_as_the_public_loop_prepares_them(golden):
@@ -31,7 +31,7 @@ def test_frames_as_the_public_loop_prepares_them(golden):
 
 
 @pytest.mark.parametrize(("width", "height"), [(48, 64), (64, 48), (60, 40), (16, 16), (96, 33)])
-def test_cover_scales_and_crops_at_the_centre(width, height):
+def test_cover_scales_and_crops_at_the_center(width, height):
     source = gradient()
     got = cover(source, width, height)
     assert got.shape == (3, height, width)
@@ -67,13 +67,13 @@ def test_a_long_strip_keeps_its_middle():
 def test_every_mode_becomes_rgb(tmp_path, mode):
     if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 11:
         pytest.skip("this Pillow cannot read back the YCbCr TIFF that it writes")
-    picture = Image.fromarray(gradient()).convert(mode)
+    image = Image.fromarray(gradient()).convert(mode)
     name = "a.tiff" if mode in ("CMYK", "YCbCr") else "a.png"
     if mode == "HSV":  # no file format stores it
-        got = load_picture(picture)
+        got = load_image(image)
     else:
-        picture.save(tmp_path / name)
-        got = load_picture(tmp_path / name)
+        image.save(tmp_path / name)
+        got = load_image(tmp_path / name)
     assert (got.mode, got.size) == ("RGB", (60, 40))
     if mode in ("RGB", "RGBA"):
         assert np.array_equal(np.asarray(got), gradient())
@@ -86,24 +86,24 @@ def test_transparent_parts_become_white(tmp_path):
     pixels[:2] = (255, 0, 0, 255)
     pixels[2:] = (9, 9, 9, 0)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    got = np.asarray(load_picture(tmp_path / "a.png"))
+    got = np.asarray(load_image(tmp_path / "a.png"))
     assert (got[:2] == (255, 0, 0)).all()
     assert (got[2:] == 255).all()
     palette = Image.fromarray(pixels[..., :3]).quantize(4)
     palette.info["transparency"] = palette.getpixel((0, 3))
     palette.save(tmp_path / "p.png", transparency=palette.getpixel((0, 3)))
-    assert (np.asarray(load_picture(tmp_path / "p.png"))[2:] == 255).all()
+    assert (np.asarray(load_image(tmp_path / "p.png"))[2:] == 255).all()
 
 
-def test_16_bit_greyscale_keeps_its_tones(tmp_path):
+def test_16_bit_grayscale_keeps_its_tones(tmp_path):
     levels = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, 0)
     Image.fromarray(levels).save(tmp_path / "a.png")
-    got = np.asarray(load_picture(tmp_path / "a.png"))
+    got = np.asarray(load_image(tmp_path / "a.png"))
     assert np.array_equal(got[0, :, 0], np.arange(256))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_of_cameras_stand_upright(tmp_path, orientation):
+def test_images_of_cameras_stand_upright(tmp_path, orientation):
     upright = Image.fromarray(gradient())
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -118,45 +118,45 @@ def test_pictures_of_cameras_stand_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "a.png")), gradient())
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), gradient())
 
 
-def test_arrays_and_open_pictures():
+def test_arrays_and_open_images():
     pixels = gradient()
-    assert np.array_equal(np.asarray(load_picture(pixels)), pixels)
-    assert np.array_equal(np.asarray(load_picture(pixels / 255)), pixels)
-    assert np.array_equal(np.asarray(load_picture(Image.fromarray(pixels))), pixels)
-    assert load_picture(pixels[..., :1]).mode == "RGB"
+    assert np.array_equal(np.asarray(load_image(pixels)), pixels)
+    assert np.array_equal(np.asarray(load_image(pixels / 255)), pixels)
+    assert np.array_equal(np.asarray(load_image(Image.fromarray(pixels))), pixels)
+    assert load_image(pixels[..., :1]).mode == "RGB"
     for bad in (np.zeros((2, 2, 2), np.uint8), np.zeros((4,), np.uint8), np.zeros((0, 2, 3))):
         with pytest.raises(InputError):
-            load_picture(bad)
+            load_image(bad)
     with pytest.raises(InputError, match="NaN"):
-        load_picture(np.full((2, 2, 3), np.nan))
+        load_image(np.full((2, 2, 3), np.nan))
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.png"):
-        load_picture(tmp_path / "nowhere.png")
+        load_image(tmp_path / "nowhere.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("words")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "cut.png")
     content = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     for bad in (tmp_path, tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "cut.png"):
-        with pytest.raises(InputError, match="cannot be read as a picture"):
-            load_picture(bad)
+        with pytest.raises(InputError, match="cannot be read as an image"):
+            load_image(bad)
 
 
-def test_a_bomb_is_refused(tmp_path, monkeypatch):
+def test_a_bomb_is_rejected(tmp_path, monkeypatch):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match="cannot be read as a picture"):
-        load_picture(tmp_path / "a.png")
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 32), (64, 64), (30, 20)])
-def test_masks_are_cut_as_pictures_are(width, height):
-    """The edge of a mask stays where the edge in the picture is."""
+def test_masks_are_cut_as_images_are(width, height):
+    """The edge of a mask stays where the edge in the image is."""
     half = np.zeros((40, 60, 3), np.uint8)
     half[:, :20] = 255
     mask = cover_nearest(torch.from_numpy(half[None, ..., 0] / 255).float(), width, height)

@@ -1,4 +1,4 @@
-"""The policy table: which mode serves which step, block and role."""
+"""The policy table: the mode of each step, block and role."""
 
 import pytest
 import torch
@@ -63,12 +63,12 @@ def test_block_ranges_count_from_both_ends(monkeypatch):
     assert modes == ["sageattn_3_fp8", "sageattn_3_fp8", "sdpa", "sdpa"]
 
 
-def test_an_unknown_policy_is_refused_when_bound():
+def test_an_unknown_policy_is_rejected_when_bound():
     with pytest.raises(InputError, match=r"no attention policy 'fast'.*default"):
         policy.bind("fast", "sdpa", blocks=2)
 
 
-# --- the ladder of safer modes
+# --- safer modes
 
 
 @pytest.mark.parametrize("mode", ATTENTION_MODES)

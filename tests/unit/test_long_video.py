@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from wanvideo_infinitetalk.media.images import load_image
 from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
-from wanvideo_infinitetalk.pipeline import nonfinite as safer
+from wanvideo_infinitetalk.pipeline import nonfinite
 from wanvideo_infinitetalk.pipeline.attention_policy import bind
-from wanvideo_infinitetalk.pipeline.long_video import Callbacks, Conditioning, GenerateConfig, generate
+from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
+from wanvideo_infinitetalk.pipeline.long_video import Callbacks, generate
+from wanvideo_infinitetalk.pipeline.plan import GenerateConfig, plan_video
 from wanvideo_infinitetalk.pipeline.schedulers import make_scheduler
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
@@ -33,7 +36,7 @@ class FakeBlock(nn.Module):
 
 
 class FakeModel(nn.Module):
-    """A velocity that depends on everything it is given. `broken`: from its n-th call on, this mode spoils block 1."""
+    """A velocity that depends on everything it is given. `broken`: from its n-th call on, this mode breaks block 1."""
 
     def __init__(self, broken: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -48,9 +51,9 @@ class FakeModel(nn.Module):
         self.calls.append(dict(x=x, t=t, context=context, clip=clip_fea, y=y, audio=audio, masks=ref_target_masks))
         self.calls[-1].update(audio_scale=audio_scale, mode=attention_mode)
         v = 0.4 * x + 0.1 * torch.sin(3 * x) + context.mean() + audio_scale * audio.mean() + 0.1 * y[0, 4:]
-        spoilt = attention_mode in self.broken and len(self.calls) > self.broken[attention_mode]
+        broken = attention_mode in self.broken and len(self.calls) > self.broken[attention_mode]
         for index, block in enumerate(self.blocks):
-            v = block(v, spoilt and index == 1)
+            v = block(v, broken and index == 1)
         return v.unsqueeze(0)
 
 
@@ -86,7 +89,7 @@ class FakeClip:
 CONFIG = GenerateConfig(width=32, height=16, frames=9, motion_frames=5, steps=3, seed=7, color_correction=0.0)
 
 
-def _picture(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
+def _image(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -95,13 +98,19 @@ def _conditioning(rows: int = 15, speakers: int = 1, **changes: Any) -> Conditio
     rng = torch.Generator().manual_seed(3)
     audio = [torch.randn(rows, LAYERS, HIDDEN, generator=rng) for _ in range(speakers)]
     text = torch.randn(2, 4, 8, generator=rng)
-    return replace(Conditioning(text[0], text[1], audio, [_picture()]), **changes)
+    return replace(Conditioning(text[0], text[1], audio, [_image()]), **changes)
 
 
 def _run(config: GenerateConfig = CONFIG, conditioning: Conditioning | None = None, **parts: Any):
     model, vae = parts.pop("model", None) or FakeModel(), parts.pop("vae", None) or FakeVae()
     clip = parts.pop("clip", None) or FakeClip()
-    return list(generate(model, vae, clip, conditioning or _conditioning(), config, **parts))
+    return list(_generate(model, vae, clip, conditioning or _conditioning(), config, **parts))
+
+
+def _generate(model, vae, clip, conditioning: Conditioning, config: GenerateConfig, **parts: Any):
+    size = load_image(conditioning.source[0]).size if len(conditioning.source) else (48, 32)
+    plan = plan_video(config, size, [len(features) for features in conditioning.audio])
+    return generate(model, vae, clip, conditioning, plan, **parts)
 
 
 def _video(windows) -> torch.Tensor:
@@ -158,7 +167,7 @@ def test_a_seed_means_one_video() -> None:
 
 def test_frames_come_out_while_later_windows_are_not_begun() -> None:
     model = FakeModel()
-    windows = generate(model, FakeVae(), FakeClip(), _conditioning(), CONFIG)
+    windows = _generate(model, FakeVae(), FakeClip(), _conditioning(), CONFIG)
     next(windows)
     assert len(model.calls) == 9  # three passes, three steps
     assert torch.is_grad_enabled()
@@ -172,20 +181,32 @@ def test_sizes_are_rounded_to_what_the_model_takes(caplog) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16", "CMYK", "1"])
-def test_pictures_of_any_mode(mode) -> None:
-    picture = _picture().convert("L").convert("I;16") if mode == "I;16" else _picture().convert(mode)
-    assert len(_video(_run(conditioning=_conditioning(5, source=[picture])))) == 5
+def test_images_of_any_mode(mode) -> None:
+    image = _image().convert("L").convert("I;16") if mode == "I;16" else _image().convert(mode)
+    assert len(_video(_run(conditioning=_conditioning(5, source=[image])))) == 5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_pictures_of_one_pixel(size) -> None:
-    assert len(_video(_run(conditioning=_conditioning(5, source=[_picture(size)])))) == 5
+def test_images_of_one_pixel(size) -> None:
+    assert len(_video(_run(conditioning=_conditioning(5, source=[_image(size)])))) == 5
+
+
+def test_frames_take_on_the_colors_of_the_image_before_they_are_carried_over() -> None:
+    flat = Image.new("RGB", (48, 32), (204, 102, 51))
+    vae = FakeVae()
+    video = _video(_run(replace(CONFIG, color_correction=1.0), _conditioning(source=[flat]), vae=vae))
+    assert torch.allclose(video, torch.tensor([0.8, 0.4, 0.2]).expand_as(video), atol=1e-3)
+    carried = vae.encoded[1][0]  # [3, 5, 16, 32] in [-1, 1]
+    assert torch.allclose(carried, torch.tensor([0.6, -0.2, -0.6])[:, None, None, None].expand_as(carried), atol=2e-3)
+    half = _video(_run(replace(CONFIG, color_correction=0.5), _conditioning(9, source=[flat])))
+    plain = _video(_run(CONFIG, _conditioning(9, source=[flat])))
+    assert torch.allclose(half, 0.5 * plain + 0.5 * video[:9], atol=1e-3)
 
 
 # --- what the model is given
 
 
-def test_the_picture_conditions_every_window() -> None:
+def test_the_image_conditions_every_window() -> None:
     model, vae, clip = FakeModel(), FakeVae(), FakeClip()
     _run(model=model, vae=vae, clip=clip)
     ys = torch.stack([call["y"] for call in model.calls])
@@ -236,6 +257,20 @@ def test_guidance_schedules_choose_the_passes_of_each_step() -> None:
     _run(config, _conditioning(9), model=model)
     times = [float(call["t"]) for call in model.calls]
     assert [times.count(t) for t in sorted(set(times), reverse=True)] == [3, 2, 1]
+
+
+def test_momentum_and_limit_of_the_projection_reach_the_steps() -> None:
+    def latents(**changes: Any) -> list[torch.Tensor]:
+        """At the beginning of each step."""
+        model = FakeModel()
+        config = replace(CONFIG, use_apg=True, **{"apg_norm_threshold": 1e9, **changes})
+        _run(config, _conditioning(9), model=model)
+        return [call["x"] for call in model.calls[::3]]
+
+    usual, without, limited = latents(), latents(apg_momentum=0.0), latents(apg_norm_threshold=0.01)
+    assert torch.equal(usual[1], without[1])  # nothing is remembered in the first step
+    assert not torch.allclose(usual[2], without[2], atol=1e-3)
+    assert not torch.allclose(usual[1], limited[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "dpm++_sde", "lcm", "res_multistep"])
@@ -352,7 +387,9 @@ def test_an_interrupt_keeps_what_is_finished() -> None:
         if calls > 12:
             raise KeyboardInterrupt
 
-    windows = generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), CONFIG, Callbacks(check_interrupt=check))
+    windows = _generate(
+        FakeModel(), FakeVae(), FakeClip(), _conditioning(), CONFIG, callbacks=Callbacks(check_interrupt=check)
+    )
     assert len(next(windows).frames) == 9
     with pytest.raises(KeyboardInterrupt):
         next(windows)
@@ -376,8 +413,8 @@ def test_non_finite_values_start_the_window_over_in_the_safer_mode(caplog, broke
     assert modes[:first_safe].count("sageattn_3_fp4") >= 9 * broken_from + 3
 
 
-def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
-    """Each rung but the last breaks: FP4 in its second step only, FP8 and sdpa at once."""
+def test_a_fallback_that_fails_too_is_followed_by_the_next(caplog) -> None:
+    """Each mode but the last gives NaN: FP4 in its second step only, FP8 and sdpa at once."""
 
     def policy(step: int, steps: int) -> str:
         return "sageattn_3_fp4" if step == 1 else "eager"
@@ -392,8 +429,8 @@ def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
     assert all("In window 1, step 2 of 3" in r.getMessage() for r in caplog.records)
 
 
-def test_a_rung_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(safer, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
+def test_a_fallback_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(nonfinite, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
     config = replace(CONFIG, attention_policy="sageattn_3_fp4")
     windows = _run(config, model=FakeModel(broken={"sageattn_3_fp4": 0}))
     assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))
@@ -412,14 +449,14 @@ def test_one_check_a_step(monkeypatch) -> None:
 
 def test_without_a_safer_mode_there_is_one_sentence() -> None:
     model = FakeModel(broken={"sdpa": 9, "eager": 0})
-    windows = generate(model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"))
+    windows = _generate(model, FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, attention_policy="sdpa"))
     assert len(next(windows).frames) == 9  # what was finished stays
     with pytest.raises(InfiniteTalkError, match=r"window 2, step 1 of 3.*eager.*block 1.*no safer mode left"):
         next(windows)
 
 
 class Poison:
-    """A forward hook that spoils the block's output when its mode of self-attention is named, `times` calls long."""
+    """A forward hook that makes the block's output NaN when its mode of self-attention is named, `times` calls long."""
 
     def __init__(self, **times: int) -> None:
         self.left = times
@@ -428,7 +465,7 @@ class Poison:
         _, _, modes = args
         left = self.left.get(modes.self_attention, 0)
         self.left[modes.self_attention] = left - 1
-        return output * torch.nan if left in (1, 2) else output  # the strike, and the look for the block after it
+        return output * torch.nan if left in (1, 2) else output  # the step, and the search for the block after it
 
 
 def _real_model() -> WanModel:
@@ -444,12 +481,12 @@ ONE_PASS = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
 
 
 @pytest.mark.parametrize(
-    ("policy", "chosen", "struck", "safe"),
+    ("policy", "chosen", "failing", "safe"),
     [
         ("uniform", "sageattn_3_fp4", {"sageattn_3_fp4": 3}, "sageattn_3_fp8"),
         ("default", "sageattn_3_fp4", {"sageattn_3_fp4": 2}, "sageattn_3_fp8"),
         ("ends_16bit", "sageattn_3_fp4", {"sageattn_3_fp4": 2}, "sageattn_3_fp8"),
-        # In FP8 at the first step of an FP4 run: that step would strike again in FP8, so FP4 goes to sdpa as well.
+        # In FP8 at the first step of an FP4 run: that step would fail again in FP8, so FP4 goes to sdpa as well.
         ("default", "sageattn_3_fp4", {"sageattn_3_fp8": 2}, "sdpa"),
         ("uniform", "sageattn_3_fp8", {"sageattn_3_fp8": 3}, "sdpa"),
         ("uniform", "sageattn_3_fp4", {"sageattn_3_fp4": 3, "sageattn_3_fp8": 2}, "sdpa"),
@@ -457,15 +494,15 @@ ONE_PASS = replace(CONFIG, cfg=1.0, audio_cfg=1.0)
         ("uniform", "sage3_fp4", {"sageattn_3_fp4": 2, "sageattn_3_fp8": 2, "sdpa": 2}, "eager"),
     ],
 )
-def test_nan_in_one_block_of_one_step_gives_the_video_of_the_safe_mode(policy, chosen, struck, safe) -> None:
+def test_nan_in_one_block_of_one_step_gives_the_video_of_the_safe_mode(policy, chosen, failing, safe) -> None:
     model = _real_model()
     expected = _video(_run(replace(ONE_PASS, attention_policy=bind(policy, safe, 3)), model=model))
-    poison = Poison(**struck)
+    poison = Poison(**failing)
     handle = model.blocks[1].register_forward_hook(poison)
     got = _video(_run(replace(ONE_PASS, attention_policy=bind(policy, chosen, 3)), model=model))
     handle.remove()
     assert torch.equal(got, expected)
-    assert all(poison.left[mode] <= 0 for mode in struck)  # each of them did strike
+    assert all(poison.left[mode] <= 0 for mode in failing)  # each of them did fail
 
 
 def test_the_log_names_window_step_block_and_kernel(caplog) -> None:
@@ -478,7 +515,7 @@ def test_the_log_names_window_step_block_and_kernel(caplog) -> None:
     )
 
 
-def test_nan_in_every_mode_is_one_sentence_after_the_last_rung(caplog) -> None:
+def test_nan_in_every_mode_is_one_sentence_after_the_last_fallback(caplog) -> None:
     model = _real_model()
     model.blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
     with pytest.raises(InfiniteTalkError, match=r"step 1 of 3.*mode eager, first in block 1.*no safer mode left"):
@@ -489,7 +526,7 @@ def test_nan_in_every_mode_is_one_sentence_after_the_last_rung(caplog) -> None:
     ]
 
 
-def test_a_mode_that_the_model_was_made_with_has_a_ladder_too(caplog) -> None:
+def test_a_mode_that_the_model_was_made_with_has_fallbacks_too(caplog) -> None:
     model = _real_model()
     model.attention_mode = "sageattn_3_fp8"
     model.blocks[1].register_forward_hook(Poison(sageattn_3_fp8=2))
@@ -504,7 +541,7 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         _run(vae=FakeVae(decoded_as=float("nan")))
 
 
-# --- refusals
+# --- rejections
 
 
 @pytest.mark.parametrize(
@@ -522,9 +559,9 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         (dict(width=0), "multiple of 16"),
     ],
 )
-def test_settings_are_refused_before_anything_runs(changes, message) -> None:
+def test_settings_are_rejected_before_anything_runs(changes, message) -> None:
     with pytest.raises(InputError, match=message):
-        generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, **changes))
+        _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(), replace(CONFIG, **changes))
 
 
 @pytest.mark.parametrize(
@@ -532,13 +569,13 @@ def test_settings_are_refused_before_anything_runs(changes, message) -> None:
     [
         (dict(audio=[]), "one to 4"),
         (dict(audio=[torch.zeros(5, 2, 3)] * 5), "one to 4"),
-        (dict(audio=[torch.zeros(0, 2, 3)]), "do not fit"),
+        (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(0, 2, 3)]), "do not fit"),
         (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(5, 2, 4)]), "alike for all"),
         (dict(audio=[torch.full((5, 2, 3), torch.nan)]), "speech features embedding holds NaN"),
         (dict(context=torch.full((4, 8), torch.inf)), "prompt embedding holds NaN"),
         (dict(source=[]), "no frame"),
     ],
 )
-def test_inputs_are_refused_before_anything_runs(changes, message) -> None:
+def test_inputs_are_rejected_before_anything_runs(changes, message) -> None:
     with pytest.raises(InputError, match=message):
-        generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(**changes), CONFIG)
+        _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(**changes), replace(CONFIG, width=64))

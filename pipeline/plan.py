@@ -1,0 +1,188 @@
+"""What is settled before any weights are read: size, windows, schedule, guidance of each step, masks.
+
+`plan_video` checks a configuration once, for the command, the nodes and the library; everything after it reads the
+`Plan`. Single windows, which have neither a recording nor windows to plan, take the schedule alone (`plan_schedule`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..media.images import DEFAULT_AREA, fit_size
+from ..media.masks import latent_masks
+from ..wanvideo.errors import InputError
+from .guidance import guide, per_step
+from .nonfinite import AttentionPolicy
+from .sampling import Schedule
+from .schedulers import make_scheduler
+from .windows import Window, plan_windows
+
+__all__ = ["MODES", "GenerateConfig", "Mode", "Plan", "plan_schedule", "plan_video"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the windows of a long video follow from one another.
+
+    Attributes:
+        carried_condition: condition channels and image tokens of later windows are those of the frames carried over,
+            not of the source frame where the window starts.
+        first_motion: the source image's latents stand at the front of the first window.
+        noised: the latents at the front are noised to each step's sigma; otherwise they stay clean.
+        draws: in later windows, noise of their shape is drawn at each step, used or not.
+    """
+
+    carried_condition: bool = False
+    first_motion: bool = True
+    noised: bool = False
+    draws: bool = True
+
+
+MODES: dict[str, Mode] = {
+    "infinitetalk": Mode(),
+    "multitalk": Mode(carried_condition=True, first_motion=False, noised=True),
+}
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to generate. Defaults are the public ones of InfiniteTalk at 480p.
+
+    Attributes:
+        width, height: of the video, pixels; rounded to multiples of 16. A missing one follows the image's aspect;
+            without both, the aspect is kept within `area` pixels.
+        frames, motion_frames: length of a window and how much of it is carried over, both 4n + 1.
+        total_frames: length of the video; None: as long as the longest recording.
+        steps, shift, scheduler, sigmas: see `make_scheduler`.
+        start_step: steps left out at the front. Above 0 the latents begin as those of the source video, noised to that
+            step's sigma (video to video): the higher, the closer to the source.
+        cfg: text guidance scale, or one for each step. 1 is none (distilled models), the public scale is 5.
+        audio_cfg: audio guidance scale likewise. The public scale is 4.
+        guidance: formula that combines them, one of `guidance.FORMULAS`.
+        use_apg, apg_momentum, apg_norm_threshold: adaptive projected guidance, see `guidance.Projection`.
+        audio_scale: factor on what the speech adds inside the model.
+        seed: of all random numbers.
+        mode: one of `MODES`.
+        color_correction: 0 to 1, how far each frame takes on the colors of the first condition image.
+        attention_policy: mode of the attention kernels, or (step, steps) -> mode. None: the model's own.
+        tiled_vae: encode and decode in tiles, for small GPUs.
+        device: where latents live and the model is called.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    area: int = DEFAULT_AREA
+    frames: int = 81
+    motion_frames: int = 9
+    total_frames: int | None = None
+    steps: int = 40
+    shift: float = 7.0
+    scheduler: str = "multitalk"
+    sigmas: Sequence[float] | None = None
+    start_step: int = 0
+    cfg: float | Sequence[float] = 5.0
+    audio_cfg: float | Sequence[float] = 4.0
+    guidance: str = "additive"
+    use_apg: bool = False
+    apg_momentum: float = -0.75
+    apg_norm_threshold: float = 55.0
+    audio_scale: float = 1.0
+    seed: int = 42
+    mode: str = "infinitetalk"
+    color_correction: float = 1.0
+    attention_policy: AttentionPolicy | None = None
+    tiled_vae: bool = False
+    device: str | torch.device = "cpu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked generation.
+
+    Attributes:
+        config: what it was planned from.
+        mode: row of `MODES`.
+        width, height: of the video, pixels, multiples of 16.
+        total: frames of the video.
+        windows: that make them, in order.
+        schedule: steps of every window.
+        speakers: number of recordings.
+        masks: where each speaker is, then the background, [speakers + 1, height / 8, width / 8] of 0 and 1.
+    """
+
+    config: GenerateConfig
+    mode: Mode
+    width: int
+    height: int
+    total: int
+    windows: tuple[Window, ...]
+    schedule: Schedule
+    speakers: int
+    masks: torch.Tensor
+
+
+def plan_video(
+    config: GenerateConfig,
+    image: tuple[int, int],
+    speech: Sequence[int],
+    masks: Sequence[torch.Tensor] | None = None,
+) -> Plan:
+    """The plan of a long video.
+
+    Args:
+        image: (width, height) of the image, or of the source video's first frame, pixels.
+        speech: for each speaker, the length of the recording in video frames.
+        masks: one plane [H, W] per speaker; None puts speakers side by side. Not read for one speaker.
+
+    Raises InputError for settings, lengths and masks that do not fit.
+    """
+    if config.mode not in MODES:
+        raise InputError(f"There is no mode '{config.mode}': choose one of {', '.join(MODES)}.")
+    if not 0 <= config.color_correction <= 1:
+        raise InputError(f"The color correction of {config.color_correction} is not between 0 and 1.")
+    width, height = fit_size(image, config.width, config.height, config.area)
+    planes = latent_masks(masks, len(speech), image, width, height)
+    total = max(speech) if config.total_frames is None else config.total_frames
+    windows = plan_windows(total, config.frames, config.motion_frames)
+    schedule = plan_schedule(
+        config.scheduler,
+        config.steps,
+        config.shift,
+        sigmas=config.sigmas,
+        start_step=config.start_step,
+        cfg=config.cfg,
+        audio_cfg=config.audio_cfg,
+        guidance=config.guidance,
+        apg=(config.apg_momentum, config.apg_norm_threshold) if config.use_apg else None,
+    )
+    return Plan(config, MODES[config.mode], width, height, total, tuple(windows), schedule, len(speech), planes)
+
+
+def plan_schedule(
+    scheduler: str,
+    steps: int,
+    shift: float,
+    *,
+    sigmas: Sequence[float] | None = None,
+    start_step: int = 0,
+    end_step: int | None = None,
+    cfg: float | Sequence[float] = 1.0,
+    audio_cfg: float | Sequence[float] = 1.0,
+    guidance: str = "additive",
+    apg: tuple[float, float] | None = None,
+) -> Schedule:
+    """The steps of a window with the guidance of each; arguments as in `GenerateConfig`.
+
+    Args:
+        end_step: the first step that is not run; None runs to the end.
+
+    Raises InputError for a scheduler, a start or a guidance that cannot be.
+    """
+    grid = make_scheduler(scheduler, steps, shift, sigmas)
+    scales = zip(per_step(cfg, len(grid), "cfg"), per_step(audio_cfg, len(grid), "audio cfg"), strict=True)
+    formulas = tuple(guide(text, audio, guidance, projected=apg is not None) for text, audio in scales)
+    end = len(grid) if end_step is None else min(end_step, len(grid))
+    return Schedule(grid, formulas, start_step, end, apg)

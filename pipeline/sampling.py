@@ -1,0 +1,183 @@
+"""The denoising loop: noise to clean latents of one window, for every model and every kind of generation.
+
+What differs between models is data that the loop is given:
+
+* which passes a step makes and how they combine: a `Formula` for each step (`guidance.py`);
+* what the model is given in a pass: `inputs_of(pass)`, condition channels and fixed frames of its own included;
+* what stands fixed in the latents between the steps: an `Overwrite`;
+* whether fresh noise is drawn after a step: the scheduler's `needs_noise`.
+
+Random numbers come from one generator on the CPU, so that a seed means the same on every device. The order of draws is
+one of the overwrite's shape before the first step, then after every step, the last one too, one of the latents' shape
+where the scheduler needs it, and one of the overwrite's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..wanvideo.errors import InputError
+from .guidance import Formula, Pass, Projection
+from .nonfinite import FallbackModes, check_finite
+from .schedulers import Scheduler
+
+__all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw"]
+
+
+@dataclass(frozen=True)
+class Overwrite:
+    """Latents that stand in place of the first or last frames of x.
+
+    Attributes:
+        latents: clean latents [16, K, h, w].
+        at_end: in place of the last K frames instead of the first.
+        noised: between the steps, brought to each step's sigma with noise that is drawn for it; otherwise clean.
+        draws: whether that noise is drawn, which `noised` needs; a public loop may draw it and not use it.
+    """
+
+    latents: Tensor
+    at_end: bool = False
+    noised: bool = False
+    draws: bool = False
+
+    def put(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """x [16, T, h, w] with `latents` (the clean ones unless given) in place; a new tensor."""
+        latents = self.latents if latents is None else latents
+        kept = x.shape[1] - latents.shape[1]
+        return torch.cat([x[:, :kept], latents] if self.at_end else [latents, x[:, latents.shape[1] :]], dim=1)
+
+    def at_step(self, x: Tensor, i: int, scheduler: Scheduler, generator: torch.Generator) -> Tensor:
+        """x at sigma i with the latents in place at the same sigma, or clean."""
+        noise = draw(self.latents.shape, generator, self.latents) if self.draws else None
+        return self.put(x, scheduler.add_noise(self.latents, noise, i) if self.noised and noise is not None else None)
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What the model is given in one pass besides x and t, all on the device.
+
+    Attributes:
+        context: prompt embedding [n, text_dim].
+        clip: image tokens [1, 257, 1280].
+        y: condition channels [1, 20, T, h, w].
+        audio: [speakers, frames, 5, layers, hidden]; None leaves the audio layers out.
+        masks: [speakers + 1, h, w].
+        audio_scale: factor on what the speech adds inside the model.
+        overwrite: frames that this pass alone sees in place of x's.
+    """
+
+    context: Tensor
+    clip: Tensor | None = None
+    y: Tensor | None = None
+    audio: Tensor | None = None
+    masks: Tensor | None = None
+    audio_scale: float = 1.0
+    overwrite: Overwrite | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one window.
+
+    Attributes:
+        scheduler: of the whole schedule.
+        formulas: guidance of each of its steps.
+        start, end: the steps that are run, [start, end).
+        apg: (momentum, norm threshold) of adaptive projected guidance; None: without.
+
+    Raises InputError where no step is left to run.
+    """
+
+    scheduler: Scheduler
+    formulas: tuple[Formula, ...]
+    start: int
+    end: int
+    apg: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.steps:
+            raise InputError(f"The start step {self.start} leaves none of {self.steps} steps: set it below that.")
+
+    @property
+    def steps(self) -> int:
+        """Of the whole schedule."""
+        return len(self.scheduler)
+
+
+def draw(shape: torch.Size | tuple[int, ...], generator: torch.Generator, like: Tensor | torch.device) -> Tensor:
+    """Standard normal numbers of `shape`, drawn on the CPU, on the device (and in the dtype) of `like`."""
+    return torch.randn(shape, generator=generator).to(like)
+
+
+@torch.no_grad()
+def denoise(
+    model: Callable[..., Tensor],
+    schedule: Schedule,
+    x: Tensor,
+    inputs_of: Callable[[Pass], ModelInputs],
+    *,
+    generator: torch.Generator,
+    modes: FallbackModes,
+    overwrite: Overwrite | None = None,
+    report: Callable[[int, Tensor], None] | None = None,
+    check_interrupt: Callable[[], None] | None = None,
+    place: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Latents [16, T, h, w] at the noise of the first step -> (after the last step, its guess of the clean ones).
+
+    Args:
+        model: called like `WanModel.forward`.
+        x: float32, on the device.
+        inputs_of: pass -> what the model is given in it.
+        modes: attention mode of each step. When a step gives non-finite values, all steps are run again, with the same
+            random numbers, in the next mode of its fallbacks.
+        report: called after each step with its index in the whole schedule and the clean latents as guessed by it.
+        place: where this is, for messages, such as "window 2, ".
+
+    Raises InfiniteTalkError when the last fallback gives non-finite values too.
+    """
+
+    def attempt() -> tuple[Tensor, Tensor]:
+        scheduler = copy.copy(schedule.scheduler)  # multistep solvers begin a history
+        projection = None if schedule.apg is None else Projection(*schedule.apg)
+        latents = clean = x
+        if overwrite is not None:
+            latents = overwrite.at_step(latents, schedule.start, scheduler, generator)
+        for step in range(schedule.start, schedule.end):
+            t = scheduler.timesteps[step : step + 1].float().to(x.device)
+
+            def evaluate(which: Pass, noisy: Tensor = latents, t: Tensor = t, step: int = step) -> Tensor:
+                if check_interrupt is not None:
+                    check_interrupt()
+                given = inputs_of(which)
+                velocity = model(
+                    noisy if given.overwrite is None else given.overwrite.put(noisy),
+                    t,
+                    given.context,
+                    given.clip,
+                    given.y,
+                    given.audio,
+                    given.masks,
+                    audio_scale=given.audio_scale,
+                    attention_mode=modes.mode(step),
+                )
+                return velocity[0]
+
+            formula = schedule.formulas[step]
+            velocity = formula.velocity(evaluate, projection)
+            check_finite(velocity, step, model, evaluate, formula.passes)
+            clean = scheduler.clean(velocity, step, latents)
+            noise = draw(x.shape, generator, x) if scheduler.needs_noise else None
+            latents = scheduler.step(velocity, step, latents, noise)
+            if overwrite is not None:
+                latents = overwrite.at_step(latents, step + 1, scheduler, generator)
+            if report is not None:
+                report(step, clean)
+        return latents, clean
+
+    return modes.retry(attempt, generator, place)
