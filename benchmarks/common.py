@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
-from wanvideo_infinitetalk.wanvideo.modules.backends import selftest as trial
+from wanvideo_infinitetalk.wanvideo.kernels import selftest
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
@@ -169,7 +169,7 @@ def choose_device(small: bool) -> torch.device:
 def environment(device: torch.device) -> dict[str, str]:
     """GPU, driver and versions, as strings."""
     facts = {"date": dt.date.today().isoformat(), "system": platform.platform()}
-    facts |= trial.environment(None, device)
+    facts |= selftest.environment(None, device)
     for package in PACKAGES:
         try:
             facts[package] = metadata.version(package)

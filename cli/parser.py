@@ -268,7 +268,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..pipeline.make_video import choose_device
-    from ..wanvideo.modules.backends.selftest import cache_file
+    from ..wanvideo.kernels.selftest import cache_file
     from .doctor import examine
     from .terminal import doctor_tables
 
@@ -281,8 +281,8 @@ def _run_doctor(args: argparse.Namespace) -> None:
         args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
         print(f"report: {args.report}")
     if not report.healthy:
-        lacking = ", ".join(name for name, serves in report.precisions.items() if not serves)
-        raise BackendUnavailableError(f"No attention mode of {lacking} serves here; the table says why.")
+        lacking = ", ".join(name for name, supported in report.precisions.items() if not supported)
+        raise BackendUnavailableError(f"No attention mode of {lacking} is supported here; the table says why.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

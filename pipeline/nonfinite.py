@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..wanvideo.errors import InfiniteTalkError
-from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_serves
+from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_supported
 from .attention_policy import safer_modes
 from .guidance import PASSES, Pass
 
@@ -118,7 +118,7 @@ class Ladder:
             f"{place}step {strike.step + 1} of {self.steps}: the model gave non-finite values with attention mode "
             f"{struck}{strike}"
         )
-        safer = next((mode for mode in safer_modes(struck, self.fallback) if mode_serves(mode, self.device)), None)
+        safer = next((mode for mode in safer_modes(struck, self.fallback) if mode_supported(mode, self.device)), None)
         if safer is None:
             raise InfiniteTalkError(
                 f"In {found}, and there is no safer mode left: the weights, the adapter or the embeddings hold "

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo.kernels import packages
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import SELF_TESTS
 from wanvideo_infinitetalk.wanvideo.linear import nvfp4
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
@@ -82,12 +84,14 @@ def test_zeros_stay_zeros_and_outliers_stay_in_their_block():
 
 def test_the_matmul_contract_names_every_reason(monkeypatch):
     cuda = torch.device("cuda", 0)
-    assert len(nvfp4.nvfp4_matmul_violations(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 5
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert "9.0 has no FP4" in nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda)[0]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
-    assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == []
+    assert len(nvfp4.nvfp4_matmul_reasons(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 5
+    monkeypatch.setattr(SELF_TESTS, "_kept", {})
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
+    (reason,) = nvfp4.nvfp4_matmul_reasons(32, 32, torch.bfloat16, cuda)
+    assert "9.0, it supports 10.0 and newer (for FP4 tensor cores)" in reason
+    SELF_TESTS.reset()
+    monkeypatch.setattr(packages, "capability", lambda device: (12, 0))
+    assert nvfp4.nvfp4_matmul_reasons(32, 32, torch.bfloat16, cuda) == []
 
 
 def test_native_call_gets_what_the_kernel_asks_for(monkeypatch):
@@ -103,7 +107,7 @@ def test_native_call_gets_what_the_kernel_asks_for(monkeypatch):
         return (left @ right.t() + bias.float()).to(out_dtype)
 
     monkeypatch.setattr(comfy_kitchen, "scaled_mm_nvfp4", scaled_mm)
-    monkeypatch.setattr(nvfp4, "nvfp4_matmul_violations", lambda *args: [])
+    monkeypatch.setattr(nvfp4, "nvfp4_matmul_reasons", lambda *args: [])
     linear: Any = nvfp4.NVFP4Linear.quantize(nn.Linear(64, 48), torch.bfloat16)
     x = torch.randn(2, 5, 65, dtype=torch.bfloat16)[..., 1:]  # 10 rows: padded to 16 inside, at an odd address
     exact = F.linear(x.double(), linear.dequantized_weight().double(), linear.bias.double())

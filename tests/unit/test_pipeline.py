@@ -393,7 +393,7 @@ def test_a_mode_that_strikes_in_its_turn_goes_on_down(caplog) -> None:
 
 
 def test_a_rung_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(safer, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
+    monkeypatch.setattr(safer, "mode_supported", lambda mode, device: mode != "sageattn_3_fp8")
     config = replace(CONFIG, attention_policy="sageattn_3_fp4")
     windows = _run(config, model=FakeModel(broken={"sageattn_3_fp4": 0}))
     assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))
