@@ -183,9 +183,9 @@ def _matmul_reasons(
     scales: int | None = None,
 ) -> tuple[str, ...]:
     needs = ROWWISE_MATMUL if rowwise else FP8_MATMUL
-    operands: list[Described | None] = [Described(dtype, shape, (), device)]
+    operands: list[Described | None] = [Described(dtype, shape, device)]
     if not rowwise:
-        operands.append(None if scales is None else Described(torch.float32, (scales,), (1,), device))
+        operands.append(None if scales is None else Described(torch.float32, (scales,), device))
     found = (*contract.reasons(needs, operands, base_dtype=base_dtype), *device_reasons(needs.device, device))
     return tuple(dict.fromkeys(found))
 

@@ -89,7 +89,7 @@ def another_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def comparisons(actual: float) -> Any:
-    return lambda device: iter([selftest.Comparison("rms_norm", torch.full((2,), actual), torch.ones(2))])
+    return lambda device: iter([("rms_norm", torch.full((2,), actual), torch.ones(2))])
 
 
 def reasons(device: torch.device) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ def test_nothing_is_compared_while_a_graph_is_captured_nor_where_the_suite_ran(
 
 def on_gpu(x: Tensor) -> contract.Described:
     """What a contract sees of a tensor that is on a GPU: host data only."""
-    return contract.Described(x.dtype, tuple(x.shape), x.stride(), torch.device("cuda", 5))
+    return contract.Described(x.dtype, tuple(x.shape), torch.device("cuda", 5), x.is_contiguous(), x.stride(-1))
 
 
 @pytest.mark.parametrize(

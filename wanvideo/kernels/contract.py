@@ -155,13 +155,14 @@ class Operand:
 
     Attributes:
         dtypes: supported ones; empty for all. like_first: the dtype must be that of the first operand.
+        layout: "aligned_..." is what a guard repairs before the call, and so no reason against one.
         shape: its axes, apart by spaces: a number, a name (the same size wherever it stands, or one given with the
             call), a quotient of them ("C/heads/2"), alternatives of those ("1|B"); "..." in front for any more axes.
         optional: whether it may be None.
     """
 
     name: str
-    shape: str = "..."
+    shape: str
     dtypes: tuple[torch.dtype, ...] = ()
     layout: Layout = "any"
     like_first: bool = False
@@ -191,8 +192,9 @@ class Described(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
     device: torch.device
+    contiguous: bool = True
+    last_stride: int = 1
 
 
 def reasons(contract: Contract, tensors: Sequence[torch.Tensor | Described | None], **given: Any) -> list[str]:
@@ -206,17 +208,14 @@ def reasons(contract: Contract, tensors: Sequence[torch.Tensor | Described | Non
         given: sizes that no shape shows, and arguments named in `choices`.
     """
     described = tuple(
-        [None if x is None else x if isinstance(x, Described) else _described(x) for x in tensors]  # faster as a list
+        [
+            Described(x.dtype, x.shape, x.device, x.is_contiguous(), x.stride(-1) if x.ndim else 1)
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in tensors
+        ]
     )
-    found = list(_read(contract, described, tuple(given.items())))
-    for operand, x in zip(contract.operands, tensors, strict=True):
-        if operand.layout.startswith("aligned") and isinstance(x, torch.Tensor):
-            found += [f"{operand.name}: {reason}" for reason in layout_reasons(x, operand.layout)]
-    return found
-
-
-def _described(x: torch.Tensor) -> Described:
-    return Described(x.dtype, x.shape, x.stride(), x.device)
+    return list(_read(contract, described, tuple(given.items())))
 
 
 @lru_cache(maxsize=4096)
@@ -247,54 +246,36 @@ def _read(
 def _operand_reasons(
     operand: Operand, x: Described, first_name: str, first: Described, sizes: dict[str, int]
 ) -> list[str]:
-    found = []
-    if operand.dtypes and x.dtype not in operand.dtypes:
-        found.append(f"{operand.name} is {_plain(x.dtype)}, it supports {', '.join(map(_plain, operand.dtypes))}")
+    found = dtype_reasons(operand.name, x.dtype, operand.dtypes or (x.dtype,))
     if operand.like_first and x.dtype != first.dtype:
         found.append(f"{operand.name} is {_plain(x.dtype)}, {first_name} is {_plain(first.dtype)}")
     if x.device != first.device:
         found.append(f"{operand.name} is on {x.device}, {first_name} on {first.device}")
-    if not _fits(operand.shape.split(), x.shape, sizes):
+    if not _fits(operand.shape, x.shape, sizes):
         known = ", ".join(f"{name} = {size}" for name, size in sizes.items())
         found.append(f"{operand.name} is {list(x.shape)}, it supports [{operand.shape}]" + (known and f" with {known}"))
-    if operand.layout == "contiguous" and not _is_contiguous(x):
+    if operand.layout == "contiguous" and not x.contiguous:
         found.append(f"{operand.name} is not contiguous")
-    if operand.layout == "last_stride_1" and x.shape and x.shape[-1] > 1 and x.stride[-1] != 1:
-        found.append(f"{operand.name} has a last stride of {x.stride[-1]}, not 1")
+    if operand.layout == "last_stride_1" and x.last_stride != 1:
+        found.append(f"{operand.name} has a last stride of {x.last_stride}, not 1")
     return found
 
 
-def _fits(pattern: list[str], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+def _fits(pattern: str, shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
     """Whether a shape has the axes of `pattern`; binds in `sizes` the names that are new."""
-    if pattern and pattern[0] == "...":
-        pattern = pattern[1:]
-        shape = shape[max(0, len(shape) - len(pattern)) :]
-    return len(shape) == len(pattern) and all(_axis_fits(*pair, sizes) for pair in zip(pattern, shape, strict=True))
+    axes = pattern.split()
+    if axes[0] == "...":
+        axes, shape = axes[1:], shape[1 - len(axes) :]
+    return len(shape) == len(axes) and all(_axis_fits(*pair, sizes) for pair in zip(axes, shape, strict=True))
 
 
-def _axis_fits(pattern: str, size: int, sizes: dict[str, int]) -> bool:
-    for alternative in pattern.split("|"):
-        dividend, *divisors = alternative.split("/")
-        if dividend not in sizes and not dividend.isdigit():
-            sizes[dividend] = size
-            return True
-        by = prod(_value(divisor, sizes) for divisor in divisors)
-        if _value(dividend, sizes) == size * by:
+def _axis_fits(axis: str, size: int, sizes: dict[str, int]) -> bool:
+    for alternative in axis.split("|"):
+        name, *divisors = alternative.split("/")
+        wanted = int(name) if name.isdigit() else sizes.setdefault(name, size)
+        if wanted == size * prod(int(sizes.get(divisor, divisor)) for divisor in divisors):
             return True
     return False
-
-
-def _value(name: str, sizes: dict[str, int]) -> int:
-    return int(name) if name.isdigit() else sizes[name]
-
-
-def _is_contiguous(x: Described) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(x.shape), reversed(x.stride), strict=True):
-        if size != 1 and stride != expected:
-            return 0 in x.shape
-        expected *= size
-    return True
 
 
 def _plain(value: Any) -> str:

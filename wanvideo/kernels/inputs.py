@@ -61,35 +61,14 @@ class Inputs:
             raise InputError("attention needs at least one key, k and v are empty")
         if softmax_scale is not None and not (math.isfinite(softmax_scale) and softmax_scale > 0):
             raise InputError(f"softmax_scale must be a finite number above 0, not {softmax_scale}")
-        inputs = Inputs(q, k, v, attn_mask, softmax_scale, causal)
-        inputs._check_mask()
-        return inputs
-
-    def _check_mask(self) -> None:
-        mask, q = self.attn_mask, self.q
-        if mask is None:
-            return
-        scores = (self.batch, self.heads, self.queries, self.keys)
-        fits = mask.ndim <= 4 and all(
-            size in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(scores), strict=False)
-        )
-        if not fits:
-            raise InputError(f"attn_mask {tuple(mask.shape)} does not broadcast to {scores}")
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise InputError(f"attn_mask must be bool or floating point, not {mask.dtype}")
-        if mask.device != q.device:
-            raise InputError(
-                f"attention takes all tensors on one device, not q on {q.device}, attn_mask on {mask.device}"
-            )
+        if attn_mask is not None:
+            _check_mask(attn_mask, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        return Inputs(q, k, v, attn_mask, softmax_scale, causal)
 
     @property
     def scale(self) -> float:
         """What the scores are multiplied by."""
         return scale_or_default(self.softmax_scale, self.head_dim)
-
-    @property
-    def batch(self) -> int:
-        return self.q.shape[0]
 
     @property
     def queries(self) -> int:
@@ -100,9 +79,17 @@ class Inputs:
         return self.k.shape[self.order.index("L")]
 
     @property
-    def heads(self) -> int:
-        return self.q.shape[self.order.index("H")]
-
-    @property
     def head_dim(self) -> int:
         return self.q.shape[3]
+
+
+def _check_mask(mask: torch.Tensor, q: torch.Tensor, scores: tuple[int, int, int, int]) -> None:
+    fits = mask.ndim <= 4 and all(
+        size in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise InputError(f"attn_mask {tuple(mask.shape)} does not broadcast to {scores}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(f"attn_mask must be bool or floating point, not {mask.dtype}")
+    if mask.device != q.device:
+        raise InputError(f"attention takes all tensors on one device, not q on {q.device}, attn_mask on {mask.device}")

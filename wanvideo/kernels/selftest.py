@@ -86,13 +86,8 @@ class Verdict:
     cases: int = 0
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One case of a self-test: what a kernel gives, and what the reference does."""
-
-    case: str
-    actual: Any
-    expected: Any
+Comparison = tuple[str, Any, Any]
+"""One case of a self-test: its name, what a kernel gives, what the reference does."""
 
 
 def judge(name: str, comparisons: Iterable[Comparison], fault: Callable[[Any, Any], str]) -> Verdict:
@@ -103,12 +98,11 @@ def judge(name: str, comparisons: Iterable[Comparison], fault: Callable[[Any, An
     """
     right, wrong = 0, dict[str, list[str]]()
     try:
-        for comparison in comparisons:
-            clause = fault(comparison.actual, comparison.expected)
+        for case, actual, expected in comparisons:
+            clause = fault(actual, expected)
             if clause:
-                wrong.setdefault(clause, []).append(comparison.case)
-            else:
-                right += 1
+                wrong.setdefault(clause, []).append(case)
+            right += not clause
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - see above
@@ -178,7 +172,7 @@ def _triton_build_reasons(device: torch.device) -> tuple[str, ...]:
         def launched() -> Iterator[Comparison]:
             with torch.cuda.device(device):
                 _probe_triton.store_one[1,](torch.empty(1, dtype=torch.int32, device=device))
-            yield Comparison("a launch", None, None)
+            yield "a launch", None, None
 
         verdict = judge("Triton", launched(), lambda *_: "")
         if verdict.ok:
@@ -241,12 +235,12 @@ def _elementwise_comparisons(device: torch.device) -> Iterator[Comparison]:
         "gated_residual": (x, y, gate),
     }
     for group, call in calls.items():
-        yield Comparison(group, getattr(fused, group)(*call), getattr(reference, group)(*call))
+        yield group, getattr(fused, group)(*call), getattr(reference, group)(*call)
     scaling = (random(10, 192), random(10, 1), random(1, 192), bias, DTYPE)
-    yield Comparison("scale_product", linear.scale_product(*scaling), reference.scale_product(*scaling))
+    yield "scale_product", linear.scale_product(*scaling), reference.scale_product(*scaling)
     if device.type != "cuda" or not contract.device_reasons(linear.QUANTIZE_ROWS.device, device):
         rows = x.flatten(0, 1)
-        yield Comparison("quantize_rows", linear.quantize_rows(rows), reference.quantize_rows(rows))
+        yield "quantize_rows", linear.quantize_rows(rows), reference.quantize_rows(rows)
 
 
 def _ulp_fault(actual: Any, expected: Any) -> str:
@@ -291,7 +285,7 @@ def native_fp4_reasons(device: torch.device) -> tuple[str, ...]:
         q, k, v = (torch.randn(1, 300, 2, 128, device=device, generator=generator).bfloat16() for _ in range(3))
         with torch.cuda.device(device):
             wanted, got = (sage_fp4.run(q, k, v, 128**-0.5, native).float() for native in (False, True))
-        yield Comparison("300 tokens", got, wanted)
+        yield "300 tokens", got, wanted
 
     def fault(actual: torch.Tensor, expected: torch.Tensor) -> str:
         error = float((actual - expected).norm() / expected.norm())

@@ -92,7 +92,7 @@ def nvfp4_matmul_reasons(
 
 @torch.compiler.assume_constant_result
 def _weight_reasons(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-    found = contract.reasons(NVFP4_MATMUL, (Described(dtype, (1, k), (), device),), N=n)
+    found = contract.reasons(NVFP4_MATMUL, (Described(dtype, (1, k), device),), N=n)
     return tuple(dict.fromkeys((*found, *device_reasons(NVFP4_MATMUL.device, device))))
 
 

@@ -1,6 +1,6 @@
 """Attention kernels, one module per family, each with its contract as data; `runtime` lists them."""
 
-from .contract import Backend, Contract, Device, Package, Shape, Size, not_supported_reasons
+from .contract import Backend, Contract, Device, Package, Size, not_supported_reasons
 from .runtime import RUNTIME
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "Contract",
     "Device",
     "Package",
-    "Shape",
     "Size",
     "backends",
     "lookup",

@@ -29,7 +29,6 @@ __all__ = [
     "Contract",
     "Device",
     "Package",
-    "Shape",
     "Size",
     "head_dims",
     "keys",
@@ -57,17 +56,6 @@ def keys(at_least: int = 1, at_most: int | None = None) -> Size:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of one call: q [batch, q_length, heads, head_dim], k and v [batch, kv_length, heads, head_dim]."""
-
-    batch: int
-    q_length: int
-    kv_length: int
-    heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
 class Contract:
     """Calls that an attention kernel computes rightly.
 
@@ -82,7 +70,8 @@ class Contract:
             of two (multiplied into q, which is exact); "default".
         causal: "any"; "square": only with as many queries as keys (kernels disagree on the corner otherwise); "no".
         order: how the kernel reads tensors: "BLHD" or "BHLD"; the axes are exchanged (a view) before the guard copies.
-        workspace: bytes that the kernel allocates in addition to its output, by shape; None when it is negligible.
+        workspace: bytes that the kernel allocates in addition to its output, by batch, heads, queries
+            and keys; None when it is negligible.
         expanded: whether tensors with a stride of 0 (K and V shared by a batch) are read rightly.
         writes_to_k: the kernel changes K in place; it then gets a K that nobody else holds.
         float32_as: what float32 tensors are cast to when `dtypes` lacks float32; None rejects them. Never float16,
@@ -100,7 +89,7 @@ class Contract:
     scales: Literal["any", "power_of_two", "default"] = "any"
     causal: Literal["any", "square", "no"] = "no"
     order: Order = "BLHD"
-    workspace: Callable[[Shape], int] | None = None
+    workspace: Callable[[int, int, int, int], int] | None = None
     expanded: bool = True
     writes_to_k: bool = False
     float32_as: torch.dtype | None = torch.bfloat16

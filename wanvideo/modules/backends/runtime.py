@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -186,7 +187,8 @@ def test_in_child(backend: Backend, device: torch.device, **options: float) -> V
 
 def _plugin(backend: Backend) -> str:
     """The file that registers a backend from outside this package, for the child to load; "" for its own."""
-    source = inspect.getsourcefile(inspect.unwrap(backend.run))
+    run: Any = backend.run
+    source = inspect.getsourcefile(inspect.unwrap(getattr(run, "func", run)))  # of a partial, its function
     if source is None or Path(source).resolve().is_relative_to(_ROOT):
         return ""
     return source

@@ -5,6 +5,7 @@ What each needs comes from its public interface and issue tracker; the limits th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from .contract import (
     Contract,
     Device,
     Package,
-    Shape,
     Size,
     head_dims,
     keys,
@@ -111,15 +111,9 @@ def run_sage2_fp16(inputs: Inputs) -> torch.Tensor:
     return _times(out, peak)
 
 
-def run_sage2_fp8(inputs: Inputs) -> torch.Tensor:
-    """Ada and consumer Blackwell: int8 QK, fp8 PV, two float32 accumulators (the default of 2.2 is fp16 in one)."""
-    kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp8_cuda
-    return kernel(inputs.q, inputs.k, inputs.v, pv_accum_dtype="fp32+fp32", smooth_k=True, **_arguments(inputs))
-
-
-def run_sage2_hopper(inputs: Inputs) -> torch.Tensor:
-    """Hopper: int8 QK, fp8 PV, two float32 accumulators."""
-    kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp8_cuda_sm90
+def run_sage2_fp8(inputs: Inputs, entry_point: str) -> torch.Tensor:
+    """Int8 QK, fp8 PV, two float32 accumulators (the default of 2.2 on Ada is fp16 in one)."""
+    kernel = getattr(packages.load("sageattention"), entry_point)
     return kernel(inputs.q, inputs.k, inputs.v, pv_accum_dtype="fp32+fp32", smooth_k=True, **_arguments(inputs))
 
 
@@ -147,13 +141,13 @@ SAGE2_AMPERE = Backend(
 SAGE2_ADA = Backend(
     "sageattention_2_fp8",
     _sage2_contract(((8, 9), (12, 0), (12, 1)), "sageattn_qk_int8_pv_fp8_cuda", keys(64, at_most=131072)),
-    run_sage2_fp8,
+    partial(run_sage2_fp8, entry_point="sageattn_qk_int8_pv_fp8_cuda"),
     EIGHT_BIT,
 )
 SAGE2_HOPPER = Backend(
     "sageattention_2_fp8_sm90",
     _sage2_contract(((9, 0),), "sageattn_qk_int8_pv_fp8_cuda_sm90", keys(at_least=128)),
-    run_sage2_hopper,
+    partial(run_sage2_fp8, entry_point="sageattn_qk_int8_pv_fp8_cuda_sm90"),
     EIGHT_BIT,
 )
 
@@ -161,27 +155,29 @@ SAGE2_HOPPER = Backend(
 # --- SageAttention 3: NVFP4 on Blackwell -----------------------------------------------------------------------------
 
 
-def delta_s_bytes(shape: Shape) -> int:
+def delta_s_bytes(batch: int, heads: int, queries: int, keys: int) -> int:
     """Bytes of the float32 [B, H, Lq / 128, Lk] tensor that sageattn3 builds with block means, over all queries."""
-    blocks = -(-shape.q_length // SAGE3_QUERY_BLOCK)
-    return 4 * shape.batch * shape.heads * blocks * shape.kv_length
+    return 4 * batch * heads * -(-queries // SAGE3_QUERY_BLOCK) * keys
 
 
-def _workspace(shape: Shape) -> int:
-    one_block = delta_s_bytes(Shape(shape.batch, SAGE3_QUERY_BLOCK, shape.kv_length, shape.heads, shape.head_dim))
-    return min(delta_s_bytes(shape), max(DELTA_S_BUDGET, one_block))
+def _workspace(batch: int, heads: int, queries: int, keys: int) -> int:
+    one_block = delta_s_bytes(batch, heads, 1, keys)
+    return min(delta_s_bytes(batch, heads, queries, keys), max(DELTA_S_BUDGET, one_block))
 
 
 def _rows_within_budget(q: torch.Tensor, keys: int) -> int:
     """How many queries of q [B, H, Lq, D] one call may take: whole blocks, at least one."""
     batch, heads, queries, _ = q.shape
-    per_block = 4 * batch * heads * keys
-    blocks = max(1, DELTA_S_BUDGET // per_block)
+    blocks = max(1, DELTA_S_BUDGET // delta_s_bytes(batch, heads, 1, keys))
     return min(queries, blocks * SAGE3_QUERY_BLOCK)
 
 
-def _run_sage3(inputs: Inputs, block_means: bool) -> torch.Tensor:
-    """[B, H, L, D]; q in slices of whole blocks; k belongs to this call alone and is changed by it."""
+def run_sage3(inputs: Inputs, block_means: bool) -> torch.Tensor:
+    """`sageattn3_blackwell` on [B, H, L, D], q in slices of whole blocks; it changes the k that it gets.
+
+    Args:
+        block_means: one mean per 128 queries, the more accurate way, which needs more memory.
+    """
     kernel = packages.load("sageattn3").sageattn3_blackwell
     q, k, v, ratio = inputs.q, inputs.k, inputs.v, scale_ratio(inputs)
     if ratio != 1.0:
@@ -199,16 +195,6 @@ def _run_sage3(inputs: Inputs, block_means: bool) -> torch.Tensor:
     return out
 
 
-def run_sage3_block_means(inputs: Inputs) -> torch.Tensor:
-    """`sageattn3_blackwell` with one mean per 128 queries: the more accurate way."""
-    return _run_sage3(inputs, block_means=True)
-
-
-def run_sage3(inputs: Inputs) -> torch.Tensor:
-    """`sageattn3_blackwell` without block means: less memory, less accurate."""
-    return _run_sage3(inputs, block_means=False)
-
-
 SAGE3_CONTRACT = Contract(
     dtypes=HALF,
     layout="aligned_contiguous",
@@ -222,5 +208,5 @@ SAGE3_CONTRACT = Contract(
     ),
 )
 
-SAGE3_BLOCK_MEANS = Backend("sageattn3_block_means", SAGE3_CONTRACT, run_sage3_block_means, FOUR_BIT)
-SAGE3 = Backend("sageattn3", SAGE3_CONTRACT, run_sage3, FOUR_BIT)
+SAGE3_BLOCK_MEANS = Backend("sageattn3_block_means", SAGE3_CONTRACT, partial(run_sage3, block_means=True), FOUR_BIT)
+SAGE3 = Backend("sageattn3", SAGE3_CONTRACT, partial(run_sage3, block_means=False), FOUR_BIT)

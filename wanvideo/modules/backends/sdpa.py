@@ -12,7 +12,7 @@ from ...kernels.inputs import Inputs
 from ...kernels.layout import even_strides
 from .contract import ANY_FLOAT, Backend, Contract, Device, repaired_mask
 
-__all__ = ["EAGER", "SDPA", "eager_attention"]
+__all__ = ["EAGER", "SDPA", "run_eager"]
 
 _CHUNK_BYTES = 256 << 20
 
@@ -61,11 +61,6 @@ def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(~allowed, -torch.inf)
 
 
-def eager_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v, as `run_eager`. q [B, Lq, H, D]; k, v [B, Lk, H, D]."""
-    return run_eager(Inputs(q, k, v))
-
-
 def run_eager(inputs: Inputs) -> torch.Tensor:
     """The call in float32 (float64 for float64 tensors), in slices of queries.
 
@@ -73,7 +68,7 @@ def run_eager(inputs: Inputs) -> torch.Tensor:
     """
     q, k, v, attn_mask, causal = inputs.q, inputs.k, inputs.v, inputs.attn_mask, inputs.causal
     dtype = torch.promote_types(q.dtype, torch.float32)
-    batch, queries, heads, keys = inputs.batch, inputs.queries, inputs.heads, inputs.keys
+    (batch, queries, heads, _), keys = q.shape, inputs.keys
     kt = k.permute(0, 2, 3, 1).to(dtype)  # [B, H, D, Lk]
     vt = v.transpose(1, 2).to(dtype)  # [B, H, Lk, D]
     mask = None if attn_mask is None else attn_mask.broadcast_to(batch, heads, queries, keys)
