@@ -4,17 +4,17 @@ A weight is stored as float8 (e4m3fn or e5m2), optionally with a scale: weight =
 of two ways:
 
 * weight only: the weight is unpacked to the base dtype, then `F.linear`. Half the memory, the speed of 16 bits;
-* fast: the activations are quantised per row and both go to the fp8 tensor cores (`torch._scaled_mm`).
+* fast: the activations are quantized per row and both go to the fp8 tensor cores (`torch._scaled_mm`).
 
-The contract of `torch._scaled_mm` is data (`fp8_matmul_violations`). Where a call breaks it, the first way serves
-instead of an error, and operands at odd addresses are repaired by one copy. On the CPU the fast way is computed with
-the very same numbers, so that what the GPU will give can be tested anywhere. Nothing here writes to its inputs.
+The contract of `torch._scaled_mm` is data (`FP8_MATMUL`, read by `fp8_matmul_reasons`). A call outside it runs the
+first way instead of ending in an error, and operands at odd addresses are repaired by one copy. On the CPU the fast way
+is computed with the very same numbers, so that what the GPU will give can be tested anywhere. Nothing here writes to
+its inputs.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from .wanvideo.errors import InputError, some
-from .wanvideo.kernels import linear as own
-from .wanvideo.kernels import reference
+from .wanvideo.kernels import contract, reference
+from .wanvideo.kernels import linear as kernels
+from .wanvideo.kernels.contract import Contract, Described, Device, Operand, Size
 from .wanvideo.kernels.layout import aligned_contiguous
+from .wanvideo.kernels.selftest import device_reasons, eager_reasons
 from .wanvideo.linear.base import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
 from .wanvideo.linear.nvfp4 import NVFP4Linear
 
@@ -34,17 +36,17 @@ __all__ = [
     "Quantization",
     "convert_fp8_linear",
     "fp8_linear_forward",
-    "fp8_matmul_violations",
+    "fp8_matmul_reasons",
     "quantize_linear",
     "quantize_linears",
     "quantize_rows_fp8",
     "quantize_weight_fp8",
-    "refuse_second_quantization",
+    "reject_second_quantization",
     "stored_format",
     "summary",
 ]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
@@ -79,11 +81,30 @@ QUANTIZED_PREFIX = "blocks."
 """Only the linears of the transformer blocks are stored low; embeddings, norms, modulation and head are a few per cent
 of the bytes and most of the sensitivity."""
 
-MIN_CAPABILITY = (8, 9)
-"""The first compute capability with fp8 tensor cores."""
+FP8_MATMUL = Contract(
+    "torch._scaled_mm",
+    Device(types=("cpu", "cuda"), min_capability=(8, 9), purpose="for fp8 tensor cores"),
+    (
+        Operand("weight", "N K", (torch.float8_e4m3fn, torch.float8_e5m2), "aligned_contiguous"),
+        Operand("scale_weight", "1|N", optional=True),
+    ),
+    {
+        "N": Size("there are {} output features", multiple_of=16, at_least=1),
+        "K": Size("there are {} input features", multiple_of=16, at_least=1),
+    },
+    {"base_dtype": (torch.float32, torch.bfloat16, torch.float16)},
+)
+"""The fp8 matmul of a linear layer, by its weight; one scale per tensor or per output row. On the CPU its numbers are
+computed (`_scaled_matmul`). What the guards repair is no reason against a call."""
 
-ROWWISE_CAPABILITIES = ((9, 0), (10, 0))
-"""Where one kernel takes a scale per row of either operand. Elsewhere the scales are applied to its float32 result."""
+ROWWISE_MATMUL = Contract(
+    "torch._scaled_mm with a scale per row",
+    Device(capabilities=((9, 0), (10, 0)), not_on=("win32",)),
+    (Operand("weight", "N K", (torch.float8_e4m3fn,), "aligned_contiguous"),),
+    choices={"base_dtype": (torch.bfloat16,)},
+)
+"""Where one kernel applies a scale per row of both operands and the bias itself. Elsewhere the scales are applied to
+its float32 result."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +133,10 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] float -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale, largest value 448 per row.
 
     A row with a NaN or an infinity gets a non-finite scale, so that the product shows it. One pass over memory on a
-    GPU: by our kernel, or fused by the compiler.
+    GPU: by a Triton kernel, or fused by the compiler.
     """
-    if not torch.compiler.is_compiling() and own.serves_quantize_rows(x):
-        return own.quantize_rows(x)
-    return reference.quantize_rows(x)
+    form = reference if eager_reasons(kernels.QUANTIZE_ROWS, (x,)) else kernels
+    return form.quantize_rows(x)
 
 
 def quantize_weight_fp8(weight: Tensor, dtype: torch.dtype, scaled: bool) -> tuple[Tensor, Tensor | None]:
@@ -138,59 +158,36 @@ def quantize_weight_fp8(weight: Tensor, dtype: torch.dtype, scaled: bool) -> tup
 # ---------------------------------------------------------------------------------------- the matmul and its contract
 
 
-def fp8_matmul_violations(
+def fp8_matmul_reasons(
     weight: Tensor, base_dtype: torch.dtype, device: torch.device, scale_weight: Tensor | None = None
-) -> list[str]:
-    """All the reasons why `torch._scaled_mm` cannot serve a linear layer with this weight [N, K]; empty when it can.
+) -> tuple[str, ...]:
+    """Every reason why `torch._scaled_mm` cannot compute a linear layer with this weight [N, K]; empty when it can.
 
-    Addresses and strides are not among them: the guards repair those. The CPU counts as able, because it computes the
-    same numbers (`_scaled_matmul`).
+    Args:
+        base_dtype: dtype of the output.
+        device: of the input.
+        scale_weight: one number, or one per output row; None for 1.
     """
-    reasons = []
-    # Spelled out, because torch 2.8 cannot trace `dict.values()`.
-    if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        reasons.append(f"it multiplies e4m3fn or e5m2 weights, not {weight.dtype}")
-    if weight.ndim != 2:
-        reasons.append(f"it takes a weight of two dimensions, not {weight.ndim}")
-    else:
-        for name, extent in zip(("output", "input"), weight.shape, strict=True):
-            if extent % 16 or not extent:
-                reasons.append(f"{extent} {name} features are no multiple of 16")
-    if scale_weight is not None and scale_weight.numel() not in (1, weight.shape[0]):
-        reasons.append(f"it takes one scale per tensor or per output row, not {scale_weight.numel()}")
-    if base_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"it computes in float32, bfloat16 or float16, not {base_dtype}")
-    return reasons + _device_violations(device)
+    scales = None if scale_weight is None else scale_weight.numel()
+    return _matmul_reasons(False, weight.dtype, tuple(int(n) for n in weight.shape), base_dtype, device, scales)
 
 
-def _device_violations(device: torch.device) -> list[str]:
-    if device.type == "cpu":
-        return []
-    if device.type != "cuda" or torch.version.cuda is None:
-        return [f"it runs on an NVIDIA GPU, not on {device.type}"]
-    capability = _capability(device)
-    if capability < MIN_CAPABILITY:
-        return [f"compute capability {capability[0]}.{capability[1]} has no fp8 tensor cores (8.9 has)"]
-    return []
-
-
+# A compiled graph holds the answer, which neither torch 2.8 could trace nor a later call can change.
 @torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _rowwise_kernel_serves(weight: Tensor, base_dtype: torch.dtype) -> bool:
-    """Whether `torch._scaled_mm` can apply a scale per row of both operands and the bias itself.
-
-    Its rowwise kernels write bfloat16, read an e4m3fn second operand, and are not built on Windows.
-    """
-    return (
-        weight.is_cuda
-        and base_dtype == torch.bfloat16
-        and weight.dtype == torch.float8_e4m3fn
-        and sys.platform != "win32"
-        and _capability(weight.device) in ROWWISE_CAPABILITIES
-    )
+def _matmul_reasons(
+    rowwise: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    base_dtype: torch.dtype,
+    device: torch.device,
+    scales: int | None = None,
+) -> tuple[str, ...]:
+    needs = ROWWISE_MATMUL if rowwise else FP8_MATMUL
+    operands: list[Described | None] = [Described(dtype, shape, device)]
+    if not rowwise:
+        operands.append(None if scales is None else Described(torch.float32, (scales,), device))
+    found = (*contract.reasons(needs, operands, base_dtype=base_dtype), *device_reasons(needs.device, device))
+    return tuple(dict.fromkeys(found))
 
 
 def _scaled_matmul(
@@ -207,7 +204,7 @@ def _scaled_matmul(
     if not values.is_cuda:
         return _apply_scales(values.float() @ weight.float().t(), scale, columns, bias, dtype)
     values, weight = aligned_contiguous(values), aligned_contiguous(weight)
-    if _rowwise_kernel_serves(weight, dtype):
+    if not _matmul_reasons(True, weight.dtype, tuple(int(n) for n in weight.shape), dtype, weight.device):
         return _rowwise_matmul(values, scale, weight, columns, bias, dtype)
     return _apply_scales(_tensorwise_matmul(values, weight), scale, columns, bias, dtype)
 
@@ -219,9 +216,8 @@ def _apply_scales(
     bias = None if bias is None else bias.detach().to(dtype)
     if columns is None:
         columns = torch.ones((1, 1), device=product.device)
-    if not torch.compiler.is_compiling() and own.serves_scale_product(product, rows, columns, bias, dtype):
-        return own.scale_product(product, rows, columns, bias, dtype)
-    return reference.scale_product(product, rows, columns, bias, dtype)
+    form = reference if eager_reasons(kernels.SCALE_PRODUCT, (product, rows, columns, bias), dtype=dtype) else kernels
+    return form.scale_product(product, rows, columns, bias, dtype)
 
 
 def _tensorwise_matmul(values: Tensor, weight: Tensor) -> Tensor:
@@ -272,8 +268,7 @@ def fp8_linear_forward(cls: nn.Linear, base_dtype: torch.dtype, input: Tensor) -
     leading = [int(n) for n in x.shape[:-1]]
     out_features, in_features = (int(n) for n in cls.weight.shape)
     scale_weight = getattr(cls, "scale_weight", None)
-    violations = fp8_matmul_violations(cls.weight, base_dtype, x.device, scale_weight)
-    if violations or x.numel() == 0:
+    if fp8_matmul_reasons(cls.weight, base_dtype, x.device, scale_weight) or x.numel() == 0:
         return linear_in(base_dtype, x, _dequantized_weight(cls.weight, scale_weight, base_dtype), cls.bias)
     values, scale = quantize_rows_fp8(x.reshape(-1, in_features))
     out = _scaled_matmul(values, scale, cls.weight.detach(), scale_weight, cls.bias, base_dtype)
@@ -367,10 +362,10 @@ def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtyp
     """
     wanted = Quantization.parse(quantization)
     linears = [(name, linear) for name, linear in _linears(model) if name.startswith(QUANTIZED_PREFIX)]
-    refuse_second_quantization([stored_format(linear) for _, linear in linears], wanted)
+    reject_second_quantization([stored_format(linear) for _, linear in linears], wanted)
     for _, linear in linears:
         quantize_linear(linear, wanted, base_dtype)
-    log.info("Linear layers: %s", summary(model))
+    logger.info("Linear layers: %s", summary(model))
 
 
 def quantize_linear(linear: nn.Linear, wanted: Quantization, base_dtype: torch.dtype) -> None:
@@ -385,7 +380,7 @@ def quantize_linear(linear: nn.Linear, wanted: Quantization, base_dtype: torch.d
         NVFP4Linear.quantize(linear, base_dtype)
 
 
-def refuse_second_quantization(forms: list[str | None], wanted: Quantization) -> None:
+def reject_second_quantization(forms: list[str | None], wanted: Quantization) -> None:
     """Most linears must be able to take the format asked for. (An adapter file may differ from the base file.)
 
     Args:

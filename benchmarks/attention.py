@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention [--json F]
 
-Times are medians of calls that took turns, quantisation included: "ms" of one call on an idle GPU, "ms in a row" of one
+Times are medians of calls that took turns, quantization included: "ms" of one call on an idle GPU, "ms in a row" of one
 among equal ones that keep it busy, as the layers of a model do. Errors are against float64 on a sample of rows.
 Inputs are normal with tokens that differ, or besides have a few outlier channels as trained models do; never zeros, on
 which a GPU is faster. A kernel that cannot run here is named with its reason. Run from the root of the repository.
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import native_fp4_reasons
 
 from .common import Report, choose_device, interleaved, parser, ratio
 
@@ -32,7 +33,7 @@ LENGTHS = (32_760, 8_192, 2_048)
 
 HEADS, HEAD_DIM = 40, 128
 SHORT_KEYS = {"audio, 32 keys for each of 21 frames": (21, 1560, 32), "text, 512 keys": (1, 32_760, 512)}
-SHORT_KEYS["picture, 257 keys"] = (1, 32_760, 257)
+SHORT_KEYS["image, 257 keys"] = (1, 32_760, 257)
 """Batch, queries and keys of the cross attentions."""
 
 ROWS_OF_CALLS, LASTING = 4, 250.0
@@ -70,7 +71,12 @@ def _portable_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def _nvfp4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sage_fp4.sage_fp4_attention(q, k, v, native=not native_fp4_reasons(q.device))
+
+
 def _kitchen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In no mode: with scores around 1e9 it gives NaN."""
     kitchen = importlib.import_module("comfy_kitchen")
     return kitchen.int8_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
@@ -90,23 +96,23 @@ def contenders(device: torch.device) -> dict[str, Attend]:
         "SDPA default": functools.partial(_sdpa, None),
         OURS_FP8: sage_fp8.sage_fp8_attention,
         "ours, FP8, Triton alone": _portable_fp8,
-        OURS_FP4: sage_fp4.sage_fp4_attention,
+        OURS_FP4: _nvfp4,
         "comfy-kitchen int8": _kitchen,
         "sageattention": _sageattention,
     }
 
 
 def usable(report: Report, attends: dict[str, Attend], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
-    """Those that serve this call; the others are named with the first line of what they say."""
-    served = {}
+    """Those that can compute this call; the others are named with the first line of what they say."""
+    found = {}
     for name, attend in attends.items():
         try:
             attend(q, k, v)
         except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
             print(f"not measured: {name} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
         else:
-            served[name] = attend
-    return served
+            found[name] = attend
+    return found
 
 
 def inputs(
@@ -189,7 +195,7 @@ def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int,
 
 
 def accuracy(report: Report, length: int, heads: int) -> None:
-    """Our kernels beside the same numerics in plain torch, which they may not exceed by more than `NO_WORSE`."""
+    """Our kernels and the same numerics in plain torch, which they may not exceed by more than `NO_WORSE`."""
     rows: list[dict[str, str | int | float]] = []
     ours = {name: attend for name, attend in contenders(report.device).items() if name in TWINS}
     for kind in ("normal", "outlier channels", TOPICAL):

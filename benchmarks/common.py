@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
-from wanvideo_infinitetalk.wanvideo.modules.backends import selftest
+from wanvideo_infinitetalk.wanvideo.kernels import selftest
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 

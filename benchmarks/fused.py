@@ -1,11 +1,11 @@
-"""The elementwise groups of a block: eager, our kernel, comfy-kitchen's and the compiled eager form side by side.
+"""The elementwise groups of a block: eager, the kernel, comfy-kitchen's and the compiled eager form side by side.
 
     python -m benchmarks.fused [--json F]
 
 Times are medians of rows of calls that took turns. "ulp" is the largest error against float64 over what one rounding
 allows, on normal values, with outlier channels, and with a mean far from zero: a form above 1 rounds twice, or sums
 less exactly, and may not take the place of the eager one. At last one whole block of the 14B model, all groups eager
-against all of ours. Run from the root of the repository.
+against all by kernels. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from wanvideo_infinitetalk.wanvideo.kernels import fused, reference
 from wanvideo_infinitetalk.wanvideo.kernels.rope import Rotation
-from wanvideo_infinitetalk.wanvideo.modules import elementwise as fused
 
 from .common import (
     PUBLIC_14B,
@@ -37,11 +37,12 @@ from .common import (
     parser,
     ratio,
 )
-from .fused_cases import Call, calls, excess
+from .fused_cases import Call, calls, excess, only_eager, why_eager
 from .guard_cost import ONE_BLOCK, one_block
 
 JUDGED = ("normal", "outlier channels", "large mean")
 """Kinds of values whose errors stand in the tables."""
+EAGER, KERNEL = "eager", "kernel"
 COMPILED, TWO_STEPS = "eager, compiled", "torch rms_norm + comfy-kitchen rope"
 ADALN = "comfy-kitchen adaln, modulation rounded"
 MEASURED_ROWS = 2048
@@ -51,26 +52,25 @@ MODES = (("sdpa", "disabled"), ("sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"))
 
 
 def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Every form of a group that serves this call, and what else could: named with its reason where it cannot."""
-    served: dict[str, Callable[..., Any]] = {}
-    for name, (run, serves) in fused.FORMS[group].items():
-        if serves(*call):
-            served[name] = run
-        elif name != fused.EAGER:
-            print(f"not measured: {name} of {group} does not serve this call here")
+    """Every form of a group that can compute this call, and what else could: named with its reason where it cannot."""
+    found: dict[str, Callable[..., Any]] = {EAGER: getattr(reference, group)}
+    if reasons := why_eager(group, call):
+        print(f"not measured: the kernel of {group} ({'; '.join(reasons)})")
+    else:
+        found[KERNEL] = getattr(fused, group)
     if device.type == "cuda":
-        served[COMPILED] = torch.compile(fused.FORMS[group][fused.EAGER].run, dynamic=False)
+        found[COMPILED] = torch.compile(getattr(reference, group), dynamic=False)
         if group == "qk_norm_rope":
-            served[TWO_STEPS] = _two_steps
+            found[TWO_STEPS] = _two_steps
         if group == "modulated_norm":
-            served[ADALN] = _adaln
-    for name in list(served):
+            found[ADALN] = _adaln
+    for name in list(found):
         try:
-            served[name](*call)
+            found[name](*call)
         except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
             print(f"not measured: {name} of {group} ({type(error).__name__}: {str(error).splitlines()[:1]})")
-            del served[name]
-    return served
+            del found[name]
+    return found
 
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -109,16 +109,16 @@ def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: in
     timed = calls(1, length, *sizes, "normal")
     judged = {kind: calls(1, min(length, MEASURED_ROWS), *sizes, kind) for kind in JUDGED}
     for group, call in timed.items():
-        served = forms(group, call, report.device)
-        forms_of_call = {n: functools.partial(f, *call) for n, f in served.items()}
+        found = forms(group, call, report.device)
+        forms_of_call = {n: functools.partial(f, *call) for n, f in found.items()}
         times = interleaved(forms_of_call, rounds, report.device, warmup=3, last=report.lasting(LASTING))
         rows: list[dict[str, str | int | float]] = []
-        for name, form in served.items():
+        for name, form in found.items():
             ms = statistics.median(times[name])
             row: dict[str, str | int | float] = {
                 "form": name,
                 "ms": ms,
-                "times eager": 1 / ratio(times, name, fused.EAGER),
+                "times eager": 1 / ratio(times, name, EAGER),
                 "GB/s": traffic(call, form(*call)) / ms / 1e6,
             }
             for kind in JUDGED:
@@ -127,44 +127,38 @@ def compare(report: Report, grid: tuple[int, int, int], heads: int, head_dim: in
             rows.append(row)
         title = f"{group}: [1, {length}, {heads * head_dim}] bf16, medians of {rounds} rounds of calls in a row"
         report.table(title, rows)
-        if fused.OWN in served:
-            worst = max(float(row[f"ulp, {kind}"]) for row in rows if row["form"] == fused.OWN for kind in JUDGED)
-            report.goal(f"ulp of our {group}", worst, 1.0)
-            report.goal(f"time of our {group} over eager", ratio(times, fused.OWN, fused.EAGER), 1.0)
+        if KERNEL in found:
+            worst = max(float(row[f"ulp, {kind}"]) for row in rows if row["form"] == KERNEL for kind in JUDGED)
+            report.goal(f"ulp of the kernel of {group}", worst, 1.0)
+            report.goal(f"time of the kernel of {group} over eager", ratio(times, KERNEL, EAGER), 1.0)
 
 
 def whole_block(report: Report, small: bool, rounds: int) -> None:
-    """One block with every group eager, and with each of ours that serves."""
+    """One block with every group eager, and with the kernels wherever they can run."""
     config, grid = (dataclasses.replace(SMALL, num_layers=1), SMALL_GRID) if small else (ONE_BLOCK, PUBLIC_GRID)
     rows: list[dict[str, str | int | float]] = []
-    own: Callable[[], AbstractContextManager[Any]] = functools.partial(
-        fused.preferring, **dict.fromkeys(fused.FORMS, fused.OWN)
-    )
-    eager: Callable[[], AbstractContextManager[Any]] = functools.partial(
-        fused.preferring, **dict.fromkeys(fused.FORMS, fused.EAGER)
-    )
+    within: dict[str, Callable[[], AbstractContextManager[Any]]] = {EAGER: only_eager, KERNEL: nullcontext}
     for mode, quantization in MODES:
         block, arguments = one_block(config, grid, mode, quantization, report.device)
         run = functools.partial(block, *arguments)
-        with eager():
+        with only_eager():
             expected = run().float()
-        with own():
-            moved = float((run().float() - expected).norm() / expected.norm())
-        both = {"eager": run, "own": run}
+        moved = float((run().float() - expected).norm() / expected.norm())
+        both = dict.fromkeys(within, run)
         times = interleaved(
             both,
             rounds,
             report.device,
             warmup=3,
-            within={"eager": eager, "own": own},
+            within=within,
             last=report.lasting(LASTING_BLOCK),
         )
         rows.append(
             {
                 "attention, linears": f"{mode}, quantization {quantization}",
-                "eager, ms": statistics.median(times["eager"]),
-                "own, ms": statistics.median(times["own"]),
-                "own / eager": ratio(times, "own", "eager"),
+                "eager, ms": statistics.median(times[EAGER]),
+                "kernels, ms": statistics.median(times[KERNEL]),
+                "kernels / eager": ratio(times, KERNEL, EAGER),
                 "relative L2 between them": moved,
             }
         )

@@ -1,18 +1,35 @@
-"""Calls of the elementwise groups of `fused`, what they should give in float64, and how far off one rounding may be.
+"""Calls of the elementwise groups, what they should give in float64, and how far off one rounding may be.
 
 The measure by which a form may take the place of an eager one; tests and the benchmark read it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from wanvideo_infinitetalk.wanvideo.kernels import fused
 from wanvideo_infinitetalk.wanvideo.kernels.rope import Rotation
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import eager_reasons
+from wanvideo_infinitetalk.wanvideo.modules import elementwise
 
-__all__ = ["KINDS", "SLACK", "Call", "calls", "exact", "excess"]
+__all__ = ["GROUPS", "KINDS", "SLACK", "Call", "calls", "exact", "excess", "only_eager", "why_eager"]
+
+GROUPS = {
+    contract.kernel: contract
+    for contract in (
+        fused.MODULATED_NORM,
+        fused.AFFINE_NORM,
+        fused.RMS_NORM,
+        fused.QK_NORM_ROPE,
+        fused.GATED_RESIDUAL,
+    )
+}
+"""Group -> the contract of its kernel."""
 
 Call = tuple[Any, ...]
 """Arguments of one group."""
@@ -21,6 +38,24 @@ KINDS = ("normal", "outlier channels", "large mean", "large", "constant rows", "
 """Values that are hard to sum."""
 
 EPS = 1e-6
+
+
+def why_eager(group: str, call: Call) -> Sequence[str]:
+    """Every reason why the eager form computes a call; empty when the kernel does."""
+    tensors = [x for part in call for x in (part if isinstance(part, tuple) else (part,)) if isinstance(x, Tensor)]
+    given = {"heads": call[5]} if group == "qk_norm_rope" else {}
+    return eager_reasons(GROUPS[group], tensors, **given)
+
+
+@contextlib.contextmanager
+def only_eager() -> Iterator[None]:
+    """Inside the `with` block every group is computed by its eager form."""
+    before = elementwise.eager_reasons
+    elementwise.eager_reasons = lambda *_, **__: ("asked for",)
+    try:
+        yield
+    finally:
+        elementwise.eager_reasons = before
 
 
 def _rows(shape: tuple[int, ...], kind: str, device: torch.device) -> Tensor:

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from wanvideo_infinitetalk.wanvideo.kernels import layout
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
-from wanvideo_infinitetalk.wanvideo.modules.backends import lookup
+from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
+from wanvideo_infinitetalk.wanvideo.modules.backends import RUNTIME, Backend, lookup
 from wanvideo_infinitetalk.wanvideo.modules.model import WanConfig, WanModel
 
 from .common import (
@@ -44,7 +44,7 @@ LASTING = 250.0
 ONE_BLOCK = dataclasses.replace(PUBLIC_14B, num_layers=1)
 GUARDS = ("aligned_contiguous", "aligned_strided", "aligned_rows")
 VARIANTS = (("sdpa", "disabled"), ("sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"))
-"""Attention mode and quantisation: the plainest, and the one whose kernels leave the least time to hide behind."""
+"""Attention mode and quantization: the plainest, and the one whose kernels leave the least time to hide behind."""
 
 
 def _identity(x: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -61,11 +61,11 @@ def replaced_guards(by_nothing: bool) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = []
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "wanvideo_infinitetalk"]
     originals = {name: getattr(layout, name) for name in GUARDS}
-    read_contract, known = door.reasons_against, {}
+    read_contract, known = RUNTIME.reasons, dict[str, list[str]]()
 
-    def remembered(backend: Any, *call: Any) -> list[str]:
+    def remembered(backend: Backend, inputs: Inputs) -> list[str]:
         if backend.name not in known:
-            known[backend.name] = read_contract(backend, *call)
+            known[backend.name] = read_contract(backend, inputs)
         return known[backend.name]
 
     for module in modules:
@@ -73,8 +73,8 @@ def replaced_guards(by_nothing: bool) -> Iterator[None]:
             if getattr(module, name, None) is guard:
                 replaced.append((module, name, guard))
                 setattr(module, name, _identity if by_nothing else guard)
-    replaced.append((door, "reasons_against", read_contract))
-    door.reasons_against = remembered if by_nothing else read_contract  # type: ignore[assignment]
+    replaced.append((RUNTIME, "reasons", read_contract))
+    RUNTIME.reasons = remembered if by_nothing else read_contract  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -133,7 +133,7 @@ def host_cost(report: Report, tokens: int, heads: int) -> None:
         "aligned_contiguous": lambda: layout.aligned_contiguous(plain),
         "aligned_strided, contiguous tensor": lambda: layout.aligned_strided(plain),
         "aligned_strided, slice of fused q, k, v": lambda: layout.aligned_strided(fused),
-        "the contract of one attention call": lambda: door.reasons_against(backend, plain, plain, plain),
+        "the contract of one attention call": lambda: RUNTIME.reasons(backend, Inputs.checked(plain, plain, plain)),
     }
     rows: list[dict[str, str | int | float]] = []
     for name, call in calls.items():

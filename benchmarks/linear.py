@@ -1,4 +1,4 @@
-"""Quantised linears at the shapes of the 14B model: time and error of each quantisation beside bf16.
+"""Quantized linears at the shapes of the 14B model: time and error of each quantization against bf16.
 
     python -m benchmarks.linear [--json F]
 
@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, fp8_matmul_violations, quantize_linears
-from wanvideo_infinitetalk.wanvideo.kernels import linear as own
+from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, fp8_matmul_reasons, quantize_linears
+from wanvideo_infinitetalk.wanvideo.kernels import linear as kernels
 from wanvideo_infinitetalk.wanvideo.kernels import reference
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import eager_reasons
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 from .common import Report, choose_device, interleaved, parser, ratio
@@ -63,9 +64,7 @@ def linears(in_features: int, out_features: int, device: torch.device) -> dict[s
             holder = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(plain)])})
             quantize_linears(holder, name, torch.bfloat16)
             forms[name] = holder.get_submodule("blocks.0")
-    if device.type == "cuda" and not fp8_matmul_violations(
-        plain.weight.to(torch.float8_e4m3fn), torch.bfloat16, device
-    ):
+    if device.type == "cuda" and not fp8_matmul_reasons(plain.weight.to(torch.float8_e4m3fn), torch.bfloat16, device):
         forms[STATIC] = functools.partial(_static_linear, plain.weight.to(torch.float8_e4m3fn), plain.bias)
     return forms
 
@@ -111,20 +110,20 @@ def compare(report: Report, in_features: int, out_features: int, rows: int, roun
 
 
 def around(report: Report, features: int, rows: int, rounds: int) -> None:
-    """What lies around the matmul of a fast layer: quantising its input, scaling a product that has no scales yet."""
+    """What lies around the matmul of a fast layer: quantizing its input, scaling a product that has no scales yet."""
     x = activations(rows, features, report.device, outliers=False)
     product, row_scale, column_scale = (
         torch.rand(shape, device=report.device) for shape in ((rows, features), (rows, 1), (1, features))
     )
     scaling = (product, row_scale, column_scale, torch.randn_like(x[0]), torch.bfloat16)
-    quantising: dict[str, Callable[..., object]] = {"eager": reference.quantize_rows}
+    quantizing: dict[str, Callable[..., object]] = {"eager": reference.quantize_rows}
     scales: dict[str, Callable[..., object]] = {"eager": reference.scale_product}
-    if own.serves_quantize_rows(x):
-        quantising |= {"own": own.quantize_rows, "comfy-kitchen, one scale per tensor": _kitchen_quantize}
-        scales["own"] = own.scale_product
+    if not eager_reasons(kernels.QUANTIZE_ROWS, (x,)):
+        quantizing |= {"kernel": kernels.quantize_rows, "comfy-kitchen, one scale per tensor": _kitchen_quantize}
+        scales["kernel"] = kernels.scale_product
     # The bytes are those of bf16 to e4m3, and of float32 to bf16.
     for what, forms, call, moved in (
-        ("input to e4m3", quantising, (x,), 3 * x.numel()),
+        ("input to e4m3", quantizing, (x,), 3 * x.numel()),
         ("scales to product", scales, scaling, 6 * x.numel()),
     ):
         if report.device.type == "cuda":
@@ -143,8 +142,8 @@ def around(report: Report, features: int, rows: int, rounds: int) -> None:
                 for name in forms
             ],
         )
-        if "own" in forms:
-            report.goal(f"time of ours over eager, {what}", ratio(times, "own", "eager"), 1.0)
+        if "kernel" in forms:
+            report.goal(f"time of ours over eager, {what}", ratio(times, "kernel", "eager"), 1.0)
 
 
 def _kitchen_quantize(x: Tensor) -> object:

@@ -35,7 +35,7 @@ from wanvideo_infinitetalk.media.video import VideoFrames
 from wanvideo_infinitetalk.pipeline.make_video import FPS, Job, choose_device, make_video
 from wanvideo_infinitetalk.tools.demo_model.faces import draw, mouth_boxes, random_faces, rest
 from wanvideo_infinitetalk.tools.demo_model.rule import mouth_of
-from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, mode_serves
+from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES, mode_supported
 
 from .common import Report, parser
 
@@ -280,7 +280,7 @@ def main() -> int:
     given = options.parse_args()
     device = choose_device(given.device)
     report = Report("lipsync", "Lip-sync", device, given.small)
-    modes = given.modes or [mode for mode in ATTENTION_MODES if mode_serves(mode, device)]
+    modes = given.modes or [mode for mode in ATTENTION_MODES if mode_supported(mode, device)]
     quantizations = given.quantizations
     if given.small:
         given.seconds, modes, quantizations = 1.0, modes[:1], quantizations[:1]

@@ -1,4 +1,4 @@
-"""What runs on this machine: every attention mode and quantisation, tried, with its accuracy and speed.
+"""What runs on this machine: every attention mode and quantization, tried, with its accuracy and speed.
 
 `infinitetalk doctor` and the node WanVideoAttentionDoctor print the report; `--report` writes it as JSON.
 """
@@ -18,20 +18,21 @@ import torch
 from torch import nn
 
 from .. import fp8_optimization
-from ..fp8_optimization import QUANTIZATIONS, fp8_matmul_violations, quantize_linears
+from ..fp8_optimization import QUANTIZATIONS, fp8_matmul_reasons, quantize_linears
 from ..wanvideo.errors import InfiniteTalkError
+from ..wanvideo.kernels.packages import first_line, installed_version
+from ..wanvideo.kernels.selftest import environment
 from ..wanvideo.linear.base import relative_l2
-from ..wanvideo.linear.nvfp4 import nvfp4_matmul_violations
+from ..wanvideo.linear.nvfp4 import nvfp4_matmul_reasons
 from ..wanvideo.modules.attention import MODE_BACKENDS, run_backend
 from ..wanvideo.modules.backends import lookup, unavailable_reasons
-from ..wanvideo.modules.backends import selftest as trial
-from ..wanvideo.modules.backends.packages import installed_version
+from ..wanvideo.modules.backends.selftest import like_activations
 from ..wanvideo.runtime.timing import milliseconds
 
 __all__ = ["PRECISIONS", "KernelRow", "LinearRow", "Report", "examine"]
 
 PRECISIONS = {"16-bit": ("sdpa",), "8-bit": ("sageattn_3_fp8",), "4-bit": ("sageattn_3_fp4",)}
-"""Precision -> the modes of which at least one must serve for the machine to be well."""
+"""Precision -> the modes of which at least one must be supported for the machine to be well."""
 
 
 @dataclass(frozen=True)
@@ -39,41 +40,43 @@ class KernelRow:
     """One kernel of one attention mode.
 
     Attributes:
-        serves: whether the mode may use it here. first: whether it is the one that the mode takes.
-        reasons: why it does not serve; empty when it does.
-        cosine, relative_l2: against the float32 reference; None when it does not serve.
+        supported: whether the mode may use it here. first: whether it is the one that the mode takes.
+        reasons: why it is not supported; empty when it is.
+        cosine, relative_l2: against the float32 reference; None when it is not supported.
+        bound: relative L2 that it keeps on the hardest input.
         milliseconds, speedup: of one call, and how many times faster than SDPA in the same run.
-        advice: what to install for it to serve; empty when nothing helps or nothing is needed.
+        advice: what to install for it to be supported; empty when nothing helps or nothing is needed.
     """
 
     mode: str
     kernel: str
     version: str
-    serves: bool
+    supported: bool
     first: bool
     reasons: tuple[str, ...] = ()
     cosine: float | None = None
     relative_l2: float | None = None
+    bound: float | None = None
     milliseconds: float | None = None
     speedup: float | None = None
     advice: str = ""
 
     @property
     def verdict(self) -> str:
-        if not self.serves:
+        if not self.supported:
             return "; ".join(self.reasons)
-        return "serves" if self.first else "would serve"
+        return "runs" if self.first else "could run"
 
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One quantisation of the linear layers: how it runs here, its error and its speed against 16 bits."""
+    """One quantization of the linear layers: how it runs here, its error and its speed against 16 bits."""
 
     quantization: str
     how: str
     relative_l2: float | None
     speedup: float | None
-    serves: bool = True
+    supported: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether at least one mode of each precision serves."""
+        """Whether at least one mode of each precision is supported."""
         return all(self.precisions.values())
 
     def as_json(self) -> dict[str, Any]:
@@ -96,13 +99,13 @@ class Report:
         return asdict(self) | {"healthy": self.healthy}
 
 
-def _beside(
+def _in_turns(
     call: Callable[[], object], baseline: Callable[[], object], device: torch.device, rounds: int = 3
 ) -> tuple[float, float]:
     """(median milliseconds of `call`, how many times as fast as `baseline`), in turns, because clocks drift."""
     call()
     times = [(milliseconds(baseline, device), milliseconds(call, device)) for _ in range(rounds)]
-    return statistics.median(own for _, own in times), statistics.median(base / own for base, own in times)
+    return statistics.median(ms for _, ms in times), statistics.median(base / ms for base, ms in times)
 
 
 def _errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
@@ -113,26 +116,22 @@ def _errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]
 
 def _advice(name: str, reasons: tuple[str, ...]) -> str:
     """What to install: only where the package is all that is missing."""
-    contract = lookup(name).contract
+    package = lookup(name).contract.device.package
     missing = [r for r in reasons if r.endswith("is not installed") or "it needs" in r]
-    if contract.package is None or not missing or len(missing) < len(reasons):
+    if package is None or not missing or len(missing) < len(reasons):
         return ""
-    return f"install {contract.package} {contract.versions}".strip()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return f"install {package.name} {package.versions}"
 
 
 def _version(name: str) -> str:
-    contract = lookup(name).contract
-    if contract.package is not None:
-        return installed_version(contract.package) or "-"
+    package = lookup(name).contract.package
+    if package is not None:
+        return installed_version(package) or "-"
     return f"torch {torch.__version__}" if name == "sdpa" else "built in"
 
 
 def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> list[KernelRow]:
-    parts = trial.like_activations(shape, torch.Generator().manual_seed(0))
+    parts = like_activations(shape, torch.Generator().manual_seed(0))
     q, k, v = (x.to(device, torch.bfloat16) for x in parts)
     expected = run_backend("eager", q.float(), k.float(), v.float())
     sdpa = functools.partial(run_backend, "sdpa", q, k, v)
@@ -146,12 +145,13 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
             return row
         try:
             cosine, relative_l2 = _errors(run_backend(name, q, k, v), expected)
-            spent, speedup = _beside(functools.partial(run_backend, name, q, k, v), sdpa, device)
+            spent, speedup = _in_turns(functools.partial(run_backend, name, q, k, v), sdpa, device)
         except InfiniteTalkError as error:
             return KernelRow("", name, row.version, False, False, (str(error),))
         except RuntimeError as error:  # whatever a kernel raises is a line of the report, not its end
-            return KernelRow("", name, row.version, False, False, (f"it fails: {_first_line(error)}",))
-        return KernelRow("", name, row.version, True, False, (), cosine, relative_l2, spent, speedup)
+            return KernelRow("", name, row.version, False, False, (f"it fails: {first_line(error)}",))
+        bound = lookup(name).bound[q.dtype]
+        return KernelRow("", name, row.version, True, False, (), cosine, relative_l2, bound, spent, speedup)
 
     rows = []
     for mode, names in MODE_BACKENDS.items():
@@ -160,8 +160,8 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
             if name not in measured:
                 measured[name] = measure(name)
             found = measured[name]
-            rows.append(KernelRow(**(asdict(found) | {"mode": mode, "first": found.serves and first})))
-            first = first and not found.serves
+            rows.append(KernelRow(**(asdict(found) | {"mode": mode, "first": found.supported and first})))
+            first = first and not found.supported
     return rows
 
 
@@ -169,12 +169,12 @@ def _how(quantization: str, features: int, device: torch.device) -> str:
     if quantization == "disabled":
         return "16-bit weights and matmul"
     if quantization == "fp4_scaled":
-        reasons = nvfp4_matmul_violations(features, features, torch.bfloat16, device)
-        return "FP4 matmul" if not reasons else f"FP4 weights, unpacked per call: {'; '.join(reasons)}"
+        against = nvfp4_matmul_reasons(features, features, torch.bfloat16, device)
+        return "FP4 matmul" if not against else f"FP4 weights, unpacked per call: {'; '.join(against)}"
     if not quantization.endswith("_fast"):
         return "8-bit weights, unpacked per call"
     weight = torch.empty(features, features, dtype=torch.float8_e4m3fn, device=device)
-    reasons = fp8_matmul_violations(weight, torch.bfloat16, device)
+    reasons = fp8_matmul_reasons(weight, torch.bfloat16, device)
     if reasons:
         return f"8-bit weights, unpacked per call: {'; '.join(reasons)}"
     return "8-bit matmul" if device.type == "cuda" else "8-bit matmul, its numbers computed in float32"
@@ -207,19 +207,19 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
         model = nn.ModuleDict({"blocks": nn.ModuleList([linear])})
         how = _how(quantization, features, device)
         try:
-            with _quiet(fp8_optimization.log):
+            with _quiet(fp8_optimization.logger):
                 quantize_linears(model, quantization, torch.bfloat16)
             layer = model["blocks"][0]  # type: ignore[index]
             error = _errors(layer(x), expected)[1]
-            _, speedup = _beside(functools.partial(layer, x), plain, device)
+            _, speedup = _in_turns(functools.partial(layer, x), plain, device)
             found.append(LinearRow(quantization, how, error, speedup))
         except InfiniteTalkError as failure:
-            found.append(LinearRow(quantization, str(failure), None, None, serves=False))
+            found.append(LinearRow(quantization, str(failure), None, None, supported=False))
     return found
 
 
 def examine(device: torch.device) -> Report:
-    """Try every attention kernel and every quantisation on `device`.
+    """Try every attention kernel and every quantization on `device`.
 
     Kernels of binary packages are tried in child processes first, unless an earlier verdict is known.
     """
@@ -228,7 +228,7 @@ def examine(device: torch.device) -> Report:
     with torch.no_grad():
         kernels = _examine_kernels(device, shape)
         linears = _examine_linears(device, 8192 if cuda else 64, 5120 if cuda else 256)
-    serving = {row.mode for row in kernels if row.serves}
-    precisions = {name: any(mode in serving for mode in modes) for name, modes in PRECISIONS.items()}
-    machine = {"system": platform.platform(), **trial.environment(None, device)}
+    working = {row.mode for row in kernels if row.supported}
+    precisions = {name: any(mode in working for mode in modes) for name, modes in PRECISIONS.items()}
+    machine = {"system": platform.platform(), **environment(None, device)}
     return Report(machine, kernels, linears, shape, precisions)

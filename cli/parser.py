@@ -283,7 +283,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..pipeline.make_video import choose_device
-    from ..wanvideo.modules.backends.selftest import cache_file
+    from ..wanvideo.kernels.selftest import cache_file
     from .doctor import examine
     from .terminal import doctor_tables
 
@@ -297,7 +297,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
         print(f"report: {args.report}")
     if not report.healthy:
         lacking = ", ".join(name for name, supported in report.precisions.items() if not supported)
-        raise BackendUnavailableError(f"No attention mode of {lacking} runs here; the table says why.")
+        raise BackendUnavailableError(f"No attention mode of {lacking} is supported here; the table says why.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

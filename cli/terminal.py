@@ -87,7 +87,7 @@ def doctor_tables(report: Report) -> tuple[Table, Table, str]:
         kernels.add_column(heading, justify="right" if heading in ("cosine", "rel. L2", "ms", "× SDPA") else "left")
     shown = ""
     for row in report.kernels:
-        style = "bold" if row.first else ("" if row.serves else "dim")
+        style = "bold" if row.first else ("" if row.supported else "dim")
         numbers = (_number(row.cosine, 4), _number(row.relative_l2, 3), _number(row.milliseconds, 2))
         mode = "" if row.mode == shown else row.mode
         kernels.add_row(
@@ -99,9 +99,9 @@ def doctor_tables(report: Report) -> tuple[Table, Table, str]:
         linears.add_column(heading, justify="right" if heading in ("rel. L2", "× 16 bit") else "left")
     for line in report.linears:
         linears.add_row(line.quantization, line.how, _number(line.relative_l2, 3), _number(line.speedup, 2))
-    modes = ", ".join(f"{name}: {'yes' if runs else 'NO'}" for name, runs in report.precisions.items())
+    supported = ", ".join(f"{name}: {'yes' if there else 'NO'}" for name, there in report.precisions.items())
     where = report.environment.get("gpu", "the CPU")
-    return kernels, linears, f"On {where}, torch {report.environment['torch']}. A mode of each precision: {modes}."
+    return kernels, linears, f"On {where}, torch {report.environment['torch']}. A mode of each precision: {supported}."
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ..wanvideo.errors import InputError
@@ -58,11 +59,11 @@ def pack_audio_windows(audio: torch.Tensor, vae_scale: int = 4) -> tuple[torch.T
         raise InputError(
             f"audio covers {frames} frames with windows of {window}: give {vae_scale}*n+1 frames and an odd window"
         )
-    centre = window // 2
-    groups = audio[:, 1:].unflatten(1, ((frames - 1) // vae_scale, vae_scale))  # [n, T-1, scale, window, ...]
-    opening = groups[:, :, 0, : centre + 1]
-    between = groups[:, :, 1:-1, centre]
-    closing = groups[:, :, -1, centre:]
+    center = window // 2
+    groups = rearrange(audio[:, 1:], "n (t frame) w b c -> n t frame w b c", frame=vae_scale)
+    opening = groups[:, :, 0, : center + 1]
+    between = groups[:, :, 1:-1, center]
+    closing = groups[:, :, -1, center:]
     return audio[:, :1], torch.cat((opening, between, closing), dim=2)
 
 
@@ -114,8 +115,7 @@ class AudioProjModel(nn.Module):
         frames = torch.cat((first, later), dim=1)  # [B, T, intermediate], fresh
         hidden = F.relu(self.proj2(frames))
         tokens = aligned_contiguous(self.proj3(aligned_strided(hidden)))
-        tokens = tokens.unflatten(-1, (self.context_tokens, self.output_dim))  # [B, T, tokens, output_dim]
-        return aligned_contiguous(self.norm(tokens))
+        return aligned_contiguous(self.norm(rearrange(tokens, "b t (n c) -> b t n c", c=self.output_dim)))
 
 
 # --------------------------------------------------------------------------------------- who speaks where
@@ -310,21 +310,19 @@ class SingleStreamAttention(nn.Module):
                 f"picture tokens {tuple(x.shape)} on a grid of {frames}x{height}x{width} with audio for {heard} "
                 f"frames: give [1, {frames * per_frame}, C] and audio for {frames} frames, or for one less"
             )
-        per_head = (self.num_heads, self.head_dim)
-
         spoken = aligned_strided(x[:, : heard * per_frame])  # [1, T'*S, C]
-        q = self.q_linear(spoken).unflatten(1, (heard, per_frame)).squeeze(0).unflatten(-1, per_head)  # [T', S, H, D]
-        kv = self.kv_linear(aligned_strided(audio)).unflatten(-1, (2, *per_head))  # [T', tokens, 2, H, D]
-        k, v = kv.unbind(2)
+        q = rearrange(self.q_linear(spoken), "1 (t s) (h d) -> t s h d", t=heard, h=self.num_heads)
+        kv = self.kv_linear(aligned_strided(audio))
+        k, v = rearrange(kv, "t n (kv h d) -> kv t n h d", kv=2, h=self.num_heads)
         if q_positions is not None and k_positions is not None:
             cos, sin = rotation_1d(q_positions[: heard * per_frame], self.head_dim)  # [T'*S, 1, D/2]
-            q = rotate(q, Rotation(cos.unflatten(0, (heard, per_frame)), sin.unflatten(0, (heard, per_frame))))
+            angles = (rearrange(x, "(t s) 1 d -> t s 1 d", t=heard) for x in (cos, sin))
+            q = rotate(q, Rotation(*angles))
             k = rotate(k, rotation_1d(k_positions, self.head_dim))
 
         mode = attention_mode or self.attention_mode
         out = attention(aligned_strided(q), aligned_strided(k), aligned_strided(v), attention_mode=mode)
-        out = aligned_contiguous(out).view(1, heard * per_frame, -1)
-        out = aligned_contiguous(self.proj(out))
+        out = aligned_contiguous(self.proj(rearrange(aligned_contiguous(out), "t s h d -> 1 (t s) (h d)")))
         if heard < frames:
             out = F.pad(out, (0, 0, 0, (frames - heard) * per_frame))  # [1, T*S, C], zeros behind
         return out

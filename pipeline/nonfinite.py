@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..wanvideo.errors import InfiniteTalkError
-from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_serves
+from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_supported
 from .attention_policy import safer_modes
 from .guidance import Pass
 
@@ -114,7 +114,7 @@ class FallbackModes:
             f"{place}step {error.step + 1} of {self.steps}: the model gave non-finite values with attention mode "
             f"{failed}{error}"
         )
-        safer = next((mode for mode in safer_modes(failed, self.fallback) if mode_serves(mode, self.device)), None)
+        safer = next((mode for mode in safer_modes(failed, self.fallback) if mode_supported(mode, self.device)), None)
         if safer is None:
             raise InfiniteTalkError(
                 f"In {found}, and there is no safer mode left: the weights, the adapter or the embeddings hold "

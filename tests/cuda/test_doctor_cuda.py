@@ -1,4 +1,4 @@
-"""A package that takes its process down, on a real GPU: refused with the reason, and everything goes on without it."""
+"""A package that takes its process down, on a real GPU: rejected with the reason, and everything goes on without it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.C
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_the_doctor_refuses_it_and_ends_well(crashing_package, tmp_path):
+def test_the_doctor_rejects_it_and_ends_well(crashing_package, tmp_path):
     report = tmp_path / "report.json"
     code = "import sys; from wanvideo_infinitetalk.cli.parser import main; sys.exit(main(sys.argv[1:]))"
     done = run(code, crashing_package, "doctor", "--report", str(report))
@@ -54,9 +54,9 @@ def test_the_doctor_refuses_it_and_ends_well(crashing_package, tmp_path):
     rows = {row["kernel"]: row for row in json.loads(report.read_text())["kernels"] if row["mode"] == "sageattn"}
     if torch.cuda.get_device_capability() == (9, 0):
         reasons = " ".join(rows["sageattention_2_fp8_sm90"]["reasons"])
-        assert "failed its trial: it kills its process (SIGABRT)" in reasons
+        assert "failed its self-test: it kills its process (SIGABRT)" in reasons
     assert sum(row["first"] for row in rows.values()) == 1
-    assert not any(row["serves"] for name, row in rows.items() if name.startswith("sageattention"))
+    assert not any(row["supported"] for name, row in rows.items() if name.startswith("sageattention"))
 
 
 def test_the_mode_goes_on_with_another_kernel(crashing_package):

@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wanvideo_infinitetalk.benchmarks.fused_cases import KINDS, calls, excess
-from wanvideo_infinitetalk.wanvideo.kernels import selftest as _agreement
+from wanvideo_infinitetalk.benchmarks.fused_cases import GROUPS, KINDS, calls, excess, only_eager, why_eager
+from wanvideo_infinitetalk.wanvideo.kernels import fused, reference, selftest
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
-from wanvideo_infinitetalk.wanvideo.modules import elementwise as fused
+from wanvideo_infinitetalk.wanvideo.modules import elementwise
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 
 pytestmark = pytest.mark.cuda
 
 GPU = torch.device("cuda")
-OWN = {group: fused.OWN for group in fused.FORMS}
 SHAPES = [(1, 33, 40, 128), (2, 9, 12, 128), (3, 5, 2, 64), (2, 4, 3, 96), (1, 1, 1, 8), (1, 3, 128, 128)]
 """Batch, length, heads, head_dim; 5120 and 1536 channels are those of Wan 14B and 1.3B."""
 
@@ -29,7 +28,7 @@ def tensors(call: tuple[Any, ...]) -> list[Tensor]:
     return [x for part in call for x in (part if isinstance(part, tuple) else (part,)) if isinstance(x, Tensor)]
 
 
-@pytest.mark.parametrize("group", fused.FORMS)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
@@ -37,27 +36,26 @@ def test_every_form_rounds_once(group: str, shape: tuple[int, ...], dtype: torch
     for kind in KINDS:
         call = calls(*shape, GPU, dtype, kind)[group]
         before = [x.clone() for x in tensors(call)]
-        for form in (fused.EAGER, fused.OWN):
-            run, serves = fused.FORMS[group][form]
-            assert serves(*call), f"{form} does not serve {shape}"
-            assert excess(group, run(*call), call) <= 1.0, f"{form}, {kind}"
+        assert not why_eager(group, call), f"the kernel does not support {shape}"
+        for form in (reference, fused):
+            assert excess(group, getattr(form, group)(*call), call) <= 1.0, f"{form}, {kind}"
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(call), strict=True)), "an input changed"
 
 
 @torch.no_grad()
-def test_the_preferred_forms_round_once_too() -> None:
-    """Whatever the table says: a form that rounds more often may not stand in it."""
+def test_the_chosen_forms_round_once_too() -> None:
+    """What the model calls: a form that rounds more often may not be chosen."""
     for kind in KINDS:
         for group, call in calls(2, 9, 12, 128, GPU, torch.bfloat16, kind).items():
-            run, serves = fused.FORMS[group][fused.PREFERRED[group]]
-            assert serves(*call)
-            assert excess(group, run(*call), call) <= 1.0, f"{group}, {kind}"
+            assert excess(group, getattr(elementwise, group)(*call), call) <= 1.0, f"{group}, {kind}"
 
 
 def test_a_gpu_that_is_asked_agrees() -> None:
     """The comparison that decides on GPUs which this suite has not run on."""
-    _agreement.disagreements.cache_clear()
-    assert _agreement.disagreements(torch.device("cuda", torch.cuda.current_device())) == ()
+    device = torch.device("cuda", torch.cuda.current_device())
+    verdict = selftest.judge("elementwise", selftest._elementwise_comparisons(device), selftest._ulp_fault)
+    assert verdict.ok, verdict.reason
+    assert verdict.cases >= 6
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 7])
@@ -75,16 +73,15 @@ def test_any_address(offset: int) -> None:
 
     for group, call in calls(2, 9, 12, 128, GPU, torch.bfloat16, "normal").items():
         given = tuple(moved(part) for part in call)
-        run, serves = fused.FORMS[group][fused.OWN]
-        assert serves(*given)
-        assert excess(group, run(*given), call) <= 1.0, group
+        assert not why_eager(group, given)
+        assert excess(group, getattr(fused, group)(*given), call) <= 1.0, group
 
 
 @torch.no_grad()
 def test_non_finite_values_stay_in_their_row() -> None:
     for group, call in calls(1, 9, 12, 128, GPU, torch.bfloat16, "normal").items():
         call[0][0, 4, 100] = torch.nan
-        results = fused.FORMS[group][fused.OWN].run(*call)
+        results = getattr(fused, group)(*call)
         out = (results[0] if isinstance(results, tuple) else results).flatten(2)
         assert out[0, 4].isnan().any()
         assert out[0, :4].isfinite().all()
@@ -94,7 +91,7 @@ def test_non_finite_values_stay_in_their_row() -> None:
 @torch.no_grad()
 def test_a_captured_graph_replays() -> None:
     for group, call in calls(1, 33, 12, 128, GPU, torch.bfloat16, "normal").items():
-        run = fused.FORMS[group][fused.OWN].run
+        run = getattr(fused, group)
         expected = run(*call)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -124,7 +121,7 @@ def test_a_model_gives_the_same_with_fused_groups() -> None:
         "audio": torch.randn(1, 9, 5, 2, 16, device=GPU),
     }
     wanted = exact(**given)
-    eager = model(**given)
-    with fused.preferring(**OWN):
-        own = model(**given)
-    assert relative_l2(own, wanted) <= 1.1 * relative_l2(eager, wanted)
+    with only_eager():
+        eager = model(**given)
+    by_kernels = model(**given)
+    assert relative_l2(by_kernels, wanted) <= 1.1 * relative_l2(eager, wanted)

@@ -1,4 +1,4 @@
-"""Our own attention kernels on the GPU, called directly: right against float64 at any length, stride and size.
+"""The Triton attention kernels on the GPU, called directly: right against float64 at any length, stride and size.
 
 Bounds are relative L2. A kernel may exceed the same numerics in plain torch by 5 %; where the exact result is nearly
 zero, or one key decides, a fixed bound stands instead.
@@ -178,7 +178,7 @@ def test_long_sequences_with_a_mean_in_v(name: str) -> None:
 
 
 def _hopper_or_skip() -> None:
-    if not sage_fp8._hopper_serves(torch.device("cuda", torch.cuda.current_device()), 128):
+    if not sage_fp8.runs_on_hopper(torch.device("cuda", torch.cuda.current_device()), 128):
         pytest.skip("this GPU or Triton runs the Triton kernel only")
 
 
@@ -246,10 +246,10 @@ def test_fp4_operands_are_bit_equal_to_the_reference() -> None:
     wanted = quantize_nvfp4(values, operands.v_outer[..., None, None]).operand(torch.bfloat16)
     assert torch.equal(operands.v, wanted[..., key].transpose(2, 3))
     blocks = torch.nn.functional.pad(q.float().transpose(1, 2), (0, 0, 0, 84)).unflatten(2, (3, 128))
-    centred = blocks - operands.q_mean[:, :, :, None]
-    centred.flatten(2, 3)[:, :, 300:] = 0
-    assert torch.equal(nvfp4_tensor_scale(centred, (3, 4))[..., 0, 0], operands.q_outer)
-    wanted = quantize_nvfp4(centred, operands.q_outer[..., None, None]).operand(torch.bfloat16)
+    centered = blocks - operands.q_mean[:, :, :, None]
+    centered.flatten(2, 3)[:, :, 300:] = 0
+    assert torch.equal(nvfp4_tensor_scale(centered, (3, 4))[..., 0, 0], operands.q_outer)
+    wanted = quantize_nvfp4(centered, operands.q_outer[..., None, None]).operand(torch.bfloat16)
     assert torch.equal(operands.q, wanted.flatten(2, 3)[:, :, :300])
 
 
@@ -279,13 +279,14 @@ def test_a_compiled_graph_keeps_the_call_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_operation_is_declared_truly(name: str) -> None:
-    operation = (sage_fp8 if name == "fp8" else sage_fp4)._attention
+    operation = (sage_fp8 if name == "fp8" else sage_fp4)._operation
     q, k, v = random(1, 100, 3, 2, 64).unbind(2)
-    torch.library.opcheck(operation, (q, k, v, 0.1), test_utils=("test_schema", "test_faketensor"))
+    arguments = (q, k, v, 0.1) if name == "fp8" else (q, k, v, 0.1, False)
+    torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_one_compilation_serves_all_shapes(name: str) -> None:
+def test_one_compilation_covers_all_shapes(name: str) -> None:
     """A kernel that is compiled anew for each stride or length would stall a generation."""
     module = sage_fp8 if name == "fp8" else sage_fp4
     kernels = __import__(f"{module.__name__.rsplit('.', 1)[0]}._sage_{name}_quantize", fromlist=["x"])

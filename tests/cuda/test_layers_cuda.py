@@ -1,6 +1,6 @@
-"""Every attention mode crossed with every quantisation of the linears around it, on generated layers of every layout.
+"""Every attention mode crossed with every quantization of the linears around it, on generated layers of every layout.
 
-`LAYER_CASES=N` sets the number of cases for each mode and quantisation (default 50: 3,500 in all for the modes that
+`LAYER_CASES=N` sets the number of cases for each mode and quantization (default 50: 3,500 in all for the modes that
 need no package); `pytest -s` prints the summaries.
 """
 
@@ -24,7 +24,7 @@ CASES = int(os.environ.get("LAYER_CASES", "50"))
 SHOWN = 5
 DEVICE = "cuda"
 WANTED = 3000
-"""Cases over all modes and quantisations, at the default number."""
+"""Cases over all modes and quantizations, at the default number."""
 
 MODES = tuple(mode for mode in ATTENTION_MODES if mode != "comfy")
 """ComfyUI's own choice runs inside ComfyUI."""
@@ -43,19 +43,19 @@ def test_generated_layers(mode: str) -> None:
     failures: list[str] = []
     copies = 0
     for place, quantization in enumerate(QUANTIZATIONS):
-        # Each quantisation has cases of its own; all modes have the same.
+        # Each quantization has cases of its own; all modes have the same.
         for number in range(place * CASES, (place + 1) * CASES):
             one = layer_case(number)
             kernel, wrong, copied = layer_faults(one, mode, quantization, DEVICE)
-            ran[kernel or "not served"] += 1
+            ran[kernel or "not supported"] += 1
             copies += copied
             if wrong:
                 failures.append(f"{quantization}: {'; '.join(wrong)}: {one}")
     seconds = time.monotonic() - started
-    served = sum(ran.values()) - ran["not served"]
-    _done[mode] = (served, seconds)
+    supported = sum(ran.values()) - ran["not supported"]
+    _done[mode] = (supported, seconds)
     summary = (
-        f"{mode} with {len(QUANTIZATIONS)} quantisations: {served} layers, {dict(ran)}, {copies} copies, "
+        f"{mode} with {len(QUANTIZATIONS)} quantizations: {supported} layers, {dict(ran)}, {copies} copies, "
         f"{len(failures)} wrong, {seconds:.1f} s"
     )
     sys.stdout.write(f"\n{summary}\n")
@@ -63,9 +63,9 @@ def test_generated_layers(mode: str) -> None:
 
 
 def test_they_are_enough() -> None:
-    """Modes x quantisations x cases, on any machine that runs our kernels."""
+    """Modes x quantizations x cases, on any machine that runs the Triton kernels."""
     if len(_done) < len(ATTENTION_MODES) - 3 or CASES < 50:
         pytest.skip(f"{len(_done)} modes were run, with {CASES} cases each")
     layers, seconds = (sum(parts) for parts in zip(*_done.values(), strict=True))
-    sys.stdout.write(f"\n{len(_done)} modes x {len(QUANTIZATIONS)} quantisations: {layers} layers, {seconds:.1f} s\n")
+    sys.stdout.write(f"\n{len(_done)} modes x {len(QUANTIZATIONS)} quantizations: {layers} layers, {seconds:.1f} s\n")
     assert layers >= WANTED

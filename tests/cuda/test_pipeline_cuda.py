@@ -1,6 +1,6 @@
-"""The whole way on tiny models on the GPU, in every attention mode and quantisation that can run there.
+"""The whole way on tiny models on the GPU, in every attention mode and quantization that can run there.
 
-Finite frames, latents within the bounds of the mode and the quantisation (`support.tiny_run`), and not one copy made by
+Finite frames, latents within the bounds of the mode and the quantization (`support.tiny_run`), and not one copy made by
 the guards: what the model hands to a kernel already lies as the kernel wants it.
 """
 
@@ -19,9 +19,9 @@ from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
 from wanvideo_infinitetalk.media.video import VideoFrames
 from wanvideo_infinitetalk.pipeline.make_video import make_video
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
-from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, register, unregister
+from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, Device, register, unregister
 
 pytestmark = pytest.mark.cuda
 
@@ -144,16 +144,17 @@ def test_block_swap_gives_the_same_file(tiny_set: TinySet, tmp_path: Path):
 def test_the_bounds_would_see_a_wrong_kernel(wrong, prepared, reference, monkeypatch):
     """The bounds above mean something: self-attention that is finite but wrong lies outside of them."""
 
-    def lie(q, k, v, attn_mask, softmax_scale, causal):
+    def lie(inputs):
+        q, k, v = inputs.q, inputs.k, inputs.v
         if wrong == "mean of V":
             return v.mean(1, keepdim=True).expand(q.shape).clone()
         if wrong == "zeros":
             return torch.zeros_like(q)
-        return door.attention(q.roll(1, 1), k, v, "eager")
+        return modes.attention(q.roll(1, 1), k, v, "eager")
 
-    contract = Contract(dtypes=(torch.float32,), layout="any", device_types=())
+    contract = Contract(dtypes=(torch.float32,), layout="any", device=Device(types=()))
     register(Backend("lying", contract, lie))
-    monkeypatch.setitem(door.MODE_BACKENDS, "sageattn_3_fp4", ("lying",))
+    monkeypatch.setitem(modes.MODE_BACKENDS, "sageattn_3_fp4", ("lying",))
     try:
         made = run(prepared(torch.float32), "sageattn_3_fp4", "disabled", policy="uniform")
     finally:

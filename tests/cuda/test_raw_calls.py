@@ -1,4 +1,4 @@
-"""The generated cases, given to the raw kernel and then to the door: so the suite is known to be able to fail."""
+"""The generated cases, given to the raw kernel, then to the entry point: so the suite is known to be able to fail."""
 
 from __future__ import annotations
 

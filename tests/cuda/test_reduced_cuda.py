@@ -17,24 +17,13 @@ from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, quantize_linea
 from wanvideo_infinitetalk.wanvideo.kernels.layout import layout_violations
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.modules.attention import run_backend
-from wanvideo_infinitetalk.wanvideo.modules.backends import backends, unavailable_reasons
+from wanvideo_infinitetalk.wanvideo.modules.backends import backends, lookup, unavailable_reasons
 
 pytestmark = pytest.mark.cuda
 
 DEVICE = "cuda"
 
-# Relative L2 against float64 on white noise, the hardest input: 16-bit rounding, 8-bit and FP4 kernels.
-SIXTEEN_BIT, EIGHT_BIT, FOUR_BIT = 0.01, 0.06, 0.26
-BOUNDS = {
-    "sdpa": SIXTEEN_BIT,
-    "eager": SIXTEEN_BIT,
-    "flash_attn_2": SIXTEEN_BIT,
-    "flash_attn_3": SIXTEEN_BIT,
-    "sageattn3": FOUR_BIT,
-    "sageattn3_block_means": FOUR_BIT,
-    "own_fp4": FOUR_BIT,
-}
-KERNELS = [b.name for b in backends() if not b.name.startswith("emulated") and b.name != "comfy"]
+KERNELS = [b.name for b in backends() if not b.emulation and b.name != "comfy"]
 
 # (layout, elements off, queries, keys, head_dim): contiguous at an odd address, rows off 16 bytes, a slice of fused
 # q, k, v; lengths one past and one short of a tile.
@@ -56,7 +45,7 @@ def test_reduced_attention(kernel: str, case: tuple[str, int, int, int, int]) ->
     out = run_backend(kernel, q, k, v)
     torch.cuda.synchronize()
     assert out.is_contiguous()
-    assert relative_error(out, reference(q, k, v, None)) < BOUNDS.get(kernel, EIGHT_BIT)
+    assert relative_error(out, reference(q, k, v, None)) < lookup(kernel).bound[q.dtype]
 
 
 def awkward(layout: str, rows: int, features: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A stand-in for a GPU whose every kernel loads 16 bytes at a time, on the CPU.
 
-`checking_kernels` refuses each operand of a linear layer, matrix product, layer norm or attention call that such a
+`checking_kernels` rejects each operand of a linear layer, matrix product, layer norm or attention call that such a
 kernel would fault on or misread, and repairs nothing. It can also hand out awkward results, as a kernel that returns
 a view of a padded buffer does. `guard_sites` removes one guard at a time, so that a test can show that each is needed.
 """
@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from wanvideo_infinitetalk.wanvideo.kernels import layout
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
-from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, register, unregister
+from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
+from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, Device, register, unregister
 
 AWKWARD = ("offset", "transposed", "sliced")
 """Ways in which a tensor of right shape and values lies wrongly in memory, see `awkward`."""
 
 
-class LayoutRefused(RuntimeError):
+class LayoutRejected(RuntimeError):
     """What a checking kernel raises where a real one would fault, abort or return wrong numbers."""
 
 
@@ -46,15 +47,15 @@ def awkward(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     raise ValueError(kind)
 
 
-def refuse_violations(what: str, x: torch.Tensor, *, either_order: bool = False) -> None:
-    """Raise `LayoutRefused` for an operand outside the contract of a 16-byte kernel.
+def reject_violations(what: str, x: torch.Tensor, *, either_order: bool = False) -> None:
+    """Raise `LayoutRejected` for an operand outside the contract of a 16-byte kernel.
 
     Args:
         either_order: a matrix product also reads an operand whose last two axes are swapped in memory.
     """
     reasons = layout.layout_violations(x)
     if reasons and not (either_order and x.ndim > 1 and not layout.layout_violations(x.transpose(-1, -2))):
-        raise LayoutRefused(f"{what} of {tuple(x.shape)}: {', '.join(reasons)}")
+        raise LayoutRejected(f"{what} of {tuple(x.shape)}: {', '.join(reasons)}")
 
 
 class CheckingKernels(TorchFunctionMode):
@@ -71,10 +72,10 @@ class CheckingKernels(TorchFunctionMode):
         names = {F.linear: "linear", torch.matmul: "matmul", F.layer_norm: "layer_norm", torch.add: "add"}
         name = names.get(func)
         if name in ("linear", "layer_norm"):
-            refuse_violations(f"the input of {name}", args[0])
+            reject_violations(f"the input of {name}", args[0])
         if name == "matmul":
-            refuse_violations("the left operand of matmul", args[0], either_order=True)
-            refuse_violations("the right operand of matmul", args[1], either_order=True)
+            reject_violations("the left operand of matmul", args[0], either_order=True)
+            reject_violations("the right operand of matmul", args[1], either_order=True)
         out = func(*args, **(kwargs or {}))
         return out if name is None else self.result(name, out)
 
@@ -84,15 +85,15 @@ class CheckingKernels(TorchFunctionMode):
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mode: str = "") -> torch.Tensor:
         """In the place of `attention`: the same arguments, no repair."""
-        return self.result("attention", _checked_attention(q, k, v, None, None, False))
+        return self.result("attention", _checked_attention(Inputs(q, k, v)))
 
 
 @contextlib.contextmanager
 def checking_kernels(*modules: ModuleType, results: str | None = None) -> Iterator[CheckingKernels]:
-    """Every kernel inside the `with` block refuses what a 16-byte kernel would refuse.
+    """Every kernel inside the `with` block rejects what a 16-byte kernel would misread.
 
     Args:
-        modules: those whose `attention` is replaced, so that even the door's own repair is out of the way.
+        modules: those whose `attention` is replaced, so that even the repair behind it is out of the way.
         results: how the results of all kernels lie in memory, see `awkward`.
     """
     kernels = CheckingKernels(results)
@@ -104,31 +105,24 @@ def checking_kernels(*modules: ModuleType, results: str | None = None) -> Iterat
 
 @contextlib.contextmanager
 def checking_backend() -> Iterator[str]:
-    """Register an attention backend whose contract repairs nothing and which refuses; gives the name of its mode."""
+    """Register an attention backend whose contract repairs nothing and which rejects; gives the name of its mode."""
     name = "checking"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    register(Backend(name, Contract(dtypes=dtypes, layout="any", device_types=(), scales="any"), _checked_attention))
+    register(Backend(name, Contract(dtypes=dtypes, layout="any", device=Device(types=())), _checked_attention))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(door.MODE_BACKENDS, name, (name,))
+        patch.setitem(modes.MODE_BACKENDS, name, (name,))
         try:
             yield name
         finally:
             unregister(name)
 
 
-def _checked_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    /,
-) -> torch.Tensor:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        refuse_violations(f"attention's {name}", x)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, scale=softmax_scale)
+def _checked_attention(inputs: Inputs) -> torch.Tensor:
+    tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+    for name, x in tensors.items():
+        reject_violations(f"attention's {name}", x)
+    q, k, v = (x.transpose(1, 2) for x in tensors.values())
+    out = F.scaled_dot_product_attention(q, k, v, inputs.attn_mask, is_causal=inputs.causal, scale=inputs.softmax_scale)
     return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 

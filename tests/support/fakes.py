@@ -1,6 +1,6 @@
 """Stand-ins for kernel packages and for the GPU, so that adapters are tested where neither is.
 
-A fake refuses everything that the real package would, faults (`KernelFault`) where the real one would take the process
+A fake rejects everything that the real package would, faults (`KernelFault`) where the real one would take the process
 down or return garbage, changes K in place where the real one does, and computes with like precision. Signatures are the
 public ones. `FakeGpu` lets the CPU pass for an NVIDIA GPU of a chosen compute capability.
 """
@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from wanvideo_infinitetalk.wanvideo.kernels import packages
 from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
-from wanvideo_infinitetalk.wanvideo.modules.backends import backends, packages, register, registry
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import SELF_TESTS
+from wanvideo_infinitetalk.wanvideo.modules.backends import RUNTIME
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -70,7 +71,7 @@ def sageattn_1(
     smooth_k: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Centres the caller's K in place; multiplies P and V in fp16, tile by tile."""
+    """Centers the caller's K in place; multiplies P and V in fp16, tile by tile."""
     assert not kwargs, "the real one takes these and ignores them"
     assert q.dtype in (*HALF, torch.float32), "Input tensors must be in dtype of float16, bfloat16 or float32."
     assert q.dtype == k.dtype == v.dtype, "All tensors must have the same dtype."
@@ -209,7 +210,7 @@ class Sage3:
         per_block_mean: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, H, L, D]; the mask and any scale in kwargs are ignored, K is centred in place."""
+        """[B, H, L, D]; the mask and any scale in kwargs are ignored, K is centered in place."""
         if attn_mask is not None or kwargs:
             raise KernelFault("ignored without a word: a mask or a softmax scale")
         if q.dtype not in HALF or not q.dtype == k.dtype == v.dtype:
@@ -273,31 +274,6 @@ def flash_attn_3_func_with_lse(
     return _flash(q, k, v, softmax_scale, causal), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
 
 
-# --- comfy-kitchen ---------------------------------------------------------------------------------------------------
-
-
-def int8_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float | None = None,
-    attn_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[B, H, L, D]; refuses what it cannot read, and honours masks and scales."""
-    if q.dtype not in (*HALF, torch.float32) or not q.dtype == k.dtype == v.dtype:
-        raise TypeError("q, k, and v must be float32, float16, or bfloat16")
-    if q.shape[-1] > 256:
-        raise ValueError("head_dim must be in [1, 256]")
-    require_16_bytes(q=q, k=k, v=v, attn_mask=attn_mask)
-    if any(size > 1 and stride == 0 for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise RuntimeError("Q/K base pointers and B/H/N strides must preserve 4-element alignment")
-    scores = q.double() @ k.double().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None:
-        scores = scores + attn_mask.double()
-    return (torch.softmax(scores, -1) @ v.double()).to(q.dtype)
-
-
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +294,10 @@ def optimized_attention(
     assert not kwargs
     assert heads == q.shape[1]
     require_16_bytes(q=q, k=k, v=v, mask=mask)
-    out = int8_attention(q, k, v, attn_mask=mask)
+    scores = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + mask.double()
+    out = (torch.softmax(scores, -1) @ v.double()).to(q.dtype)
     k -= k.mean(dim=2, keepdim=True)
     return out
 
@@ -336,23 +315,21 @@ class FakeGpu:
         monkeypatch.setattr(packages, "capability", lambda device: capability)
         monkeypatch.setattr(packages, "installed_version", self._versions.get)
         monkeypatch.setattr(packages, "_distribution_of", lambda module: None)
-        monkeypatch.setattr(registry, "_backends", dict(registry._backends))
-        monkeypatch.setattr(registry, "_refused", {})
-        monkeypatch.setattr(registry, "_known_reasons", {})
-        monkeypatch.setattr(door, "_announced", set())
-        for backend in backends():
-            if backend.contract.package is not None:  # our own kernels need the real thing
-                register(
-                    dataclasses.replace(
-                        backend, contract=dataclasses.replace(backend.contract, device_types=("cpu", "cuda"))
-                    )
-                )
+        monkeypatch.setattr(RUNTIME, "_backends", dict(RUNTIME._backends))
+        monkeypatch.setattr(RUNTIME, "_rejected", {})
+        monkeypatch.setattr(RUNTIME, "announced", set())
+        monkeypatch.setattr(SELF_TESTS, "_kept", {})
+        for backend in RUNTIME.backends():
+            contract = backend.contract
+            if contract.package is not None:  # this project's kernels need the real thing
+                device = dataclasses.replace(contract.device, types=("cpu", "cuda"))
+                RUNTIME.register(dataclasses.replace(backend, contract=dataclasses.replace(contract, device=device)))
 
     def install(self, distribution: str, version: str, module: str, **members: Any) -> None:
         """Put a package where the adapters look for it."""
         self._versions[distribution] = version
         self._monkeypatch.setitem(sys.modules, module, _module(module, **members))
-        registry.forget_availability()
+        RUNTIME.forget_availability()
 
     def install_known(self, name: str) -> None:
         """One of the packages that this module imitates."""
@@ -374,20 +351,12 @@ class FakeGpu:
             self.install("flash-attn", "2.8.3", "flash_attn", flash_attn_func=flash_attn_func)
         elif name == "flash_attn_3":
             self.install("flash-attn-3", "3.0.0b1", "flash_attn_interface", flash_attn_func=flash_attn_3_func)
-        elif name == "comfy_kitchen":
-            self.install(
-                "comfy-kitchen",
-                "0.2.40",
-                "comfy_kitchen",
-                int8_attention=int8_attention,
-                int8_attention_is_available=lambda device: True,
-            )
         elif name == "comfy":
             self._monkeypatch.setitem(
                 sys.modules,
                 "comfy.ldm.modules.attention",
                 _module("comfy.ldm.modules.attention", optimized_attention=optimized_attention),
             )
-            registry.forget_availability()
+            RUNTIME.forget_availability()
         else:
             raise ValueError(f"no fake of {name}")

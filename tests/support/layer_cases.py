@@ -1,4 +1,4 @@
-"""Generated attention layers: quantised linears before and after the attention of one mode, at awkward layouts.
+"""Generated attention layers: quantized linears before and after the attention of one mode, at awkward layouts.
 
     x -> linears q, k, v -> heads, laid out anew -> attention in a mode -> linear o
 
@@ -19,13 +19,13 @@ from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
 from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
 from wanvideo_infinitetalk.wanvideo.linear.base import QuantizedLinear, relative_l2
-from wanvideo_infinitetalk.wanvideo.linear.nvfp4 import NVFP4Linear, nvfp4_matmul_violations
+from wanvideo_infinitetalk.wanvideo.linear.nvfp4 import NVFP4Linear, nvfp4_matmul_reasons
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
 
 from support.attention_cases import DTYPES, Case, case, faults, laid_out
-from support.mode_bounds import bound_of, bound_on, served_by
+from support.mode_bounds import backend_of, bound_of, bound_on
 
-# Relative L2 against the stored weights: the roundings of the base dtype alone, or quantised activations too.
+# Relative L2 against the stored weights: the roundings of the base dtype alone, or quantized activations too.
 ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 FP4_ACTIVATIONS = 0.13
 
@@ -116,7 +116,7 @@ def activations(one: LayerCase, length: int, generator: torch.Generator) -> torc
 
 
 def linears(one: LayerCase, quantization: str, generator: torch.Generator) -> dict[str, Any]:
-    """q, k, v and o of a case, quantised, their stored weights at odd addresses where the case asks for it."""
+    """q, k, v and o of a case, quantized, their stored weights at odd addresses where the case asks for it."""
     inner, device = one.attention.heads * one.attention.head_dim, generator.device
     base = DTYPES[one.attention.dtype]
     made = {}
@@ -143,10 +143,10 @@ def linear_bound(linear: Any) -> float:
     device = linear.weight.device
     if isinstance(linear, NVFP4Linear):
         extents = (linear.out_features, linear.in_features)
-        native = not nvfp4_matmul_violations(*extents, linear.base_dtype, device)
+        native = not nvfp4_matmul_reasons(*extents, linear.base_dtype, device)
         return FP4_ACTIVATIONS if native else ROUNDING[linear.base_dtype]
     scale = linear.scale_weight
-    fast = linear.fast and not fp8.fp8_matmul_violations(linear.weight, linear.base_dtype, device, scale)
+    fast = linear.fast and not fp8.fp8_matmul_reasons(linear.weight, linear.base_dtype, device, scale)
     return fp8.FAST_MATMUL_ERROR if fast else ROUNDING[linear.base_dtype]
 
 
@@ -207,7 +207,7 @@ def layer_faults(
         for (name, x), layout, offset in zip(given.items(), one.attention.layouts, one.attention.offsets, strict=True):
             few = one.x_values not in ("normal", "large") or x.shape[1] * one.features < 1024
             qkv.append(laid_out(linear(name, x, few).unflatten(-1, heads), layout, offset))
-        kernel = served_by(mode, one.attention, tuple(qkv))
+        kernel = backend_of(mode, one.attention, tuple(qkv))
         if kernel is None:
             return None, wrong, stats.copies
         before = [x.clone() for x in qkv]

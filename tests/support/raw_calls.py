@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from support.attention_cases import case, reference, relative_error, tensors
 from support.children import FAULT, Answer, ask, serve
 
-RIGHT, WRONG, REFUSED, LOST = "right", "wrong", "refused", "GPU lost"
-OUTCOMES = (RIGHT, WRONG, REFUSED, FAULT, LOST)
+RIGHT, WRONG, REJECTED, LOST = "right", "wrong", "rejected", "GPU lost"
+OUTCOMES = (RIGHT, WRONG, REJECTED, FAULT, LOST)
 """`LOST`: the child could not even make its inputs, which says nothing about the call."""
 
 WORKERS = 8
@@ -38,7 +38,7 @@ def raw(number: int) -> Answer:
         torch.cuda.synchronize()
     except RuntimeError as error:
         poisoned = "CUDA error" in str(error) or "misaligned" in str(error)
-        return {"outcome": FAULT if poisoned else REFUSED, "error": str(error).splitlines()[0]}
+        return {"outcome": FAULT if poisoned else REJECTED, "error": str(error).splitlines()[0]}
     if one.values == "large qk":  # rounding decides which key wins: only a mixture of V's rows is owed
         right = bool(out.isfinite().all()) and float(out.abs().amax()) <= 1.3 * float(v.abs().amax())
     else:

@@ -12,8 +12,8 @@ from typing import Any
 
 from support.children import FAULT, ask, serve
 
-RIGHT, WRONG, REFUSED, ABSENT = "right", "wrong", "refused", "absent"
-BAD = (WRONG, REFUSED, FAULT)
+RIGHT, WRONG, REJECTED, ABSENT = "right", "wrong", "rejected", "absent"
+BAD = (WRONG, REJECTED, FAULT)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ def _kernels() -> dict[str, Callable[..., Any]]:
         name = names.get(torch.cuda.get_device_capability(), "sageattn_qk_int8_pv_fp8_cuda")
         return getattr(sageattention, name)(q, k, v, tensor_layout="NHD", sm_scale=scale)
 
-    def own(module: str, function: str) -> Callable[..., Any]:
+    def triton(module: str, function: str) -> Callable[..., Any]:
         def call(q, k, v, mask=None, scale=None):
             import importlib
 
-            kernels = importlib.import_module(f"wanvideo_infinitetalk.wanvideo.kernels.{module}")
-            kernels.aligned_strided = lambda x: x  # without the guard of its own
+            folder = "wanvideo_infinitetalk.wanvideo.kernels."
+            importlib.import_module(f"{folder}_common").aligned_strided = lambda x: x  # without the guard
+            kernels = importlib.import_module(folder + module)
             return getattr(kernels, function)(q, k, v, softmax_scale=scale)
 
         return call
@@ -107,8 +108,8 @@ def _kernels() -> dict[str, Callable[..., Any]]:
         "comfy_kitchen_int8": kitchen,
         "sageattention_1": sage_1,
         "sageattention_2": sage_2,
-        "own_fp8": own("sage_fp8", "sage_fp8_attention"),
-        "own_fp4": own("sage_fp4", "sage_fp4_attention"),
+        "triton_fp8": triton("sage_fp8", "sage_fp8_attention"),
+        "triton_fp4": triton("sage_fp4", "sage_fp4_attention"),
     }
 
 
@@ -200,7 +201,7 @@ def _try(raw: Raw) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its answer
         text = f"{type(error).__name__}: {error}"
         faulted = ("CUDA error" in text and "NOT_SUPPORTED" not in text) or "misaligned address" in text
-        return {"outcome": FAULT if faulted else REFUSED, "error": text.strip().splitlines()[0][:200]}
+        return {"outcome": FAULT if faulted else REJECTED, "error": text.strip().splitlines()[0][:200]}
     got, want = got.double().flatten(), want.flatten()
     cosine = float(torch.nn.functional.cosine_similarity(got, want, dim=0))
     error = float((got - want).norm() / want.norm())

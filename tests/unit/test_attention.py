@@ -1,27 +1,39 @@
-"""The door: modes, roles, arguments, layouts, what is logged, what is refused, and compilation."""
+"""The entry point: modes, roles, arguments, layouts, what is logged, what is rejected, and compilation."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
+from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
 from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards, layout_violations
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
+from wanvideo_infinitetalk.wanvideo.modules import auto
 from wanvideo_infinitetalk.wanvideo.modules.attention import (
     ATTENTION_MODES,
     attention,
     canonical_mode,
+    count_kernels,
     mode_for_role,
-    reasons_against,
     resolve_mode,
     run_backend,
-    set_auto_chooser,
 )
-from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, lookup, refuse, register, unregister
+from wanvideo_infinitetalk.wanvideo.modules.backends import (
+    RUNTIME,
+    Backend,
+    Contract,
+    Device,
+    lookup,
+    register,
+    unregister,
+)
+from wanvideo_infinitetalk.wanvideo.modules.backends.contract import keys as number_of_keys
+from wanvideo_infinitetalk.wanvideo.modules.backends.runtime import BACKENDS
 
 # Modes that run on any machine, with their bound on the relative L2 error for white noise, the hardest input.
 ANYWHERE = {
@@ -88,7 +100,7 @@ def test_the_modes_are_those_of_the_nodes_and_the_command() -> None:
     assert set(ATTENTION_MODES) == {*ANYWHERE, *NEEDS_A_PACKAGE}
 
 
-def test_other_spellings() -> None:
+def test_aliases() -> None:
     assert canonical_mode("sage3_fp4") == "sageattn_3_fp4"
     assert canonical_mode("sage3_fp8") == "sageattn_3_fp8"
     q, k, v = qkv()
@@ -108,13 +120,13 @@ def test_an_unknown_mode_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("mode", NEEDS_A_PACKAGE)
 def test_a_missing_package_is_named_and_never_replaced(mode: str) -> None:
-    with pytest.raises(BackendUnavailableError, match=f"The attention mode '{mode}' cannot serve this call"):
+    with pytest.raises(BackendUnavailableError, match=f"The attention mode '{mode}' does not support this call"):
         attention(*qkv(), mode)
 
 
 @pytest.mark.parametrize("role", ["self", "text", "image", "audio"])
 @pytest.mark.parametrize("mode", [*ANYWHERE, *NEEDS_A_PACKAGE])
-def test_low_precision_serves_self_attention_only(mode: str, role: str) -> None:
+def test_low_precision_is_for_self_attention_only(mode: str, role: str) -> None:
     kept = mode in ("sdpa", "eager", "comfy", "flash_attn_2", "flash_attn_3") or role == "self"
     assert mode_for_role(mode, role) == (mode if kept else "sdpa")
 
@@ -202,14 +214,14 @@ def test_causal_is_aligned_at_the_upper_left(mode: str, lengths: tuple[int, int]
 
 @pytest.mark.parametrize("mode", ANYWHERE)
 @pytest.mark.parametrize("scale", [0.05, 0.5])
-def test_the_softmax_scale_is_honoured(mode: str, scale: float) -> None:
+def test_the_softmax_scale_is_honored(mode: str, scale: float) -> None:
     q, k, v = qkv()
     out = attention(q, k, v, mode, softmax_scale=scale)
     assert error(out, reference(q, k, v, scale=scale)) < 2 * ANYWHERE[mode] + 1e-5
 
 
 @pytest.mark.parametrize("mode", [m for m in ANYWHERE if m not in (*EXACT, "auto")])
-def test_low_precision_refuses_what_it_would_ignore(mode: str) -> None:
+def test_low_precision_rejects_what_it_would_ignore(mode: str) -> None:
     q, k, v = qkv()
     with pytest.raises(BackendUnavailableError, match="it has no attention mask"):
         attention(q, k, v, mode, attn_mask=torch.zeros(33, 40))
@@ -225,7 +237,7 @@ def test_eager_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(attention(q, k, v, "eager", attn_mask=mask, causal=True), whole)
 
 
-def test_no_queries_give_no_rows_and_no_keys_are_refused() -> None:
+def test_no_queries_give_no_rows_and_no_keys_are_rejected() -> None:
     q, k, v = qkv(queries=0)
     assert attention(q, k, v).shape == q.shape
     q, k, v = qkv(keys=0)
@@ -233,7 +245,7 @@ def test_no_queries_give_no_rows_and_no_keys_are_refused() -> None:
         attention(q, k, v)
 
 
-def test_tensors_that_do_not_fit_together_are_refused() -> None:
+def test_tensors_that_do_not_fit_together_are_rejected() -> None:
     q, k, v = qkv()
     with pytest.raises(InputError, match=r"\[B, L, H, D\], not 3"):
         attention(q[0], k, v)
@@ -278,12 +290,12 @@ class Recorder:
     def __init__(self, **contract: object) -> None:
         self.seen: list[torch.Tensor] = []
         self.backend = Backend(
-            "recorder", Contract(**{"dtypes": (torch.bfloat16,), "device_types": (), **contract}), self.run
+            "recorder", Contract(**{"dtypes": (torch.bfloat16,), "device": Device(types=()), **contract}), self.run
         )  # type: ignore[arg-type]
 
-    def run(self, q, k, v, attn_mask, softmax_scale, causal):
-        self.seen = [q, k, v]
-        return torch.zeros_like(q)
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        self.seen = [inputs.q, inputs.k, inputs.v]
+        return torch.zeros_like(inputs.q)
 
 
 @pytest.fixture
@@ -322,7 +334,7 @@ def test_float32_goes_to_bfloat16_and_never_to_float16(recorder: Callable[..., R
     assert run_backend("recorder", *qkv()).dtype == torch.float32
     assert {x.dtype for x in kernel.seen} == {torch.bfloat16}
     recorder(dtypes=(torch.float16,))
-    with pytest.raises(BackendUnavailableError, match="the dtype is float32, it serves float16"):
+    with pytest.raises(BackendUnavailableError, match="the dtype is float32, it supports float16"):
         run_backend("recorder", *qkv())
     recorder(dtypes=(torch.bfloat16,), float32_as=None)
     with pytest.raises(BackendUnavailableError, match="the dtype is float32"):
@@ -333,7 +345,7 @@ def test_float32_goes_to_bfloat16_and_never_to_float16(recorder: Callable[..., R
 
 
 def test_what_runs_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(door, "_announced", set())
+    monkeypatch.setattr(RUNTIME, "announced", set())
     with caplog.at_level("INFO"):
         for _ in range(3):
             attention(*qkv(), "sdpa")
@@ -344,37 +356,66 @@ def test_what_runs_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert len(lines) == 2
 
 
-def test_auto_takes_what_its_chooser_names_and_sdpa_where_that_cannot_serve(recorder: Callable[..., Recorder]) -> None:
+def test_what_runs_is_said_once_per_generation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(RUNTIME, "announced", set())
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            with count_kernels() as kernels:
+                attention(*qkv(), "sdpa")
+                with count_kernels():  # where a non-finite value begins is looked for with counts of its own
+                    attention(*qkv(), "sdpa")
+                attention(*qkv(), "sdpa")
+            assert kernels == {"sdpa": 2}
+    assert [record.message for record in caplog.records] == ["attention mode sdpa runs sdpa"] * 2
+
+
+def test_threads_announce_a_kernel_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(RUNTIME, "announced", set())
+    with caplog.at_level("INFO"), ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: attention(*qkv(), "sdpa"), range(32)))
+    assert [record.message for record in caplog.records] == ["attention mode sdpa runs sdpa"]
+
+
+def test_a_reset_leaves_the_listed_backends() -> None:
+    register(dataclasses.replace(lookup("sdpa"), name="another"))
+    RUNTIME.reject("sdpa", "for a moment")
+    RUNTIME.reset()
+    assert RUNTIME.backends() == BACKENDS
+    assert attention(*qkv()).isfinite().all()
+
+
+def test_auto_takes_what_it_chose_and_sdpa_where_that_supports_no_such_call(
+    recorder: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel = recorder()
     q, k, v = qkv(dtype=torch.bfloat16)
     assert error(attention(q, k, v, "auto"), reference(q, k, v)) < 0.01
-    set_auto_chooser(lambda q, k, v: "recorder")
-    try:
-        assert attention(q, k, v, "auto").eq(0).all()
-        assert len(kernel.seen) == 3
-        masked = attention(q, k, v, "auto", attn_mask=torch.ones(33, 40, dtype=torch.bool))
-        assert error(masked, reference(q, k, v)) < 0.01
-    finally:
-        set_auto_chooser(None)
+    monkeypatch.setattr(auto, "choose", lambda inputs: "recorder")
+    assert attention(q, k, v, "auto").eq(0).all()
+    assert len(kernel.seen) == 3
+    masked = attention(q, k, v, "auto", attn_mask=torch.ones(33, 40, dtype=torch.bool))
+    assert error(masked, reference(q, k, v)) < 0.01
 
 
-def test_a_refused_backend_is_passed_over_with_its_reason() -> None:
-    refuse("emulated_fp8", "it lied in its trial")
+def test_a_rejected_backend_is_passed_over_with_its_reason() -> None:
+    RUNTIME.reject("emulated_fp8", "it gave wrong numbers in its self-test")
     try:
-        with pytest.raises(BackendUnavailableError, match="emulated_fp8: it lied in its trial"):
+        with pytest.raises(BackendUnavailableError, match="emulated_fp8: it gave wrong numbers in its self-test"):
             attention(*qkv(), "sageattn_3_fp8")
     finally:
-        refuse("emulated_fp8", None)
+        RUNTIME.reject("emulated_fp8", None)
     attention(*qkv(), "sageattn_3_fp8")
 
 
 def test_a_kernel_that_cannot_take_a_call_leaves_it_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = dataclasses.replace(lookup("sdpa").contract, max_kv=39)
+    narrow = dataclasses.replace(lookup("sdpa").contract, keys=number_of_keys(at_most=39))
     backend = register(dataclasses.replace(lookup("sdpa"), name="narrow", contract=narrow))
-    monkeypatch.setitem(door.MODE_BACKENDS, "sdpa", ("narrow", "eager"))
+    monkeypatch.setitem(modes.MODE_BACKENDS, "sdpa", ("narrow", "eager"))
     try:
-        assert reasons_against(backend, *qkv(keys=39)) == []
-        assert reasons_against(backend, *qkv(keys=40)) == ["there are 40 keys, it serves at most 39"]
+        assert RUNTIME.reasons(backend, Inputs(*qkv(keys=39))) == []
+        assert RUNTIME.reasons(backend, Inputs(*qkv(keys=40))) == ["there are 40 keys, it supports at most 39"]
         q, k, v = qkv(keys=40)
         assert torch.equal(attention(q, k, v, "sdpa"), attention(q, k, v, "eager"))
     finally:

@@ -6,6 +6,7 @@ from wanvideo_infinitetalk.pipeline import attention_policy as policy
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 from wanvideo_infinitetalk.wanvideo.modules import attention
 from wanvideo_infinitetalk.wanvideo.modules.attention import ATTENTION_MODES
+from wanvideo_infinitetalk.wanvideo.modules.backends import lookup
 
 
 def row(name: str, chosen: str, steps: int, role: str = "self") -> list[str]:
@@ -91,11 +92,11 @@ def test_a_table_that_goes_round_ends():
 
 def test_emulations_are_no_rung_on_a_gpu(monkeypatch):
     monkeypatch.setattr(
-        attention,
+        attention.RUNTIME,
         "unavailable_reasons",
-        lambda name, device: () if name in (*attention.EMULATIONS, "sdpa") else ("no",),
+        lambda name, device: () if lookup(name).emulation or name == "sdpa" else ("no",),
     )
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert attention.mode_serves("sdpa", gpu)
-    assert not attention.mode_serves("sageattn_3_fp8", gpu)
-    assert attention.mode_serves("sageattn_3_fp8", cpu)
+    assert attention.mode_supported("sdpa", gpu)
+    assert not attention.mode_supported("sageattn_3_fp8", gpu)
+    assert attention.mode_supported("sageattn_3_fp8", cpu)

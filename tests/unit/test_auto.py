@@ -5,25 +5,27 @@ import time
 
 import pytest
 import torch
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
+from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
 from wanvideo_infinitetalk.wanvideo.modules import auto
 from wanvideo_infinitetalk.wanvideo.modules.auto import MAX_RELATIVE_L2, Measurement, fastest
+from wanvideo_infinitetalk.wanvideo.modules.backends import RUNTIME
 from wanvideo_infinitetalk.wanvideo.runtime.timing import MOST, milliseconds
 
 
 def test_the_fastest_of_the_accurate_wins():
     results = [
         Measurement("sdpa", 38.0, 0.0),
-        Measurement("own_fp8", 24.0, 0.03),
-        Measurement("own_fp4", 20.0, MAX_RELATIVE_L2 * 2),
+        Measurement("triton_fp8", 24.0, 0.03),
+        Measurement("triton_fp4", 20.0, MAX_RELATIVE_L2 * 2),
         Measurement("broken", 1.0, math.nan),
     ]
-    assert fastest(results) == "own_fp8"
+    assert fastest(results) == "triton_fp8"
     assert fastest(results[:1] + results[2:]) == "sdpa"
 
 
 def test_nothing_accurate_leaves_sdpa():
-    assert fastest([Measurement("own_fp4", 20.0, 1.0)]) == "sdpa"
+    assert fastest([Measurement("triton_fp4", 20.0, 1.0)]) == "sdpa"
 
 
 def test_short_calls_are_timed_in_a_row_and_long_ones_once():
@@ -41,7 +43,7 @@ def test_short_calls_are_timed_in_a_row_and_long_ones_once():
 
 def test_every_candidate_is_measured_against_sdpa():
     q, k, v = (torch.randn(1, 64, 2, 64) for _ in range(3))
-    found = {m.backend: m for m in auto.measure(["sdpa", "emulated_fp8"], q, k, v)}
+    found = {m.backend: m for m in auto.measure(["sdpa", "emulated_fp8"], Inputs(q, k, v))}
     assert found["sdpa"].relative_l2 == 0.0
     assert 0.005 < found["emulated_fp8"].relative_l2 < MAX_RELATIVE_L2
     assert all(m.milliseconds > 0 for m in found.values())
@@ -51,26 +53,26 @@ def test_every_candidate_is_measured_against_sdpa():
 def test_the_cpu_takes_sdpa_without_measuring(monkeypatch, keys):
     monkeypatch.setattr(auto, "measure", lambda *a: pytest.fail("measured"))
     q, k = torch.randn(1, 8, 1, 64), torch.randn(1, keys, 1, 64)
-    assert auto.choose(q, k, k) == "sdpa"
+    assert auto.choose(Inputs(q, k, k)) == "sdpa"
 
 
-def test_the_door_asks_the_chooser_for_auto_only(monkeypatch):
+def test_auto_alone_is_chosen(monkeypatch):
     asked = []
-    monkeypatch.setattr(door, "_auto_chooser", lambda q, k, v: asked.append(1) or "emulated_fp8")
+    monkeypatch.setattr(auto, "choose", lambda inputs: asked.append(1) or "emulated_fp8")
     q, k, v = (torch.randn(1, 40, 2, 64) for _ in range(3))
-    assert torch.equal(door.attention(q, k, v, "auto"), door.attention(q, k, v, "sageattn_3_fp8"))
+    assert torch.equal(modes.attention(q, k, v, "auto"), modes.attention(q, k, v, "sageattn_3_fp8"))
     assert asked == [1]
-    door.attention(q, k, v, "sdpa")
+    modes.attention(q, k, v, "sdpa")
     assert asked == [1]
 
 
 @pytest.mark.cuda
 def test_on_a_gpu_it_measures_once_per_shape_and_is_accurate(caplog):
     q, k, v = (torch.randn(1, 4096, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    auto._chosen.clear()
+    RUNTIME.reset()
     with caplog.at_level("INFO", logger=auto.__name__):
-        out = [door.attention(q, k, v, "auto") for _ in range(2)]
+        out = [modes.attention(q, k, v, "auto") for _ in range(2)]
     assert sum("auto takes" in record.message for record in caplog.records) == 1
-    expected = door.attention(q, k, v, "eager").float()
+    expected = modes.attention(q, k, v, "eager").float()
     assert (out[1].float() - expected).norm() / expected.norm() < MAX_RELATIVE_L2
-    assert len(auto._chosen) == 1
+    assert len(RUNTIME._chosen) == 1

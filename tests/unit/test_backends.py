@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -14,21 +13,22 @@ import torch
 from support import fakes
 from wanvideo_infinitetalk.pipeline.attention_policy import SAFER
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError
+from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
 from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention, mode_reasons, run_backend
 from wanvideo_infinitetalk.wanvideo.modules.backends import (
+    RUNTIME,
     Contract,
-    Shape,
     backends,
     lookup,
     not_supported_reasons,
-    refuse,
     sage,
     unavailable_reasons,
 )
+from wanvideo_infinitetalk.wanvideo.modules.backends.contract import head_dims, keys, repairable_reasons
 
-# backend -> (the fake package, the compute capability it serves, relative L2 against float64)
+# backend -> (the fake package, a compute capability it supports, relative L2 against float64)
 ADAPTERS = {
     "sageattention_1": ("sageattention_1", (8, 6), 0.02),
     "sageattention_2_fp16": ("sageattention_2", (8, 6), 0.06),
@@ -38,7 +38,6 @@ ADAPTERS = {
     "sageattn3": ("sageattn3", (12, 0), 0.25),
     "flash_attn_2": ("flash_attn_2", (8, 6), 0.01),
     "flash_attn_3": ("flash_attn_3", (9, 0), 0.01),
-    "comfy_kitchen_int8": ("comfy_kitchen", (8, 6), 0.02),
     "comfy": ("comfy", (8, 6), 0.02),
 }
 
@@ -114,7 +113,7 @@ def test_adapter_is_right_and_leaves_its_inputs_alone(
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5 * 64**-0.5, 0.3])
-def test_adapter_honours_the_softmax_scale_or_refuses_it(
+def test_adapter_honors_the_softmax_scale_or_rejects_it(
     adapter: tuple[str, float, fakes.FakeGpu], scale: float
 ) -> None:
     name, bound, _ = adapter
@@ -127,7 +126,7 @@ def test_adapter_honours_the_softmax_scale_or_refuses_it(
 
 
 @pytest.mark.parametrize("form", ["bool", "additive", "misaligned"])
-def test_adapter_honours_a_mask_or_refuses_it(adapter: tuple[str, float, fakes.FakeGpu], form: str) -> None:
+def test_adapter_honors_a_mask_or_rejects_it(adapter: tuple[str, float, fakes.FakeGpu], form: str) -> None:
     name, bound, _ = adapter
     q, k, v = qkv(keys=201)
     allowed = torch.rand(2, 1, 150, 201) > 0.4
@@ -144,7 +143,7 @@ def test_adapter_honours_a_mask_or_refuses_it(adapter: tuple[str, float, fakes.F
 
 
 @pytest.mark.parametrize("queries", [200, 150])
-def test_adapter_honours_causal_or_refuses_it(adapter: tuple[str, float, fakes.FakeGpu], queries: int) -> None:
+def test_adapter_honors_causal_or_rejects_it(adapter: tuple[str, float, fakes.FakeGpu], queries: int) -> None:
     name, bound, _ = adapter
     q, k, v = qkv(queries=queries, keys=200)
     contract = lookup(name).contract
@@ -176,15 +175,13 @@ def test_aligned_inputs_are_copied_only_where_the_kernel_writes(adapter: tuple[s
     assert stats.copies == (1 if contract.writes_to_k else 0)
 
 
-def test_the_same_inputs_fault_without_the_door() -> None:
+def test_the_same_inputs_fault_without_the_guard() -> None:
     """The fakes can fail: raw calls on misaligned tensors do."""
     q, k, v = (misaligned(x) for x in qkv())
     with pytest.raises(fakes.KernelFault):
         fakes.sageattn_qk_int8_pv_fp8_cuda_sm90(q, k, v, tensor_layout="NHD")
     with pytest.raises(fakes.KernelFault):
         fakes.flash_attn_func(q, k, v)
-    with pytest.raises(fakes.KernelFault):
-        fakes.int8_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     q, k, v = qkv()
     before = k.clone()
     assert not fakes.sageattn_1(q, k, v * 1e5, tensor_layout="NHD").isfinite().all()
@@ -194,7 +191,7 @@ def test_the_same_inputs_fault_without_the_door() -> None:
 def test_short_keys_never_reach_kernels_that_read_behind_the_last_one(gpu: Callable[..., fakes.FakeGpu]) -> None:
     gpu((9, 0)).install_known("sageattention_2")
     q, k, v = qkv(keys=32)
-    with pytest.raises(BackendUnavailableError, match="there are 32 keys, it serves 128 or more"):
+    with pytest.raises(BackendUnavailableError, match="there are 32 keys, it supports 128 or more"):
         run_backend("sageattention_2_fp8_sm90", q, k, v)
     assert attention(q, k, v, "sageattn").isfinite().all()
 
@@ -225,8 +222,7 @@ def test_sage3_slices_its_queries_within_the_budget(
     q, k, v = qkv(queries=600, keys=300)
     whole = run_backend("sageattn3_block_means", q, k, v)
     assert stage.sage3.calls == 1
-    shape = Shape(batch=2, q_length=600, kv_length=300, heads=2, head_dim=64)
-    assert sage.delta_s_bytes(shape) == stage.sage3.delta_s_bytes == 4 * 2 * 2 * 5 * 300
+    assert sage.delta_s_bytes(2, 2, 600, 300) == stage.sage3.delta_s_bytes == 4 * 2 * 2 * 5 * 300
 
     monkeypatch.setattr(sage, "DELTA_S_BUDGET", 2 * 4 * 2 * 2 * 300)  # two blocks of queries
     stage.sage3.__init__()  # type: ignore[misc]
@@ -235,7 +231,7 @@ def test_sage3_slices_its_queries_within_the_budget(
     assert stage.sage3.delta_s_bytes <= sage.DELTA_S_BUDGET
     workspace = lookup("sageattn3_block_means").contract.workspace
     assert workspace is not None
-    assert workspace(shape) == sage.DELTA_S_BUDGET
+    assert workspace(2, 2, 600, 300) == sage.DELTA_S_BUDGET
     # K's mean is taken from a K that the first slice has already centred: equal but for rounding.
     torch.testing.assert_close(sliced, whole, atol=0.05, rtol=0.05)
     assert torch.equal(sliced[:, :256], whole[:, :256])
@@ -244,9 +240,9 @@ def test_sage3_slices_its_queries_within_the_budget(
 def test_sage3_budget_at_the_lengths_of_facts() -> None:
     workspace = lookup("sageattn3_block_means").contract.workspace
     assert workspace is not None
-    assert workspace(Shape(1, 32760, 32760, 40, 128)) == pytest.approx(1.34e9, rel=0.01)
-    assert sage.delta_s_bytes(Shape(1, 75600, 75600, 40, 128)) == pytest.approx(7.15e9, rel=0.01)
-    assert workspace(Shape(1, 75600, 75600, 40, 128)) <= sage.DELTA_S_BUDGET
+    assert workspace(1, 40, 32760, 32760) == pytest.approx(1.34e9, rel=0.01)
+    assert sage.delta_s_bytes(1, 40, 75600, 75600) == pytest.approx(7.15e9, rel=0.01)
+    assert workspace(1, 40, 75600, 75600) <= sage.DELTA_S_BUDGET
 
 
 def test_unit_range_rounds_nothing_and_keeps_nan_in_its_head() -> None:
@@ -277,9 +273,9 @@ def test_packages_that_cannot_be_used_say_why(gpu: Callable[..., fakes.FakeGpu])
     )
     stage.install_known("sageattention_2")
     assert unavailable_reasons(name, cpu) == ()
-    refuse(name, "it faulted in its trial")
-    assert unavailable_reasons(name, cpu) == ("it faulted in its trial",)
-    refuse(name, None)
+    RUNTIME.reject(name, "it faulted in its self-test")
+    assert unavailable_reasons(name, cpu) == ("it faulted in its self-test",)
+    RUNTIME.reject(name, None)
     assert unavailable_reasons(name, cpu) == ()
 
 
@@ -303,7 +299,7 @@ def test_a_package_that_does_not_import_is_a_reason_not_a_crash(
 def test_the_wrong_gpu_is_a_reason(gpu: Callable[..., fakes.FakeGpu]) -> None:
     gpu((9, 0)).install_known("sageattn3")
     assert unavailable_reasons("sageattn3", torch.device("cpu")) == (
-        "the GPU has compute capability 9.0, it serves 12.0, 12.1",
+        "the GPU has compute capability 9.0, it supports 12.0, 12.1",
     )
 
 
@@ -322,12 +318,11 @@ def test_without_its_package_a_mode_runs_the_portable_kernel_and_says_so(
 
 def test_every_mode_lists_every_backend_with_its_reasons() -> None:
     table = mode_reasons(torch.device("cpu"))
-    assert set(table) == set(door.ATTENTION_MODES)
+    assert set(table) == set(modes.ATTENTION_MODES)
     assert table["sdpa"] == {"sdpa": ()}
     assert table["flash_attn_2"]["flash_attn_2"][0] == "it runs on cuda, the tensors are on cpu"
     named = {name for names in table.values() for name in names}
-    # Not finite for every input, so in no mode.
-    assert named == {backend.name for backend in backends()} - {"comfy_kitchen_int8"}
+    assert named == {backend.name for backend in backends()}
 
 
 def test_flash_attn_3_of_either_time(gpu: Callable[..., fakes.FakeGpu]) -> None:
@@ -338,37 +333,28 @@ def test_flash_attn_3_of_either_time(gpu: Callable[..., fakes.FakeGpu]) -> None:
         assert relative(run_backend("flash_attn_3", q, k, v), q, k, v) < 0.01
 
 
-def test_fakes_have_the_signature_of_the_real_package() -> None:
-    comfy_kitchen = pytest.importorskip("comfy_kitchen")
-    real = inspect.signature(comfy_kitchen.int8_attention).parameters
-    fake = inspect.signature(fakes.int8_attention).parameters
-    assert [(p.name, p.kind, p.default) for p in real.values()] == [(p.name, p.kind, p.default) for p in fake.values()]
-
-
 # --- contracts -------------------------------------------------------------------------------------------------------
 
 STRICT = Contract(
     dtypes=(torch.bfloat16,),
-    head_dims=(64,),
-    min_kv=16,
-    max_kv=64,
+    head_dim=head_dims(64),
+    keys=keys(16, at_most=64),
     max_extent=2**12,
     scales="default",
-    device_types=("cuda",),
     float32_as=None,
 )
 
 
 def test_all_reasons_are_given_at_once() -> None:
     q, k, v = qkv(queries=8, keys=100, dim=32, dtype=torch.float16)
-    reasons = not_supported_reasons(STRICT, misaligned(q), k, v, torch.zeros(8, 101), 0.5, True)
-    assert reasons == [
+    inputs = Inputs(misaligned(q), k, v, torch.zeros(8, 101), 0.5, True)
+    assert [*not_supported_reasons(STRICT, inputs), *repairable_reasons(STRICT, inputs)] == [
         "it runs on cuda, the tensors are on cpu",
-        "the dtype is float16, it serves bfloat16",
-        "head_dim is 32, it serves 64",
-        "there are 100 keys, it serves at most 64",
-        "k has 12800 elements, it serves at most 4096",
-        "v has 12800 elements, it serves at most 4096",
+        "the dtype is float16, it supports bfloat16",
+        "head_dim is 32, it supports 64",
+        "there are 100 keys, it supports at most 64",
+        "k has 12800 elements, it supports at most 4096",
+        "v has 12800 elements, it supports at most 4096",
         "it has no attention mask",
         "its softmax scale is fixed at head_dim ** -0.5, not 0.5",
         "it has no causal mask here",
@@ -379,12 +365,13 @@ def test_all_reasons_are_given_at_once() -> None:
     ]
 
 
-def test_a_served_call_has_no_reasons() -> None:
+def test_a_supported_call_has_no_reasons() -> None:
     q, k, v = qkv(queries=8, keys=16)
     for backend in backends():
-        if backend.contract.device_types:
+        if backend.contract.device.types:
             continue
-        assert not_supported_reasons(backend.contract, q, k, v) == []
+        assert not_supported_reasons(backend.contract, Inputs(q, k, v)) == []
+        assert repairable_reasons(backend.contract, Inputs(q, k, v)) == []
 
 
 def test_limits_are_where_the_contract_says() -> None:
@@ -393,17 +380,17 @@ def test_limits_are_where_the_contract_says() -> None:
 
     def reasons(keys: int) -> list[str]:
         x = torch.empty(1, keys, 1, 128, dtype=torch.bfloat16, device="meta")
-        return [r for r in not_supported_reasons(contract, x, x, x, layout=False) if "keys" in r or "elements" in r]
+        return [r for r in not_supported_reasons(contract, Inputs(x, x, x)) if "keys" in r or "elements" in r]
 
-    assert reasons(63) == ["there are 63 keys, it serves 64 or more"]
+    assert reasons(63) == ["there are 63 keys, it supports 64 or more"]
     assert reasons(64) == []
     assert reasons(131072) == []
-    assert reasons(131073) == ["there are 131073 keys, it serves at most 131072"]
+    assert reasons(131073) == ["there are 131073 keys, it supports at most 131072"]
     sdpa = lookup("sdpa").contract
     big = torch.empty(1, 2**31 // 128 + 1, 1, 128, dtype=torch.bfloat16, device="meta")
-    assert not_supported_reasons(sdpa, big[:, :64], big, big, layout=False) == [
-        f"k has {2**31 + 128} elements, it serves at most {2**31}",
-        f"v has {2**31 + 128} elements, it serves at most {2**31}",
+    assert not_supported_reasons(sdpa, Inputs(big[:, :64], big, big)) == [
+        f"k has {2**31 + 128} elements, it supports at most {2**31}",
+        f"v has {2**31 + 128} elements, it supports at most {2**31}",
     ]
 
 
@@ -414,9 +401,9 @@ def test_an_unknown_backend_is_named() -> None:
 
 def test_the_document_names_every_mode_and_backend_in_order() -> None:
     text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
-    modes, ladder = text.split("## Contracts")[0].split("**The ladder.**")
-    rows = {line.split("|")[1].split("`")[1]: line for line in modes.splitlines() if line.startswith("| `")}
-    for mode, names in door.MODE_BACKENDS.items():
+    tables, fallbacks = text.split("## Contracts")[0].split("**Fallbacks.**")
+    rows = {line.split("|")[1].split("`")[1]: line for line in tables.splitlines() if line.startswith("| `")}
+    for mode, names in modes.MODE_BACKENDS.items():
         assert re.findall(r"`(\w+)`", rows[mode].split("|")[3])[: len(names)] == list(names), mode
     for backend in backends():
         assert f"`{backend.name}`" in text
@@ -424,18 +411,18 @@ def test_the_document_names_every_mode_and_backend_in_order() -> None:
             assert backend.contract.package in text
     named = re.compile(r"`(\w+)`")
     documented = {}
-    for line in ladder.splitlines():
+    for line in fallbacks.splitlines():
         if line.startswith("| `"):
-            _, struck, after, _ = line.split("|")
-            documented.update(dict.fromkeys(named.findall(struck), after))
+            _, failed, after, _ = line.split("|")
+            documented.update(dict.fromkeys(named.findall(failed), after))
     assert documented.keys() == {*SAFER, "eager"}
     for mode, safer in SAFER.items():
         assert named.findall(documented[mode]) == [safer]
 
 
-def test_kernels_are_reached_through_the_door_only() -> None:
+def test_kernels_are_reached_through_the_entry_point_only() -> None:
     """No module but the backends names a kernel package or torch's attention."""
-    root = Path(door.__file__).parents[2]
+    root = Path(modes.__file__).parents[2]
     names = re.compile(r"\b(scaled_dot_product_attention|sageattn3?_\w+|flash_attn_func|int8_attention)\(")
     allowed = {root / "wanvideo" / "modules" / "backends", root / "tests", root / "benchmarks"}
     for path in root.rglob("*.py"):
@@ -448,10 +435,10 @@ def test_kernels_are_reached_through_the_door_only() -> None:
 def test_a_stride_of_0_is_a_reason_where_the_kernel_misreads_it() -> None:
     """K and V of one batch for all: every address and stride is aligned, so that nothing else rejects them."""
     q, k, v = qkv(keys=16)
-    shared = (q, k[:1].expand(k.shape), v[:1].expand(v.shape))
+    shared = Inputs(q, k[:1].expand(k.shape), v[:1].expand(v.shape))
     contract = lookup("sdpa").contract
-    assert not_supported_reasons(contract, *shared) == []
+    assert repairable_reasons(contract, shared) == []
     strict = dataclasses.replace(contract, expanded=False)
-    assert not_supported_reasons(strict, *shared) == [f"{x}: it is expanded with a stride of 0" for x in ("k", "v")]
-    assert not_supported_reasons(strict, q, k, v) == []
-    assert not_supported_reasons(strict, *shared, layout=False) == []  # the guard repairs it
+    assert repairable_reasons(strict, shared) == [f"{x}: it is expanded with a stride of 0" for x in ("k", "v")]
+    assert repairable_reasons(strict, Inputs(q, k, v)) == []
+    assert not_supported_reasons(strict, shared) == []  # the guard repairs it

@@ -1,4 +1,4 @@
-"""The doctor: what serves, why not, how accurate, and what its exit code says."""
+"""The doctor: what is supported, why not, how accurate, and what its exit code says."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import torch
 from wanvideo_infinitetalk.cli import doctor
 from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS
-from wanvideo_infinitetalk.wanvideo.modules import attention as door
-from wanvideo_infinitetalk.wanvideo.modules.backends import refuse
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
+from wanvideo_infinitetalk.wanvideo.modules.backends import RUNTIME
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def report():
 
 def test_every_mode_and_backend_has_a_row(report):
     rows = {(row.mode, row.kernel) for row in report.kernels}
-    assert rows == {(mode, name) for mode, names in door.MODE_BACKENDS.items() for name in names}
+    assert rows == {(mode, name) for mode, names in modes.MODE_BACKENDS.items() for name in names}
     assert [row.quantization for row in report.linears] == list(QUANTIZATIONS)
 
 
-def test_each_precision_serves_without_a_gpu(report):
+def test_each_precision_is_supported_without_a_gpu(report):
     assert report.precisions == {"16-bit": True, "8-bit": True, "4-bit": True}
     assert report.healthy
 
@@ -37,13 +37,13 @@ def test_accuracy_is_measured(report):
 
 
 def test_one_kernel_per_mode_is_the_one_it_takes(report):
-    for mode in {row.mode for row in report.kernels if row.serves}:
+    for mode in {row.mode for row in report.kernels if row.supported}:
         assert sum(row.first for row in report.kernels if row.mode == mode) == 1
 
 
 def test_what_cannot_run_says_why(report):
     row = next(r for r in report.kernels if r.kernel == "sageattn3_block_means")
-    assert not row.serves
+    assert not row.supported
     assert any("cpu" in reason for reason in row.reasons)
     assert row.advice == ""  # installing the package would not help on a CPU
 
@@ -55,13 +55,13 @@ def test_advice_is_given_where_only_the_package_is_missing():
 
 
 def test_a_precision_without_any_kernel_is_unhealthy():
-    for name in door.MODE_BACKENDS["sageattn_3_fp4"]:
-        refuse(name, "not today")
+    for name in modes.MODE_BACKENDS["sageattn_3_fp4"]:
+        RUNTIME.reject(name, "not today")
     try:
         sick = doctor.examine(torch.device("cpu"))
     finally:
-        for name in door.MODE_BACKENDS["sageattn_3_fp4"]:
-            refuse(name, None)
+        for name in modes.MODE_BACKENDS["sageattn_3_fp4"]:
+            RUNTIME.reject(name, None)
     assert sick.precisions == {"16-bit": True, "8-bit": True, "4-bit": False}
     assert not sick.healthy
     assert any("not today" in row.verdict for row in sick.kernels)
@@ -92,7 +92,7 @@ def test_the_command_prints_the_tables_and_writes_the_report(capsys, tmp_path):
     file = tmp_path / "report.json"
     assert main(["doctor", "--device", "cpu", "--report", str(file)]) == 0
     out = capsys.readouterr().out
-    assert all(mode in out for mode in door.MODE_BACKENDS)
+    assert all(mode in out for mode in modes.MODE_BACKENDS)
     assert all(quantization in out for quantization in QUANTIZATIONS)
     assert f"report: {file}" in out
     assert json.loads(file.read_text())["healthy"] is True
@@ -102,4 +102,4 @@ def test_the_command_ends_with_2_when_a_precision_has_no_kernel(capsys, monkeypa
     sick = dataclasses.replace(report, precisions={"16-bit": True, "8-bit": False, "4-bit": True})
     monkeypatch.setattr(doctor, "examine", lambda device: sick)
     assert main(["doctor", "--device", "cpu"]) == 2
-    assert "No attention mode of 8-bit runs here" in capsys.readouterr().err
+    assert "No attention mode of 8-bit is supported here" in capsys.readouterr().err

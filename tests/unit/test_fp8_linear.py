@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
 from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.kernels import packages
 from wanvideo_infinitetalk.wanvideo.kernels.layout import layout_violations
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import SELF_TESTS
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -135,25 +137,26 @@ def test_row_quantiser_round_trip(dtype):
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(20, 64), (48, 20), (1, 64), (48, 7)])
-def test_extents_that_the_matmul_refuses_are_served(out_features, in_features):
+def test_extents_that_the_matmul_rejects_are_computed(out_features, in_features):
     linear = stored_linear(out_features, in_features)
-    violations = fp8.fp8_matmul_violations(linear.weight, torch.float32, torch.device("cpu"))
+    violations = fp8.fp8_matmul_reasons(linear.weight, torch.float32, torch.device("cpu"))
     assert len(violations) == (out_features % 16 > 0) + (in_features % 16 > 0)
     x = torch.randn(3, in_features)
     assert relative_l2(linear(x), exact(linear, x)) < 1e-6  # the dequantised way: no rounding of activations
 
 
 def test_the_contract_names_every_reason(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(SELF_TESTS, "_kept", {})
+    monkeypatch.setattr(packages, "capability", lambda device: (8, 6))
     weight = torch.zeros(17, 15)
-    reasons = fp8.fp8_matmul_violations(weight, torch.float64, torch.device("cuda", 0), torch.ones(3))
-    for word in ("torch.float32", "17 output", "15 input", "not 3", "torch.float64", "8.6"):
+    reasons = fp8.fp8_matmul_reasons(weight, torch.float64, torch.device("cuda", 0), torch.ones(3))
+    for word in ("weight is float32", "17 output", "15 input", "scale_weight is [3]", "float64", "8.6"):
         assert any(word in reason for reason in reasons), word
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    SELF_TESTS.reset()
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
     good = torch.zeros(32, 32, dtype=E4M3)
-    assert not fp8.fp8_matmul_violations(good, torch.bfloat16, torch.device("cuda", 0), torch.ones(()))
-    assert fp8.fp8_matmul_violations(good, torch.bfloat16, torch.device("mps"))
+    assert not fp8.fp8_matmul_reasons(good, torch.bfloat16, torch.device("cuda", 0), torch.ones(()))
+    assert fp8.fp8_matmul_reasons(good, torch.bfloat16, torch.device("mps"))
 
 
 def scaled_mm_refusal(rowwise: bool) -> str:
@@ -364,13 +367,15 @@ def test_compiles_without_graph_breaks(name):
 
 
 def test_capability_is_a_constant_of_the_graph(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(SELF_TESTS, "_kept", {})
+    monkeypatch.setattr(packages, "capability", lambda device: (8, 6))
+    weight = torch.zeros(32, 32, dtype=E4M3)
 
-    def add_major(x):
-        return x + fp8._capability(torch.device("cuda", 0))[0]
+    def add_count(x):
+        return x + len(fp8.fp8_matmul_reasons(weight, torch.bfloat16, torch.device("cuda", 0)))
 
-    compiled = torch.compile(add_major, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)).item() == 9
+    compiled = torch.compile(add_count, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 1
 
 
 def test_foreign_linears_are_refused_by_name():

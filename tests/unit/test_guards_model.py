@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.checking import AWKWARD, LayoutRefused, awkward, checking_kernels, guard_sites
+from support.checking import AWKWARD, LayoutRejected, awkward, checking_kernels, guard_sites
 from torch import nn
 from wanvideo_infinitetalk.multitalk import multitalk
 from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards, layout_violations
@@ -120,7 +120,7 @@ def _run(place: Place, inputs_lie: str | None, results_lie: str | None) -> torch
     for name, x in laid_out.items():
         assert torch.equal(x, before[name]), f"{name} was written to"
     if layout_violations(out) or not out.is_contiguous():
-        raise LayoutRefused("the result")
+        raise LayoutRejected("the result")
     return out
 
 
@@ -147,7 +147,7 @@ def test_every_guard_is_needed(name: str) -> None:
             with guard_sites(place.module, without):
                 try:
                     _run(place, *case)
-                except LayoutRefused:
+                except LayoutRejected:
                     return True
         return False
 

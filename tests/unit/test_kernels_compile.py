@@ -1,8 +1,8 @@
-"""Our GPU kernels without a GPU: compiled for each architecture, and their logic run by Triton's interpreter.
+"""The GPU kernels without a GPU: compiled for each architecture, and their logic run by Triton's interpreter.
 
-Triton compiles for a named architecture on any machine; what comes out shows whether the tensor-core instructions that
-we mean are there. The interpreter runs a kernel as numpy code, in a process of its own because the choice is made when
-the kernel is imported. It truncates float32 to e4m3 instead of rounding, so bounds are wide where e4m3 is written.
+Triton compiles for a named architecture on any machine; what comes out shows whether the tensor-core instructions are
+there that are meant. The interpreter runs a kernel as numpy code, in a process of its own because the choice is made
+when the kernel is imported. It truncates float32 to e4m3 instead of rounding, so bounds are wide where e4m3 is written.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
-from wanvideo_infinitetalk.wanvideo.kernels import _common, reference, sage_fp4, sage_fp8
-from wanvideo_infinitetalk.wanvideo.kernels._common import triton_version
+from wanvideo_infinitetalk.wanvideo.kernels import _common, packages, reference, sage_fp4, sage_fp8, selftest
+from wanvideo_infinitetalk.wanvideo.kernels.packages import triton_version
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
 KERNELS = "wanvideo_infinitetalk.wanvideo.kernels."
@@ -87,7 +87,7 @@ def test_fp8_multiplies_8_bit_operands_on_every_gpu(arch: int, instruction: str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_fp8_uses_hoppers_own_instructions(head_dim: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    version = sage_fp8.triton_version()
+    version = triton_version()
     if not sage_fp8.HOPPER_TRITON[0] <= version < sage_fp8.HOPPER_TRITON[1]:
         pytest.skip(f"Triton {version} runs the Triton kernel on Hopper")
     from triton.experimental.gluon import language as gl
@@ -151,7 +151,7 @@ def test_fp4_multiplies_in_bf16_on_every_gpu(arch: int, instruction: str) -> Non
 )
 def test_fp4_uses_block_scaled_instructions_on_blackwell(arch: int, instruction: str, head_dim: int) -> None:
     function = triton_module("_sage_fp4_triton").attend_native
-    if sage_fp8.triton_version() < sage_fp4.NATIVE_TRITON:
+    if triton_version() < sage_fp4.NATIVE_TRITON:
         pytest.skip(f"NVFP4 takes Triton {sage_fp4.NATIVE_TRITON}")
     types = {f"{x}4": "*u8" for x in "qkv"} | {f"{x}_scales": "*fp8e4nv" for x in "qkv"}
     constants = {"D": head_dim, "BLOCK": 128, "BLOCK_N": 128, "UNIT": 8}
@@ -205,7 +205,7 @@ def random_qkv(queries: int, keys: int, head_dim: int) -> tuple[torch.Tensor, to
 
 
 def interpret_fp8(queries: int, keys: int, head_dim: int) -> None:
-    sage_fp8.MAX_RUNS = 4
+    sage_fp8.MAX_RUNS = _common.MAX_RUNS = 4
     q, k, v = random_qkv(queries, keys, head_dim)
     before = [x.clone() for x in (q, k, v)]
     for e4m3_v, bound in ((False, 0.02), (True, 0.13)):
@@ -223,7 +223,7 @@ def interpret_fp8(queries: int, keys: int, head_dim: int) -> None:
 def interpret_fp4(queries: int, keys: int, head_dim: int) -> None:
     from wanvideo_infinitetalk.wanvideo.kernels.quantizers import nvfp4_tensor_scale, quantize_nvfp4, unpack_e2m1
 
-    sage_fp4.MAX_RUNS = 4
+    sage_fp4.MAX_RUNS = _common.MAX_RUNS = 4
     q, k, v = random_qkv(queries, keys, head_dim)
     v = v * 10000  # the outer scale is at work
     for native in (False, True):
@@ -281,7 +281,7 @@ def interpret_fp4_attention(queries: int, keys: int, head_dim: int) -> None:
         return tl.tensor(TensorHandle(out.astype(np.float32), tl.float32), acc.type)
 
     importlib.import_module(KERNELS + "_sage_fp4_triton").tl.dot_scaled = dot_scaled
-    sage_fp4.MAX_RUNS = 4
+    sage_fp4.MAX_RUNS = _common.MAX_RUNS = 4
     q, k, v = random_qkv(queries, keys, head_dim)
     emulated = nvfp4_attention(q, k, v)
     for native in (False, True):
@@ -297,9 +297,9 @@ def interpret_fp4_attention(queries: int, keys: int, head_dim: int) -> None:
 
 def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
     """Every group against its eager form, in fp16, and in float32, where only the order of sums differs."""
-    from wanvideo_infinitetalk.wanvideo.kernels import fused as own
+    from wanvideo_infinitetalk.benchmarks.fused_cases import GROUPS
+    from wanvideo_infinitetalk.wanvideo.kernels import fused
     from wanvideo_infinitetalk.wanvideo.kernels.rope import Rotation
-    from wanvideo_infinitetalk.wanvideo.modules.elementwise import FORMS
 
     width = heads * head_dim
     angles = torch.randn(length, 1, head_dim // 2)
@@ -314,10 +314,10 @@ def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
             "qk_norm_rope": (x, y, weight, bias, Rotation(angles.cos(), angles.sin()), heads, 1e-6),
             "gated_residual": (x, y, given[2]),
         }
-        assert set(calls) == set(FORMS)
+        assert set(calls) == set(GROUPS)
         for group, call in calls.items():
             before = [t.clone() for t in call if isinstance(t, torch.Tensor)]
-            got, wanted = getattr(own, group)(*call), FORMS[group]["eager"].run(*call)
+            got, wanted = getattr(fused, group)(*call), getattr(reference, group)(*call)
             torch.testing.assert_close(got, wanted, atol=bound, rtol=bound)
             assert all(
                 torch.equal(a, b) for a, b in zip(before, (t for t in call if isinstance(t, torch.Tensor)), strict=True)
@@ -326,34 +326,31 @@ def interpret_fused(batch: int, length: int, heads: int, head_dim: int) -> None:
 
 def interpret_linear(rows: int, channels: int) -> None:
     """Scales may differ by a unit in the last place, since the CPU divides where a GPU multiplies by the reciprocal."""
-    from wanvideo_infinitetalk.wanvideo.kernels import linear as own
+    from wanvideo_infinitetalk.wanvideo.kernels import linear
 
     x = torch.randn(rows, channels).half()
     x[0] = 0.0
     x[:, ::3] *= -0.01  # the smallest numbers of e4m3, and zeros below 0
     x[:, ::7] = -0.0
-    values, scale = own.quantize_rows(x)
+    values, scale = linear.quantize_rows(x)
     wanted_values, wanted_scale = reference.quantize_rows(x)
     torch.testing.assert_close(scale, wanted_scale, atol=0, rtol=2e-7)
     assert float((values.view(torch.uint8) == wanted_values.view(torch.uint8)).float().mean()) > 0.999
     for bias in (None, torch.randn(channels).half()):
         for columns in (torch.rand(1, 1), torch.rand(1, channels)):
             call = (torch.randn(rows, channels), torch.rand(rows, 1), columns, bias, torch.float16)
-            assert torch.equal(own.scale_product(*call), reference.scale_product(*call))
+            assert torch.equal(linear.scale_product(*call), reference.scale_product(*call))
 
 
-def interpret_agreement() -> None:
+def interpret_selftest() -> None:
     """The comparison that other GPUs begin with."""
-    from wanvideo_infinitetalk.wanvideo.kernels import selftest as _agreement
-
-    found = {name: _agreement._equal(ours, eager) for name, ours, eager in _agreement._pairs(torch.device("cpu"))}
-    assert len(found) == 7
-    assert all(found.values()), found
-    assert _agreement.disagreements(torch.device("cpu")) == ()
+    verdict = selftest.judge("elementwise", selftest._elementwise_comparisons(torch.device("cpu")), selftest._ulp_fault)
+    assert verdict.ok, verdict.reason
+    assert verdict.cases == 7
 
 
 CASES = {
-    "agreement": (interpret_agreement, [()]),
+    "selftest": (interpret_selftest, [()]),
     "linear": (interpret_linear, [(3, 64), (5, 9000), (1, 1)]),
     "fused": (interpret_fused, [(2, 3, 2, 64), (1, 2, 3, 96), (1, 1, 1, 8)]),
     "fp8": (interpret_fp8, [(70, 200, 64), (5, 1, 128), (3, 257, 96)]),
@@ -379,18 +376,17 @@ def test_the_logic_is_right_in_the_interpreter(name: str) -> None:
 
 
 @pytest.mark.parametrize("module", [sage_fp8, sage_fp4])
-def test_a_cpu_is_refused_in_a_sentence(module: Any) -> None:
+def test_a_cpu_is_rejected_in_a_sentence(module: Any) -> None:
     name = module.__name__.rsplit(".", 1)[1]
     attend = getattr(module, f"{name}_attention")
     x = torch.zeros(1, 4, 2, 64)
-    assert module.unavailable_reasons("cpu") == ["it runs on an NVIDIA GPU, not on cpu"]
-    with pytest.raises(BackendUnavailableError, match="not on cpu"):
+    with pytest.raises(BackendUnavailableError, match="it runs on cuda, the tensors are on cpu"):
         attend(x, x, x)
-    with pytest.raises(InputError, match=r"head_dim of 64.*not 32"):
+    with pytest.raises(InputError, match=r"head_dim is 32, it supports 64"):
         attend(x[..., :32], x[..., :32], x[..., :32])
     with pytest.raises(InputError, match="at least one key"):
         attend(x, x[:, :0], x[:, :0])
-    with pytest.raises(InputError, match="do not fit together"):
+    with pytest.raises(InputError, match=r"attention takes q \[B, Lq, H, D\] and k, v \[B, Lk, H, D\]"):
         attend(x, x[:, :, :1], x[:, :, :1])
     with pytest.raises(InputError, match="one dtype"):
         attend(x, x.half(), x)
@@ -403,7 +399,7 @@ def test_the_fake_is_contiguous_whatever_the_strides(module: Any) -> None:
     with FakeTensorMode():
         fused = torch.empty(2, 10, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
         q, k, v = fused.unbind(2)
-        out = module._attention(q, k, v, 0.1)
+        out = getattr(module, f"{module.__name__.rsplit('.', 1)[1]}_attention")(q, k, v, 0.1)
         assert out.shape == q.shape
         assert out.is_contiguous()
         assert out.dtype == q.dtype
@@ -416,14 +412,9 @@ def test_a_machine_that_cannot_build_kernels_is_named_once(
     pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, on which kernels are built")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    _common._triton_build_reason.cache_clear()
-    try:
-        reasons = [_common.triton_reasons("cuda:0") for _ in range(2)]
-    finally:
-        _common._triton_build_reason.cache_clear()
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(selftest.SELF_TESTS, "_kept", {})
+    reasons = [selftest.device_reasons(_common.TRITON, torch.device("cuda", 0)) for _ in range(2)]
     assert reasons[0] == reasons[1]
     assert len(reasons[0]) == 1
     assert reasons[0][0].startswith("Triton cannot build a kernel here (")
@@ -438,11 +429,12 @@ def test_a_full_gpu_is_not_kept_as_a_missing_compiler(monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(torch.cuda, "device", full)
-    _common._triton_build_reason.cache_clear()
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(selftest.SELF_TESTS, "_kept", {})
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
-            _common._triton_build_reason(torch.device("cuda", 0))
-    assert _common._triton_build_reason.cache_info().currsize == 0
+            selftest.device_reasons(_common.TRITON, torch.device("cuda", 0))
+    assert selftest.SELF_TESTS._kept == {}
 
 
 if __name__ == "__main__":

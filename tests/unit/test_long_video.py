@@ -430,7 +430,7 @@ def test_a_fallback_that_fails_too_is_followed_by_the_next(caplog) -> None:
 
 
 def test_a_fallback_that_this_machine_lacks_is_left_out(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(nonfinite, "mode_serves", lambda mode, device: mode != "sageattn_3_fp8")
+    monkeypatch.setattr(nonfinite, "mode_supported", lambda mode, device: mode != "sageattn_3_fp8")
     config = replace(CONFIG, attention_policy="sageattn_3_fp4")
     windows = _run(config, model=FakeModel(broken={"sageattn_3_fp4": 0}))
     assert torch.equal(_video(windows), _video(_run(replace(CONFIG, attention_policy="sdpa"))))

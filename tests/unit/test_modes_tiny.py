@@ -1,4 +1,4 @@
-"""Every attention mode and quantisation through one window on the CPU, against `sdpa` without quantisation.
+"""Every attention mode and quantization through one window on the CPU, against `sdpa` without quantization.
 
 The bounds are those of `support.tiny_run`, which the GPU is held to as well. The tiny model has random weights, whose
 attention is soft; trained ones are held to the bounds of each kernel in the tests of the attention backends.
@@ -41,7 +41,7 @@ def difference(made: Made, reference: Made) -> float:
 @pytest.mark.parametrize("mode", ATTENTION_MODES)
 def test_attention_modes(given: Prepared, reference: Made, mode: str) -> None:
     if why_not(mode, "cpu"):
-        with pytest.raises(BackendUnavailableError, match=f"'{mode}' cannot serve this call"):
+        with pytest.raises(BackendUnavailableError, match=f"'{mode}' does not support this call"):
             run(given, mode, "disabled")
         return
     least, most = MODE_BOUNDS[mode]
@@ -58,7 +58,7 @@ def test_quantizations(given: Prepared, reference: Made, quantization: str) -> N
     assert least <= difference(run(given, "sdpa", quantization), reference) <= most
 
 
-def test_a_quantised_mode_on_quantised_weights(given: Prepared, reference: Made) -> None:
+def test_a_quantized_mode_on_quantized_weights(given: Prepared, reference: Made) -> None:
     made = run(given, "sageattn_3_fp4", "fp4_scaled", "uniform")
     assert 0.05 < difference(made, reference) <= 0.27
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from wanvideo_infinitetalk import fp8_optimization as fp8
+from wanvideo_infinitetalk.wanvideo.kernels import packages
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import SELF_TESTS
 from wanvideo_infinitetalk.wanvideo.linear import nvfp4
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
@@ -133,17 +135,18 @@ def test_zeros_stay_zeros_and_outliers_stay_in_their_block():
 
 def test_the_matmul_contract_names_every_reason(monkeypatch):
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(nvfp4, "KITCHEN", False)
-    assert len(nvfp4.nvfp4_matmul_violations(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 6
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert "9.0 has no FP4" in nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda)[0]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
-    assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == [
-        "comfy-kitchen 0.2.30 or newer is not installed (pip install comfy-kitchen)"
-    ]
-    monkeypatch.setattr(nvfp4, "KITCHEN", True)
-    assert nvfp4.nvfp4_matmul_violations(32, 32, torch.bfloat16, cuda) == []
+    monkeypatch.setattr(SELF_TESTS, "_kept", {})
+    missing = ["the package comfy-kitchen is not installed"]
+    monkeypatch.setattr(packages, "package_reasons", lambda *package: missing)
+    assert len(nvfp4.nvfp4_matmul_reasons(20, 40, torch.float32, torch.device("cpu"), rows=0)) == 6
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
+    reason, package = nvfp4.nvfp4_matmul_reasons(32, 32, torch.bfloat16, cuda)
+    assert "9.0, it supports 10.0 and newer (for FP4 tensor cores)" in reason
+    assert package == missing[0]
+    SELF_TESTS.reset()
+    monkeypatch.setattr(packages, "capability", lambda device: (12, 0))
+    monkeypatch.setattr(packages, "package_reasons", lambda *package: [])
+    assert nvfp4.nvfp4_matmul_reasons(32, 32, torch.bfloat16, cuda) == []
 
 
 @pytest.mark.parametrize(("version", "used"), [(None, False), ("0.2.9", False), ("0.2.30", True), ("0.3.0", True)])
@@ -169,7 +172,7 @@ def test_native_call_gets_what_the_kernel_requires(monkeypatch):
         return (left @ right.t() + bias.float()).to(out_dtype)
 
     monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(scaled_mm_nvfp4=scaled_mm))
-    monkeypatch.setattr(nvfp4, "nvfp4_matmul_violations", lambda *args: [])
+    monkeypatch.setattr(nvfp4, "nvfp4_matmul_reasons", lambda *args: [])
     linear: Any = nvfp4.NVFP4Linear.quantize(nn.Linear(64, 48), torch.bfloat16)
     x = torch.randn(2, 5, 65, dtype=torch.bfloat16)[..., 1:]  # 10 rows: padded to 16 inside, at an odd address
     exact = F.linear(x.double(), linear.dequantized_weight().double(), linear.bias.double())

@@ -15,8 +15,8 @@ import torch
 from wanvideo_infinitetalk.benchmarks.lipsync import Scene, allowed_loss, frames_of, read_video, speaking
 from wanvideo_infinitetalk.media.audio import load_speech, read_audio
 from wanvideo_infinitetalk.pipeline.make_video import FPS, make_video
-from wanvideo_infinitetalk.wanvideo.modules import attention as attention_modes
-from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, register, unregister
+from wanvideo_infinitetalk.wanvideo.modules import attention as modes
+from wanvideo_infinitetalk.wanvideo.modules.backends import Backend, Contract, Device, register, unregister
 
 FRAMES = 49
 SPEECH = Path(str(files("wanvideo_infinitetalk").joinpath("assets", "speech.wav")))
@@ -48,7 +48,7 @@ def test_a_right_mode_on_quantised_weights_keeps_the_mouth(exact: float, tmp_pat
 
 WRONG: dict[str, Attention] = {
     "mean of V": lambda q, k, v: v.mean(1, keepdim=True).expand(q.shape).clone(),
-    "the next head": lambda q, k, v: attention_modes.attention(q, k.roll(1, 2), v, "eager"),
+    "the next head": lambda q, k, v: modes.attention(q, k.roll(1, 2), v, "eager"),
     "zeros": lambda q, k, v: torch.zeros_like(q),
 }
 
@@ -59,9 +59,9 @@ def test_a_broken_mode_loses_the_mouth(
     wrong: str, exact: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finite values and plausible frames, but more is lost than any mode is allowed to lose."""
-    contract = Contract(dtypes=(torch.float32,), layout="any", device_types=())
-    register(Backend("lying", contract, lambda q, k, v, mask, scale, causal: WRONG[wrong](q, k, v)))
-    monkeypatch.setitem(attention_modes.MODE_BACKENDS, "sageattn_3_fp4", ("lying",))
+    contract = Contract(dtypes=(torch.float32,), layout="any", device=Device(types=()))
+    register(Backend("lying", contract, lambda inputs: WRONG[wrong](inputs.q, inputs.k, inputs.v)))
+    monkeypatch.setitem(modes.MODE_BACKENDS, "sageattn_3_fp4", ("lying",))
     try:
         assert exact - followed(tmp_path, "sageattn_3_fp4") > 2 * allowed_loss("sageattn_3_fp4", "fp4_scaled")
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...fp8_optimization import FP8_DTYPES, Quantization, quantize_linear, refuse_second_quantization, summary
+from ...fp8_optimization import FP8_DTYPES, Quantization, quantize_linear, reject_second_quantization, summary
 from ..errors import CheckpointError, some
 from ..linear.base import store_buffers, store_weight, take_over
 from ..linear.gguf import GGUFLinear, GGUFTensor
@@ -373,7 +373,7 @@ class _Filler:
     def fill(self) -> None:
         expected = self.model.state_dict()
         self._check_names(expected)
-        refuse_second_quantization(
+        reject_second_quantization(
             [self._stored_format(name) for name in self.linears if _in_blocks(name)], self.wanted
         )
         total = sum(self.shapes[name].nbytes for name in expected)

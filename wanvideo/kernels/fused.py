@@ -1,20 +1,31 @@
 """The elementwise groups of a transformer block as one Triton kernel each, not a pass over memory per operation.
 
-Same arguments and results as the eager forms in `modules/fused.py`; each function has a predicate beside it that says
-from host data alone whether the kernel serves a call. Any address is right: Triton loads by the alignment it finds.
+Same arguments and results as the eager forms in `reference.py`; each function has its contract in front. Any address is
+right: Triton loads by the alignment it finds. Whether a kernel runs is chosen in `modules/elementwise.py`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from ._common import next_power_of_two, on_device_of, triton_reasons
+from ._common import TRITON, next_power_of_two, on_device_of
+from .contract import Contract, Operand, Size
 from .rope import Rotation
-from .selftest import disagreements
 
-__all__ = ["MAX_CHANNELS", "unavailable_reasons"]
+__all__ = [
+    "AFFINE_NORM",
+    "GATED_RESIDUAL",
+    "MAX_CHANNELS",
+    "MAX_ROWS",
+    "MODULATED_NORM",
+    "QK_NORM_ROPE",
+    "RMS_NORM",
+    "affine_norm",
+    "gated_residual",
+    "modulated_norm",
+    "qk_norm_rope",
+    "rms_norm",
+]
 
 DTYPES = (torch.bfloat16, torch.float16)
 """float32 stays eager: there is no rounding to hide another order of sums behind."""
@@ -24,56 +35,23 @@ MAX_CHANNELS = 16384
 
 MAX_ROWS = 2**31 - 1
 
-
-SUITE_RAN_ON = ((9, 0),)
-"""Compute capabilities on which tests/cuda has passed. On others the kernels are compared with PyTorch first."""
-
-
-@lru_cache(maxsize=16)
-def _installation_reasons(device: torch.device) -> tuple[str, ...]:
-    return tuple(triton_reasons(device))
+SIZES = {
+    "C": Size("there are {} channels", at_least=1, at_most=MAX_CHANNELS),
+    "rows": Size("there are {} rows", at_least=1, at_most=MAX_ROWS),
+}
 
 
-@lru_cache(maxsize=16)
-def _suite_ran_on(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) in SUITE_RAN_ON
+def _rows(name: str, shape: str, like_first: bool = False) -> Operand:
+    return Operand(name, shape, DTYPES, "contiguous", like_first)
 
 
-def unavailable_reasons(device: torch.device) -> tuple[str, ...]:
-    """All the reasons why these kernels cannot run on `device`; empty when they can. Kept after the first question."""
-    reasons = _installation_reasons(device)
-    if reasons or _suite_ran_on(device):
-        return reasons
-    if torch.cuda.is_current_stream_capturing():
-        return ("they were not tried on this GPU before a CUDA graph was captured",)  # a comparison waits for the GPU
-    return disagreements(device)
+def _modulation(name: str) -> Operand:
+    """One float32 row per batch, or one for all."""
+    return Operand(name, "1|B 1 C", (torch.float32,), "last_stride_1")
 
 
-def _rows_fit(x: torch.Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.dtype in DTYPES
-        and x.is_contiguous()
-        and 0 < x.shape[-1] <= MAX_CHANNELS
-        and 0 < x.numel() // x.shape[-1] <= MAX_ROWS
-        and not unavailable_reasons(x.device)
-    )
-
-
-def _modulation_fits(m: torch.Tensor, x: torch.Tensor) -> bool:
-    """One float32 row [B, 1, C] (or [1, 1, C]) per batch of x [B, L, C]."""
-    return (
-        m.dtype == torch.float32
-        and m.ndim == x.ndim == 3
-        and m.shape[0] in (1, x.shape[0])
-        and m.shape[1:] == (1, x.shape[2])
-        and m.stride(2) == 1
-        and m.device == x.device
-    )
-
-
-def _weight_fits(weight: torch.Tensor, x: torch.Tensor) -> bool:
-    return weight.shape == x.shape[-1:] and weight.is_contiguous() and weight.device == x.device
+def _weight(name: str) -> Operand:
+    return Operand(name, "C", layout="contiguous")
 
 
 def _batch_stride(m: torch.Tensor) -> int:
@@ -85,8 +63,9 @@ def _sizes(x: torch.Tensor) -> dict[str, int]:
     return {"C": x.shape[-1], "BLOCK": block, "num_warps": min(8, max(1, block // 2048))}
 
 
-def serves_modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> bool:
-    return _rows_fit(x) and _modulation_fits(shift, x) and _modulation_fits(scale, x)
+MODULATED_NORM = Contract(
+    "modulated_norm", TRITON, (_rows("x", "B L C"), _modulation("shift"), _modulation("scale")), SIZES
+)
 
 
 def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
@@ -100,8 +79,7 @@ def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, ep
     return out
 
 
-def serves_affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> bool:
-    return _rows_fit(x) and _weight_fits(weight, x) and _weight_fits(bias, x)
+AFFINE_NORM = Contract("affine_norm", TRITON, (_rows("x", "... C"), _weight("weight"), _weight("bias")), SIZES)
 
 
 def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -114,8 +92,7 @@ def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: 
     return out
 
 
-def serves_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
-    return _rows_fit(x) and _weight_fits(weight, x)
+RMS_NORM = Contract("rms_norm", TRITON, (_rows("x", "... C"), _weight("weight")), SIZES)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -127,29 +104,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def serves_qk_norm_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    rotation: Rotation,
-    num_heads: int,
-    eps: float,
-) -> bool:
-    if not (q.ndim == 3 and q.shape == k.shape and q.dtype == k.dtype and q.device == k.device):
-        return False
-    angles = (q.shape[1], 1, q.shape[2] // num_heads // 2)
-    return (
-        _rows_fit(q)
-        and _rows_fit(k)
-        and _weight_fits(q_weight, q)
-        and _weight_fits(k_weight, k)
-        and q.shape[2] % (2 * num_heads) == 0
-        and all(
-            t.dtype == torch.float32 and t.shape == angles and t.is_contiguous() and t.device == q.device
-            for t in rotation
-        )
-    )
+QK_NORM_ROPE = Contract(
+    "qk_norm_rope",
+    TRITON,
+    (
+        _rows("q", "B L C"),
+        _rows("k", "B L C", like_first=True),
+        _weight("q_weight"),
+        _weight("k_weight"),
+        Operand("cos", "L 1 C/heads/2", (torch.float32,), "contiguous"),
+        Operand("sin", "L 1 C/heads/2", (torch.float32,), "contiguous"),
+    ),
+    SIZES,
+)
 
 
 def qk_norm_rope(
@@ -173,15 +140,9 @@ def qk_norm_rope(
     return q_out.unflatten(-1, (num_heads, -1)), k_out.unflatten(-1, (num_heads, -1))
 
 
-def serves_gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> bool:
-    return (
-        _rows_fit(x)
-        and branch.shape == x.shape
-        and branch.dtype in DTYPES
-        and branch.is_contiguous()
-        and branch.device == x.device
-        and _modulation_fits(gate, x)
-    )
+GATED_RESIDUAL = Contract(
+    "gated_residual", TRITON, (_rows("x", "B L C"), _rows("branch", "B L C"), _modulation("gate")), SIZES
+)
 
 
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

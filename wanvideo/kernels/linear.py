@@ -1,7 +1,7 @@
-"""Quantising the activations of an fp8 linear layer, and scaling its product: one Triton kernel each.
+"""Quantizing the activations of an fp8 linear layer, and scaling its product: one Triton kernel each.
 
-Bit-equal to the eager forms in `fp8_optimization`; each function has a predicate beside it that says from host data
-alone whether the kernel serves a call. Any address is right: Triton loads by the alignment it finds.
+Bit-equal to the eager forms in `reference.py`; each function has its contract in front. Any address is right: Triton
+loads by the alignment it finds. Whether a kernel runs is chosen in `fp8_optimization`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 
 from ._common import next_power_of_two, on_device_of
-from .fused import MAX_CHANNELS, MAX_ROWS, unavailable_reasons
+from .contract import Contract, Device, Operand, Size
+from .fused import MAX_CHANNELS, MAX_ROWS
 
-__all__ = ["quantize_rows", "scale_product", "serves_quantize_rows", "serves_scale_product"]
+__all__ = ["QUANTIZE_ROWS", "SCALE_PRODUCT", "quantize_rows", "scale_product"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_CAPABILITY = (8, 9)
-"""Below it Triton converts no float32 to e4m3; nor is there an fp8 matmul to quantise for."""
+
+FP8 = Device(min_capability=(8, 9), purpose="Triton converts float32 to e4m3 there", triton=True)
+"""Below it there is no fp8 matmul to quantize for either."""
 
 CONVERTS_EXACTLY = (9, 0)
 """From here on every Triton converts float32 to e4m3 by one instruction that rounds once."""
@@ -24,24 +26,19 @@ COLUMNS = 1024
 """Of one program of `scale_product`."""
 
 
-def _serves(x: torch.Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.ndim == 2
-        and x.is_contiguous()
-        and 0 < x.shape[0] <= MAX_ROWS
-        and x.shape[1] > 0
-        and torch.cuda.get_device_capability(x.device) >= MIN_CAPABILITY
-        and not unavailable_reasons(x.device)
-    )
-
-
-def serves_quantize_rows(x: torch.Tensor) -> bool:
-    return x.dtype in DTYPES and x.ndim == 2 and x.shape[1] <= MAX_CHANNELS and _serves(x)
+QUANTIZE_ROWS = Contract(
+    "quantize_rows",
+    FP8,
+    (Operand("x", "M K", DTYPES, "contiguous"),),
+    {
+        "M": Size("there are {} rows", at_least=1, at_most=MAX_ROWS),
+        "K": Size("there are {} channels", at_least=1, at_most=MAX_CHANNELS),
+    },
+)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] -> (values e4m3fn [M, K], scale float32 [M, 1]), as `fp8_optimization.quantize_rows_fp8`."""
+    """x [M, K] -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale."""
     from . import _linear_triton as kernels
 
     rows, channels = x.shape
@@ -56,19 +53,21 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scale
 
 
-def serves_scale_product(
-    product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> bool:
-    return (
-        product.dtype == rows.dtype == columns.dtype == torch.float32
-        and dtype in DTYPES
-        and rows.shape == (product.shape[0], 1)
-        and columns.shape in ((1, 1), (1, product.shape[1]))
-        and rows.is_contiguous()
-        and columns.is_contiguous()
-        and (bias is None or (bias.dtype == dtype and bias.is_contiguous() and bias.shape == product.shape[1:]))
-        and _serves(product)
-    )
+SCALE_PRODUCT = Contract(
+    "scale_product",
+    FP8,
+    (
+        Operand("product", "M N", (torch.float32,), "contiguous"),
+        Operand("rows", "M 1", (torch.float32,), "contiguous"),
+        Operand("columns", "1 1|N", (torch.float32,), "contiguous"),
+        Operand("bias", "N", DTYPES, "contiguous", optional=True),
+    ),
+    {
+        "M": Size("there are {} rows", at_least=1, at_most=MAX_ROWS),
+        "N": Size("there are {} columns", at_least=1),
+    },
+    {"dtype": DTYPES},
+)
 
 
 def scale_product(

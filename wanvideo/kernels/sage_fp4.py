@@ -1,30 +1,27 @@
-"""NVFP4 attention of our own: the numerics of SageAttention3 (arXiv 2505.11594) on any NVIDIA GPU with bf16.
+"""NVFP4 attention: the numerics of SageAttention3 (arXiv 2505.11594) on any NVIDIA GPU with bf16.
 
 Q less the mean of its block of 128 rows, K less its mean over the tokens, P and V are quantised to NVFP4: e2m1 values,
 one e4m3 scale per 16 of them, one power-of-two outer scale above. An e2m1 x e4m3 product is exact in bf16, so GPUs
 without FP4 tensor cores multiply exactly the same numbers in bf16: right, though no faster than bf16. GPUs with them
-(sm_100, sm_103, sm_120, sm_121) get the packed values; that path is compiled in the tests, and compared with the bf16
-one on the GPU at first use.
+(sm_100, sm_103, sm_120, sm_121) can multiply the packed values (`native`); that path is compiled in the tests, and the
+self-test compares it with the bf16 one on the GPU before its first use.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-from ..errors import BackendUnavailableError
-from ._common import check_qkv, stride_unit, stride_units, triton_reasons, triton_version
-from .layout import aligned_strided
+from ._common import ATTENTION_DTYPES, MAX_RUNS, launch, opaque, runs_of, stride_unit, stride_units
+from .contract import Device, Size
+from .reference import scale_or_default
 
-__all__ = ["HEAD_DIMS", "sage_fp4_attention", "unavailable_reasons"]
+__all__ = ["DTYPES", "HEAD_DIM", "run", "sage_fp4_attention"]
 
-_log = logging.getLogger(__name__)
-
-HEAD_DIMS = (64, 128)
+DTYPES = ATTENTION_DTYPES
+HEAD_DIM = Size("head_dim is {}", values=(64, 128))
 
 Q_BLOCK = 128
 """Queries that share one mean."""
@@ -34,43 +31,32 @@ GROUP = 16
 
 KEY_TILE = 64
 NATIVE_KEY_TILE = 128
-MAX_RUNS = 64
-"""Into how many runs of tokens the statistics of K and V are cut at most. A power of two."""
 
-NATIVE_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
+NATIVE = Device(capabilities=((10, 0), (10, 3), (12, 0), (12, 1)), triton=True)
+"""GPUs with FP4 tensor cores that Triton knows."""
+
 NATIVE_TRITON = (3, 6)
 """The first Triton known to compile NVFP4 to block-scaled instructions."""
 
-NATIVE_TOLERANCE = 0.08
-"""Relative L2 between the two kernels beyond which the native one is refused. They differ in the tiles over which the
-running maximum, to which P is scaled, grows; the scales of P round differently then."""
-
-
-def unavailable_reasons(device: torch.device | str | int) -> list[str]:
-    """All the reasons why `sage_fp4_attention` cannot run on `device`; empty when it can."""
-    return triton_reasons(device)
-
 
 def sage_fp4_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None = None, native: bool = False
 ) -> torch.Tensor:
     """Attention softmax(scale * q·kᵀ)·v with NVFP4 operands, without mask.
 
     Args:
-        q: [B, Lq, H, D], bf16, fp16 or fp32, D of `HEAD_DIMS`. Read by its strides when its start and strides are
+        q: [B, Lq, H, D], bf16, fp16 or fp32, D of `HEAD_DIM`. Read by its strides when its start and strides are
             multiples of 16 bytes and the last stride is 1 (`layout.aligned_strided`); else it is copied once.
         k, v: [B, Lk, H, D], like q. Nothing writes to q, k or v.
         softmax_scale: D ** -0.5 when None.
+        native: multiply packed values on FP4 tensor cores, where `selftest.native_fp4_reasons` has nothing against it.
 
     Returns:
         [B, Lq, H, D] contiguous, of q's dtype. NaN or infinity in an input makes what depends on it NaN.
 
-    Raises:
-        InputError: shapes, dtypes or devices that do not fit together.
-        BackendUnavailableError: this GPU or installation cannot run it; the message lists every reason.
+    Raises: what `_common.launch` does.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return _attention(q, k, v, scale)
+    return _operation(q, k, v, scale_or_default(softmax_scale, q.shape[-1]), native)
 
 
 @dataclass(frozen=True)
@@ -112,8 +98,7 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, native: bool = F
     q_blocks = math.ceil(queries / Q_BLOCK)
     tile = NATIVE_KEY_TILE if native else KEY_TILE
     padded_keys = math.ceil(keys / tile) * tile
-    run = math.ceil(keys / MAX_RUNS / 32) * 32
-    runs = math.ceil(keys / run)
+    run, runs = runs_of(keys)
     unit = stride_unit(q)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -180,50 +165,16 @@ def attend(operands: Operands, k: torch.Tensor, out: torch.Tensor, softmax_scale
         )  # fmt: skip
 
 
-def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, native: bool) -> torch.Tensor:
+def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, native: bool = False) -> torch.Tensor:
+    """Quantize and attend, on inputs that meet the contract and whose device is the current one."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    attend(quantize(q, k, v, native), k, out, softmax_scale)
+    if out.numel():
+        attend(quantize(q, k, v, native), k, out, softmax_scale)
     return out
 
 
-@cache
-def native_reasons(index: int) -> tuple[str, ...]:
-    """Why GPU `index` does not get packed FP4 values; empty when it does. Tries the kernel once where it may run."""
-    capability = torch.cuda.get_device_capability(index)
-    if capability not in NATIVE_CAPABILITIES:
-        return (f"compute capability {capability[0]}.{capability[1]} has no FP4 tensor cores that Triton knows",)
-    if triton_version() < NATIVE_TRITON:
-        return (f"Triton {triton_version()} is older than {NATIVE_TRITON}",)
-    generator = torch.Generator(f"cuda:{index}").manual_seed(0)
-    q, k, v = (torch.randn(1, 300, 2, 128, device=f"cuda:{index}", generator=generator).bfloat16() for _ in range(3))
-    wanted, got = (_run(q, k, v, 128**-0.5, native).float() for native in (False, True))
-    error = float((got - wanted).norm() / wanted.norm())
-    if not error <= NATIVE_TOLERANCE:
-        reason = f"the FP4 tensor-core kernel is {error:.3f} off the bf16 one (relative L2) on this GPU"
-        _log.warning("%s; the bf16 one runs instead", reason)
-        return (reason,)
-    return ()
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, native: bool) -> torch.Tensor:
+    return launch(run, HEAD_DIM, q, k, v, softmax_scale, native)
 
 
-def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    """Check, repair the layout where it must be, quantise and attend."""
-    check_qkv(q, k, v, HEAD_DIMS)
-    reasons = unavailable_reasons(q.device)
-    if reasons:
-        raise BackendUnavailableError(f"NVFP4 attention cannot run here: {'; '.join(reasons)}.")
-    q, k, v = (aligned_strided(x) for x in (q, k, v))
-    if q.numel() == 0:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with torch.cuda.device(q.device):
-        return _run(q, k, v, softmax_scale, native=not native_reasons(torch.cuda.current_device()))
-
-
-# One opaque operation, checks and all, so that torch.compile neither traces them nor breaks its graph.
-@torch.library.custom_op("infinitetalk::sage_fp4_attention", mutates_args=())
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    return launch(q, k, v, softmax_scale)
-
-
-@_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    return q.new_empty(q.shape)
+_operation = opaque("sage_fp4_attention", _attention)

@@ -1,4 +1,4 @@
-"""8-bit attention of our own: int8 Q·Kᵀ with smoothed K, e4m3 P·V, on any NVIDIA GPU with bf16.
+"""8-bit attention: int8 Q·Kᵀ with smoothed K, e4m3 P·V, on any NVIDIA GPU with bf16.
 
 The scheme is that of SageAttention 2 (arXiv 2411.10958): the mean of K over the tokens is subtracted (a shift that the
 softmax does not see), Q and K become int8, P = exp(S - max) and V become e4m3, and P·V is summed in a fresh accumulator
@@ -16,17 +16,26 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import BackendUnavailableError
-from ._common import check_qkv, next_power_of_two, stride_unit, stride_units, triton_reasons, triton_version
-from .layout import aligned_strided
+from ._common import (
+    ATTENTION_DTYPES,
+    MAX_RUNS,
+    launch,
+    next_power_of_two,
+    opaque,
+    runs_of,
+    stride_unit,
+    stride_units,
+)
+from .contract import Size
+from .packages import triton_version
+from .reference import scale_or_default
 
-__all__ = ["HEAD_DIMS", "sage_fp8_attention", "unavailable_reasons"]
+__all__ = ["DTYPES", "HEAD_DIM", "run", "sage_fp8_attention"]
 
-HEAD_DIMS = (64, 96, 128)
+DTYPES = ATTENTION_DTYPES
+HEAD_DIM = Size("head_dim is {}", values=(64, 96, 128))
 
 KEYS_PER_SCALE = 128
-MAX_RUNS = 64
-"""Into how many runs of tokens the statistics of K and V are cut at most; enough to fill a GPU. A power of two."""
 
 E4M3_CAPABILITY = (8, 9)
 HOPPER_CAPABILITY = (9, 0)
@@ -40,18 +49,13 @@ LARGE_SHARED_MEMORY = ((9, 0), (10, 0), (10, 3))
 """Capabilities with 227 KiB of shared memory per block; the rest have 99."""
 
 
-def unavailable_reasons(device: torch.device | str | int) -> list[str]:
-    """All the reasons why `sage_fp8_attention` cannot run on `device`; empty when it can."""
-    return triton_reasons(device)
-
-
 def sage_fp8_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None = None
 ) -> torch.Tensor:
     """Attention softmax(scale * q·kᵀ)·v in 8-bit arithmetic, without mask.
 
     Args:
-        q: [B, Lq, H, D], bf16, fp16 or fp32, D of `HEAD_DIMS`. Read by its strides when its start and strides are
+        q: [B, Lq, H, D], bf16, fp16 or fp32, D of `HEAD_DIM`. Read by its strides when its start and strides are
             multiples of 16 bytes and the last stride is 1 (`layout.aligned_strided`); else it is copied once.
         k, v: [B, Lk, H, D], like q. Nothing writes to q, k or v.
         softmax_scale: D ** -0.5 when None.
@@ -59,12 +63,9 @@ def sage_fp8_attention(
     Returns:
         [B, Lq, H, D] contiguous, of q's dtype. NaN or infinity in an input makes what depends on it NaN.
 
-    Raises:
-        InputError: shapes, dtypes or devices that do not fit together.
-        BackendUnavailableError: this GPU or installation cannot run it; the message lists every reason.
+    Raises: what `_common.launch` does.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return _attention(q, k, v, scale)
+    return _operation(q, k, v, scale_or_default(softmax_scale, q.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: f
     keys = k.shape[1]
     block = KEYS_PER_SCALE
     q_blocks, k_blocks = math.ceil(queries / block), math.ceil(keys / block)
-    run = math.ceil(keys / MAX_RUNS / 32) * 32
-    runs = math.ceil(keys / run)
+    run, runs = runs_of(keys)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -167,7 +167,8 @@ def attend_hopper(operands: Operands, out: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-def _hopper_serves(device: torch.device, head_dim: int) -> bool:
+def runs_on_hopper(device: torch.device, head_dim: int) -> bool:
+    """Whether the Gluon kernel computes attention of this head size on `device`, and not the Triton one."""
     oldest, too_new = HOPPER_TRITON
     return (
         torch.cuda.get_device_capability(device) == HOPPER_CAPABILITY
@@ -176,32 +177,22 @@ def _hopper_serves(device: torch.device, head_dim: int) -> bool:
     )
 
 
-def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    """Check, repair the layout where it must be, quantise and attend."""
-    check_qkv(q, k, v, HEAD_DIMS)
-    reasons = unavailable_reasons(q.device)
-    if reasons:
-        raise BackendUnavailableError(f"8-bit attention cannot run here: {'; '.join(reasons)}.")
-    q, k, v = (aligned_strided(x) for x in (q, k, v))
+def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    """Quantize and attend, on inputs that meet the contract and whose device is the current one."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    with torch.cuda.device(q.device):
-        has_e4m3 = torch.cuda.get_device_capability(q.device) >= E4M3_CAPABILITY
-        operands = quantize(q, k, v, softmax_scale, e4m3_v=has_e4m3)
-        if _hopper_serves(q.device, q.shape[-1]):
-            attend_hopper(operands, out)
-        else:
-            attend_portable(operands, out)
+    has_e4m3 = torch.cuda.get_device_capability(q.device) >= E4M3_CAPABILITY
+    operands = quantize(q, k, v, softmax_scale, e4m3_v=has_e4m3)
+    if runs_on_hopper(q.device, q.shape[-1]):
+        attend_hopper(operands, out)
+    else:
+        attend_portable(operands, out)
     return out
 
 
-# One opaque operation, checks and all, so that torch.compile neither traces them nor breaks its graph.
-@torch.library.custom_op("infinitetalk::sage_fp8_attention", mutates_args=())
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    return launch(q, k, v, softmax_scale)
+    return launch(run, HEAD_DIM, q, k, v, softmax_scale)
 
 
-@_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    return q.new_empty(q.shape)
+_operation = opaque("sage_fp8_attention", _attention)

@@ -19,12 +19,14 @@ from einops import rearrange
 from packaging.version import Version
 from torch import Tensor, nn
 
-from ..kernels import quantizers
+from ..kernels import contract, quantizers
+from ..kernels.contract import Contract, Described, Device, Operand, Package, Size
 from ..kernels.layout import aligned_contiguous
 from ..kernels.quantizers import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
+from ..kernels.selftest import device_reasons
 from .base import QuantizedLinear, store_buffers, store_weight, take_over
 
-__all__ = ["NVFP4Linear", "dequantize_nvfp4", "nvfp4_matmul_violations", "nvfp4_storage_shapes", "quantize_nvfp4"]
+__all__ = ["NVFP4Linear", "dequantize_nvfp4", "nvfp4_matmul_reasons", "nvfp4_storage_shapes", "quantize_nvfp4"]
 
 PADDING = 16
 """Rows and columns of a stored weight are a multiple of this."""
@@ -32,11 +34,22 @@ PADDING = 16
 SCALE_TILE = (128, 4)
 """cuBLAS reads block scales in tiles of so many rows and columns."""
 
-MIN_CAPABILITY = (10, 0)
-"""The first compute capability with FP4 tensor cores."""
-
 OLDEST_KITCHEN = "0.2.30"
 """Older releases of comfy-kitchen are left alone."""
+
+NVFP4_MATMUL = Contract(
+    "comfy_kitchen.scaled_mm_nvfp4",
+    Device(
+        min_capability=(10, 0),
+        purpose="for FP4 tensor cores",
+        package=Package("comfy-kitchen", f">={OLDEST_KITCHEN}", "comfy_kitchen", ("scaled_mm_nvfp4",)),
+    ),
+    (Operand("input", "M K", (torch.bfloat16, torch.float16)),),
+    {
+        "K": Size("there are {} input features", multiple_of=32),
+        "N": Size("there are {} output features", multiple_of=16),
+    },
+)
 
 
 def _kitchen_installed() -> bool:
@@ -111,27 +124,17 @@ def nvfp4_storage_shapes(out_features: int, in_features: int) -> tuple[tuple[int
     return (rows, columns // 2), (_round_up(rows, SCALE_TILE[0]), _round_up(columns // NVFP4_BLOCK, SCALE_TILE[1]))
 
 
-def nvfp4_matmul_violations(
+def nvfp4_matmul_reasons(
     out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, rows: int = 1
 ) -> list[str]:
-    """All the reasons why the FP4 matmul of comfy-kitchen does not support a linear layer; empty when it does."""
-    reasons = []
-    if device.type != "cuda" or torch.version.cuda is None:
-        reasons.append(f"it runs on an NVIDIA GPU, not on {device.type}")
-    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        reasons.append(f"compute capability {capability} has no FP4 tensor cores (10.0 has)")
-    if not KITCHEN:
-        reasons.append(f"comfy-kitchen {OLDEST_KITCHEN} or newer is not installed (pip install comfy-kitchen)")
-    if dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"it writes bfloat16 or float16, not {dtype}")
-    if in_features % 32:
-        reasons.append(f"{in_features} input features are no multiple of 32")
-    if out_features % 16:
-        reasons.append(f"{out_features} output features are no multiple of 16")
-    if rows == 0:
-        reasons.append("there are no rows")
-    return reasons
+    """Every reason why the FP4 matmul of comfy-kitchen cannot compute a linear layer; empty when it can."""
+    return [*_weight_reasons(out_features, in_features, dtype, device), *(() if rows else ("there are no rows",))]
+
+
+@torch.compiler.assume_constant_result
+def _weight_reasons(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    found = contract.reasons(NVFP4_MATMUL, (Described(dtype, (1, k), device),), N=n)
+    return tuple(dict.fromkeys((*found, *device_reasons(NVFP4_MATMUL.device, device))))
 
 
 class NVFP4Linear(QuantizedLinear):
@@ -158,7 +161,7 @@ class NVFP4Linear(QuantizedLinear):
         x = aligned_contiguous(input)
         leading = [int(n) for n in x.shape[:-1]]
         rows = x.reshape(-1, self.in_features)
-        if nvfp4_matmul_violations(self.out_features, self.in_features, self.base_dtype, x.device, rows.shape[0]):
+        if nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, x.device, rows.shape[0]):
             return super().forward(x)
         return self._native(rows).reshape(*leading, self.out_features)
 

@@ -1,4 +1,4 @@
-"""Mode "auto": measure what is trusted at the real shape, and take the fastest that is accurate enough.
+"""Mode "auto": measure what passed its self-test at the real shape, and take the fastest that is accurate enough.
 
 Once per shape, on the tensors of the first call; the answer is kept for the process.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.inputs import Inputs
 from ..runtime.timing import milliseconds
-from .attention import EMULATIONS, reasons_against, run_backend, set_auto_chooser
-from .backends import backends
+from .backends import RUNTIME, Backend
 
 __all__ = ["MAX_RELATIVE_L2", "MIN_TOKENS", "Measurement", "choose", "measure"]
 
@@ -29,10 +29,8 @@ MIN_TOKENS = 2048
 
 REPEATS = 3
 
-NOT_CANDIDATES = EMULATIONS | {"eager", "comfy", "comfy_kitchen_int8"}
-"""The reference, what stands in for kernels, what another program chooses, and what is not finite for every input."""
-
-_chosen: dict[tuple[object, ...], str] = {}
+NOT_CANDIDATES = ("eager", "comfy")
+"""The reference, and what another program chooses. Emulations of kernels are none either."""
 
 
 @dataclass(frozen=True)
@@ -44,42 +42,47 @@ class Measurement:
     relative_l2: float
 
 
-def measure(names: list[str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Measurement]:
-    """Time backends side by side, in turns, so that a drifting clock hits all alike.
+def measure(names: list[str], inputs: Inputs) -> list[Measurement]:
+    """Time backends one after the other, in turns, so that a drifting clock hits all alike.
 
     Args:
-        names: of backends that can serve the call, "sdpa" among them.
-        q: [B, Lq, H, D]. k, v: [B, Lk, H, D].
+        names: of backends that support the call, "sdpa" among them.
+        inputs: without mask.
     """
-    expected = run_backend("sdpa", q, k, v)
+    expected = RUNTIME.run("sdpa", inputs)
     norm = expected.float().norm().clamp_min(1e-12)
     # The first call of each compiles and warms up.
-    errors = {name: float((run_backend(name, q, k, v) - expected).float().norm() / norm) for name in names}
+    errors = {name: float((RUNTIME.run(name, inputs) - expected).float().norm() / norm) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(REPEATS):
         for name in names:
-            times[name].append(milliseconds(functools.partial(run_backend, name, q, k, v), q.device))
+            times[name].append(milliseconds(functools.partial(RUNTIME.run, name, inputs), inputs.q.device))
     return [Measurement(name, statistics.median(times[name]), errors[name]) for name in names]
 
 
-def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+def choose(inputs: Inputs) -> str:
     """The backend for a call: "sdpa" on the CPU, for few keys, and while a CUDA graph is captured."""
-    if not q.is_cuda or k.shape[1] < MIN_TOKENS or torch.cuda.is_current_stream_capturing():
+    q, k = inputs.q, inputs.k
+    if not q.is_cuda or inputs.keys < MIN_TOKENS or torch.cuda.is_current_stream_capturing():
         return "sdpa"
-    key = (q.device, q.dtype, tuple(q.shape), tuple(k.shape))
-    if key not in _chosen:
-        names = [b.name for b in backends() if b.name not in NOT_CANDIDATES and not reasons_against(b, q, k, v)]
-        results = measure(names, q, k, v)
-        _chosen[key] = fastest(results)
+    plain = Inputs(q, k, inputs.v)
+
+    def measured() -> str:
+        names = [b.name for b in RUNTIME.backends() if _is_candidate(b) and not RUNTIME.reasons(b, plain)]
+        results = measure(names, plain)
+        name = fastest(results)
         table = ", ".join(f"{m.backend} {m.milliseconds:.2f} ms (error {m.relative_l2:.3f})" for m in results)
-        logger.info("attention mode auto takes %s at %s: %s", _chosen[key], tuple(q.shape), table)
-    return _chosen[key]
+        logger.info("attention mode auto takes %s at %s: %s", name, tuple(q.shape), table)
+        return name
+
+    return RUNTIME.chosen((q.device, q.dtype, q.shape, k.shape), measured)
+
+
+def _is_candidate(backend: Backend) -> bool:
+    return backend.name not in NOT_CANDIDATES and not backend.emulation
 
 
 def fastest(results: list[Measurement]) -> str:
     """The fastest of those within `MAX_RELATIVE_L2`; NaN is never within."""
     accurate = [m for m in results if m.relative_l2 <= MAX_RELATIVE_L2]
     return min(accurate, key=lambda m: m.milliseconds).backend if accurate else "sdpa"
-
-
-set_auto_chooser(choose)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ..errors import InputError
@@ -182,15 +183,15 @@ class WanHuMoCrossAttention(nn.Module):
                 f"{frames}x{height}x{width}: give [B, {frames * per_frame}, C] and [B, {frames}*n, kv_dim]"
             )
 
-        def per_frame_heads(tokens: torch.Tensor) -> torch.Tensor:  # [B, T*n, C] -> [B*T, n, H, D]
-            return aligned_contiguous(tokens).view(batch * frames, -1, self.num_heads, self.head_dim)
+        def per_frame_heads(tokens: torch.Tensor) -> torch.Tensor:
+            return rearrange(aligned_contiguous(tokens), "b (t n) (h d) -> (b t) n h d", t=frames, h=self.num_heads)
 
         x, context = aligned_strided(x), aligned_strided(context)
         q = per_frame_heads(self.norm_q(self.q(x)))
         k = per_frame_heads(self.norm_k(self.k(context)))
         v = per_frame_heads(self.v(context))
         out = attention(q, k, v, attention_mode=attention_mode or self.attention_mode)
-        out = aligned_contiguous(out).view(batch, tokens, -1)  # [B, T*S, out_features]
+        out = rearrange(aligned_contiguous(out), "(b t) s h d -> b (t s) (h d)", t=frames)
         return aligned_contiguous(self.o(out))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ...multitalk.multitalk import (
@@ -332,10 +333,9 @@ class PatchEmbedding(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[B, in_dim, T, h, w] -> [B, L, dim]"""
-        (frames, height, width), (p, q, r) = self.grid(input), self.patch_size
-        patches = input.unflatten(4, (width, r)).unflatten(3, (height, q)).unflatten(2, (frames, p))
-        # [B, in_dim, T, p, H, q, W, r] -> [B, T*H*W, in_dim*p*q*r]
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        self.grid(input)  # checks the sides
+        p, q, r = self.patch_size
+        patches = rearrange(input, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -539,7 +539,7 @@ class WanModel(nn.Module):
             )
         first, later = pack_audio_windows(audio.to(self.dtype), config.vae_scale)
         tokens = self.audio_proj(first, later)  # [speakers, T, tokens, Ca]
-        return torch.cat(tokens.unbind(0), dim=1).unsqueeze(0)
+        return rearrange(tokens, "speakers t n c -> 1 t (speakers n) c")
 
     def embed_humo_audio(self, humo_audio: torch.Tensor | None, batch: int, grid: Grid) -> torch.Tensor | None:
         """[T, 8, blocks, channels] or [B, T, 8, blocks, channels] -> [B, T*tokens, kv_dim]"""
@@ -580,8 +580,8 @@ class WanModel(nn.Module):
 
     def _unpatchify(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
         """[B, L, p*q*r*out_dim], channel fastest -> [B, out_dim, T, h, w]"""
-        velocity = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # [B, T, H, W, p, q, r, c]
-        return velocity.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+        (t, h, w), (p, q, r) = grid, self.config.patch_size
+        return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
 
 
 def _audio_projection(config: AudioConfig) -> AudioProjModel:

@@ -1,38 +1,25 @@
-"""Attention kernels, one module per family, each with its contract as data."""
+"""Attention kernels, one module per family, each with its contract as data; `runtime` lists them."""
 
-# Importing a family registers its backends; no kernel package is imported before a mode asks for it.
-from . import builtin as portable
-from . import flash, host, kitchen, sage, sdpa
-from .contract import Contract, Shape, not_supported_reasons
-from .registry import (
-    Backend,
-    backends,
-    forget_availability,
-    lookup,
-    refuse,
-    register,
-    set_trial,
-    unavailable_reasons,
-    unregister,
-)
+from .contract import Backend, Contract, Device, Package, Size, not_supported_reasons
+from .runtime import RUNTIME
 
 __all__ = [
+    "RUNTIME",
     "Backend",
     "Contract",
-    "Shape",
+    "Device",
+    "Package",
+    "Size",
     "backends",
-    "flash",
-    "forget_availability",
-    "host",
-    "kitchen",
     "lookup",
     "not_supported_reasons",
-    "portable",
-    "refuse",
     "register",
-    "sage",
-    "sdpa",
-    "set_trial",
     "unavailable_reasons",
     "unregister",
 ]
+
+backends = RUNTIME.backends
+lookup = RUNTIME.lookup
+register = RUNTIME.register
+unregister = RUNTIME.unregister
+unavailable_reasons = RUNTIME.unavailable_reasons

@@ -1,4 +1,4 @@
-"""The modes that exist everywhere: our own kernels of FP8 and FP4 precision, and the same numerics in plain torch."""
+"""The backends that exist everywhere: Triton kernels of FP8 and FP4 precision, and their numerics in plain torch."""
 
 from __future__ import annotations
 
@@ -7,105 +7,54 @@ from collections.abc import Callable
 
 import torch
 
+from ...kernels import sage_fp4, sage_fp8
+from ...kernels._common import TRITON
 from ...kernels.emulation import int8_fp8_attention, nvfp4_attention
-from . import packages
-from .contract import HALF, Contract
-from .registry import Backend, Run, register
+from ...kernels.inputs import Inputs
+from ...kernels.selftest import native_fp4_reasons
+from .contract import ANY_FLOAT, EIGHT_BIT, FOUR_BIT, HALF, Backend, Contract, Device
 
-__all__ = ["EMULATED_FP8", "EMULATED_NVFP4", "EMULATED_NVFP4_PLAIN", "OWN_FP4", "OWN_FP8"]
+__all__ = ["EMULATED_FP8", "EMULATED_NVFP4", "EMULATED_NVFP4_PLAIN", "TRITON_FP4", "TRITON_FP8"]
 
-# wanvideo.modules.backends.portable -> wanvideo.kernels
-_KERNELS = __name__.rsplit(".", 3)[0] + ".kernels"
 
-# Both take strides in units of 16 bytes, so that one compiled kernel with wide loads serves every length and layout.
-OWN_FP8_CONTRACT = Contract(
-    dtypes=(*HALF, torch.float32),
-    layout="aligned_strided",
-    head_dims=(64, 96, 128),
-    min_capability=(8, 0),
+def run_fp8(inputs: Inputs) -> torch.Tensor:
+    """`sage_fp8`, int8 Q and K, e4m3 P and V."""
+    return sage_fp8.run(inputs.q, inputs.k, inputs.v, inputs.scale)
+
+
+def run_fp4(inputs: Inputs) -> torch.Tensor:
+    """`sage_fp4`, on FP4 tensor cores where they are and the self-test found them right."""
+    native = not native_fp4_reasons(inputs.q.device)
+    return sage_fp4.run(inputs.q, inputs.k, inputs.v, inputs.scale, native)
+
+
+# Both take strides in units of 16 bytes, so that one compiled kernel with wide loads covers every length and layout.
+TRITON_FP8 = Backend(
+    "triton_fp8",
+    Contract(dtypes=sage_fp8.DTYPES, head_dim=sage_fp8.HEAD_DIM, device=TRITON),
+    run_fp8,
+    EIGHT_BIT,
+    note="this project's int8/fp8 kernel",
 )
-
-OWN_FP4_CONTRACT = Contract(
-    dtypes=HALF,
-    layout="aligned_strided",
-    head_dims=(64, 128),
-    min_capability=(8, 0),
-)
-
-
-def _kernel_unavailable(module: str, device: torch.device) -> list[str]:
-    """What the kernel module itself says; a module that cannot be imported (no Triton) says why."""
-    if device.type != "cuda":
-        return []  # the contract says so already
-    try:
-        return list(packages.load(f"{_KERNELS}.{module}").unavailable_reasons(device))
-    except ImportError as error:
-        return [f"it cannot be imported ({error})"]
-
-
-def _run_kernel(module: str, function: str) -> Run:
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        softmax_scale: float | None,
-        causal: bool,
-    ) -> torch.Tensor:
-        kernel = getattr(packages.load(f"{_KERNELS}.{module}"), function)
-        return kernel(q, k, v, softmax_scale=softmax_scale)
-
-    return run
-
-
-OWN_FP8 = register(
-    Backend(
-        "own_fp8",
-        OWN_FP8_CONTRACT,
-        _run_kernel("sage_fp8", "sage_fp8_attention"),
-        functools.partial(_kernel_unavailable, "sage_fp8"),
-        note="this project's int8/fp8 kernel",
-    )
-)
-OWN_FP4 = register(
-    Backend(
-        "own_fp4",
-        OWN_FP4_CONTRACT,
-        _run_kernel("sage_fp4", "sage_fp4_attention"),
-        functools.partial(_kernel_unavailable, "sage_fp4"),
-        note="this project's NVFP4 kernel",
-    )
-)
-
-EMULATED_CONTRACT = Contract(
-    dtypes=(*HALF, torch.float32, torch.float64),
-    layout="any",
-    device_types=(),
+TRITON_FP4 = Backend(
+    "triton_fp4",
+    Contract(dtypes=HALF, head_dim=sage_fp4.HEAD_DIM, device=TRITON),
+    run_fp4,
+    FOUR_BIT,
+    note="this project's NVFP4 kernel",
 )
 
 
-def _emulated(attend: Callable[..., torch.Tensor]) -> Run:
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        softmax_scale: float | None,
-        causal: bool,
-    ) -> torch.Tensor:
-        return attend(q, k, v, softmax_scale)
+def _emulated(name: str, bound: dict[torch.dtype, float], attend: Callable[..., torch.Tensor]) -> Backend:
+    def run(inputs: Inputs) -> torch.Tensor:
+        return attend(inputs.q, inputs.k, inputs.v, inputs.softmax_scale)
 
-    return run
+    contract = Contract(dtypes=ANY_FLOAT, layout="any", device=Device(types=()))
+    return Backend(name, contract, run, bound, note="the same numerics in plain torch: right, not fast", emulation=True)
 
 
-_NOTE = "the same numerics in plain torch: right, not fast"
-EMULATED_FP8 = register(Backend("emulated_fp8", EMULATED_CONTRACT, _emulated(int8_fp8_attention), note=_NOTE))
-EMULATED_NVFP4 = register(Backend("emulated_nvfp4", EMULATED_CONTRACT, _emulated(nvfp4_attention), note=_NOTE))
-EMULATED_NVFP4_PLAIN = register(
-    Backend(
-        "emulated_nvfp4_plain",
-        EMULATED_CONTRACT,
-        _emulated(functools.partial(nvfp4_attention, block_means=False)),
-        note=_NOTE,
-    )
+EMULATED_FP8 = _emulated("emulated_fp8", EIGHT_BIT, int8_fp8_attention)
+EMULATED_NVFP4 = _emulated("emulated_nvfp4", FOUR_BIT, nvfp4_attention)
+EMULATED_NVFP4_PLAIN = _emulated(
+    "emulated_nvfp4_plain", FOUR_BIT, functools.partial(nvfp4_attention, block_means=False)
 )

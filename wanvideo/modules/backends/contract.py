@@ -1,82 +1,80 @@
-"""What a kernel needs, as data, and the one function that reads it.
+"""What an attention kernel needs beyond the common part, the backend that has it, and the repair before its call.
 
-A `Contract` says which calls a kernel answers rightly. `not_supported_reasons` compares a call with it and returns
-every reason why the kernel cannot serve; the door (`attention`) repairs the layout with the guards of `layout.py` and
-never launches a kernel outside its contract.
+`not_supported_reasons` compares a call with a `Contract` and returns every reason why the kernel cannot compute it;
+`Backend.call` repairs the layout with the guards of `layout.py`, so that no kernel is launched outside its contract.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from ...kernels.layout import (
-    ALIGNMENT,
-    MAX_EXTENT,
-    aligned_contiguous,
-    aligned_rows,
-    aligned_strided,
-    layout_violations,
-)
-from . import packages
+from ...kernels.contract import Device, Layout, Package, Size, dtype_reasons, is_expanded, layout_reasons
+from ...kernels.inputs import Inputs, Order
+from ...kernels.layout import ALIGNMENT, MAX_EXTENT, aligned_contiguous, aligned_rows, aligned_strided, private_copy
 
 __all__ = [
+    "ANY_FLOAT",
+    "EIGHT_BIT",
+    "EXACT",
+    "FOUR_BIT",
     "HALF",
+    "IN_HALF",
+    "Backend",
     "Contract",
-    "Shape",
-    "layout_reasons",
+    "Device",
+    "Package",
+    "Size",
+    "head_dims",
+    "keys",
     "not_supported_reasons",
-    "repaired",
+    "repairable_reasons",
     "repaired_mask",
     "scale_ratio",
-    "unavailable_reasons_of",
 ]
 
 HALF = (torch.bfloat16, torch.float16)
+ANY_FLOAT = (*HALF, torch.float32, torch.float64)
 
-Layout = Literal["any", "aligned_strided", "aligned_contiguous"]
+
+def head_dims(*values: int, multiple_of: int = 1, at_most: int | None = None) -> Size:
+    """The head sizes that a kernel supports."""
+    return Size("head_dim is {}", values, multiple_of, at_most=at_most)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one call: q [batch, q_length, heads, head_dim], k and v [batch, kv_length, heads, head_dim]."""
+def keys(at_least: int = 1, at_most: int | None = None) -> Size:
+    """The numbers of keys that a kernel supports."""
+    return Size("there are {} keys", at_least=at_least, at_most=at_most)
 
-    batch: int
-    q_length: int
-    kv_length: int
-    heads: int
-    head_dim: int
+
+# ----------------------------------------------------------------------------------------------------------- contracts
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Calls that a kernel answers rightly.
+    """Calls that an attention kernel computes rightly.
 
     Attributes:
         dtypes: of q, k and v as the kernel sees them; all three alike.
-        layout: "any"; "aligned_strided": last stride 1, start and strides multiples of `alignment` bytes;
-            "aligned_contiguous": contiguous and aligned.
-        alignment: bytes.
+        layout: "any", "aligned_strided" or "aligned_contiguous", with `alignment` in bytes.
         max_extent: elements; the offset of every tensor's last element lies below it.
-        head_dims: the head sizes served; empty for all that `max_head_dim` and `head_dim_multiple` allow.
-        min_kv, max_kv: keys per call; `max_kv` None for no limit.
-        masks: whether `attn_mask` is honoured.
-        scales: which softmax scales are honoured: "any"; "power_of_two": the default head_dim ** -0.5 times a power
+        head_dim, keys: the sizes supported.
+        device: where it runs, and the package that it comes from.
+        masks: whether `attn_mask` is honored.
+        scales: which softmax scales are honored: "any"; "power_of_two": the default head_dim ** -0.5 times a power
             of two (multiplied into q, which is exact); "default".
         causal: "any"; "square": only with as many queries as keys (kernels disagree on the corner otherwise); "no".
-        device_types: "cpu", "cuda", ...; empty for all.
-        capabilities: the (major, minor) compute capabilities served on CUDA; empty for all from `min_capability` on.
-        order: how the kernel reads tensors: "BLHD" or "BHLD"; the door turns them (a view) before the guard copies.
-        package, versions, module, entry_points: the distribution it comes from, the PEP 440 range that this adapter
-            knows, what to import and what must be found there; package None for our own kernels and torch's.
-        workspace: bytes that the kernel allocates beside its output, by shape; None when it is negligible.
+        order: how the kernel reads tensors: "BLHD" or "BHLD"; the axes are exchanged (a view) before the guard copies.
+        workspace: bytes that the kernel allocates in addition to its output, by batch, heads, queries
+            and keys; None when it is negligible.
         expanded: whether tensors with a stride of 0 (K and V shared by a batch) are read rightly.
-        writes_to_k: the kernel changes K in place; the door then gives it a K that nobody else holds.
-        float32_as: what float32 tensors are cast to when `dtypes` lacks float32; None refuses them. Never float16,
+        writes_to_k: the kernel changes K in place; it then gets a K that nobody else holds.
+        float32_as: what float32 tensors are cast to when `dtypes` lacks float32; None rejects them. Never float16,
             whose range Wan's activations leave.
     """
 
@@ -84,26 +82,22 @@ class Contract:
     layout: Layout = "aligned_strided"
     alignment: int = ALIGNMENT
     max_extent: int = MAX_EXTENT
-    head_dims: tuple[int, ...] = ()
-    max_head_dim: int | None = None
-    head_dim_multiple: int = 1
-    min_kv: int = 1
-    max_kv: int | None = None
+    head_dim: Size = field(default_factory=head_dims)
+    keys: Size = field(default_factory=keys)
+    device: Device = field(default_factory=Device)
     masks: bool = False
     scales: Literal["any", "power_of_two", "default"] = "any"
     causal: Literal["any", "square", "no"] = "no"
-    device_types: tuple[str, ...] = ("cuda",)
-    capabilities: tuple[tuple[int, int], ...] = ()
-    min_capability: tuple[int, int] | None = None
-    order: Literal["BLHD", "BHLD"] = "BLHD"
-    package: str | None = None
-    versions: str = ""
-    module: str = ""
-    entry_points: tuple[str, ...] = ()
-    workspace: Callable[[Shape], int] | None = None
+    order: Order = "BLHD"
+    workspace: Callable[[int, int, int, int], int] | None = None
     expanded: bool = True
     writes_to_k: bool = False
     float32_as: torch.dtype | None = torch.bfloat16
+
+    @property
+    def package(self) -> str | None:
+        """The name of the distribution that the kernel comes from; None for this project's kernels and torch's."""
+        return None if self.device.package is None else self.device.package.name
 
     def kernel_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that tensors of `dtype` reach the kernel in."""
@@ -112,58 +106,46 @@ class Contract:
         return dtype
 
 
+def not_supported_reasons(contract: Contract, inputs: Inputs) -> list[str]:
+    """Every reason why a kernel with this contract cannot compute a call, whose layout is repaired; empty when it can.
+
+    Host data only: nothing is launched, nothing waits for the GPU.
+    """
+    found = contract.device.type_reasons(inputs.q.device)
+    if contract.kernel_dtype(inputs.q.dtype) not in contract.dtypes:
+        found += dtype_reasons("the dtype", inputs.q.dtype, contract.dtypes)
+    found += contract.head_dim.reasons(inputs.head_dim)
+    found += contract.keys.reasons(inputs.keys)
+    for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
+        if x.numel() > contract.max_extent:
+            found.append(f"{name} has {x.numel()} elements, it supports at most {contract.max_extent}")
+    if inputs.attn_mask is not None and not contract.masks:
+        found.append("it has no attention mask")
+    if inputs.softmax_scale is not None:
+        found += _scale_reasons(contract, inputs.softmax_scale, inputs.head_dim)
+    if inputs.causal and contract.causal == "no":
+        found.append("it has no causal mask here")
+    if inputs.causal and contract.causal == "square" and inputs.queries != inputs.keys:
+        found.append(f"its causal mask needs as many queries as keys, not {inputs.queries} and {inputs.keys}")
+    return found
+
+
+def _scale_reasons(contract: Contract, softmax_scale: float, head_dim: int) -> list[str]:
+    ratio = softmax_scale * head_dim**0.5
+    default = math.isclose(ratio, 1.0, rel_tol=1e-6)
+    if contract.scales == "default" and not default:
+        return [f"its softmax scale is fixed at head_dim ** -0.5, not {softmax_scale:g}"]
+    if contract.scales == "power_of_two" and not (default or is_power_of_two(_snapped(ratio))):
+        return [
+            f"its softmax scale is head_dim ** -0.5; {softmax_scale:g} is no power of two times that, "
+            "so multiplying q would round it"
+        ]
+    return []
+
+
 def is_power_of_two(x: float) -> bool:
     """Whether multiplying by `x` only moves the exponent."""
     return x > 0 and math.isfinite(x) and math.frexp(x)[0] == 0.5
-
-
-def _shape_reasons(contract: Contract, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
-    reasons = []
-    head_dim, keys = q.shape[3], k.shape[1]
-    if contract.head_dims and head_dim not in contract.head_dims:
-        served = ", ".join(str(d) for d in contract.head_dims)
-        reasons.append(f"head_dim is {head_dim}, it serves {served}")
-    if contract.max_head_dim is not None and head_dim > contract.max_head_dim:
-        reasons.append(f"head_dim is {head_dim}, it serves at most {contract.max_head_dim}")
-    if head_dim % contract.head_dim_multiple:
-        reasons.append(f"head_dim is {head_dim}, it serves multiples of {contract.head_dim_multiple}")
-    if keys < contract.min_kv:
-        reasons.append(f"there are {keys} keys, it serves {contract.min_kv} or more")
-    if contract.max_kv is not None and keys > contract.max_kv:
-        reasons.append(f"there are {keys} keys, it serves at most {contract.max_kv}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.numel() > contract.max_extent:
-            reasons.append(f"{name} has {x.numel()} elements, it serves at most {contract.max_extent}")
-    return reasons
-
-
-def _argument_reasons(
-    contract: Contract,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> list[str]:
-    reasons = []
-    if attn_mask is not None and not contract.masks:
-        reasons.append("it has no attention mask")
-    if softmax_scale is not None:
-        ratio = softmax_scale * q.shape[3] ** 0.5
-        if contract.scales == "default" and not math.isclose(ratio, 1.0, rel_tol=1e-6):
-            reasons.append(f"its softmax scale is fixed at head_dim ** -0.5, not {softmax_scale:g}")
-        if contract.scales == "power_of_two" and not (
-            math.isclose(ratio, 1.0, rel_tol=1e-6) or is_power_of_two(_snapped(ratio))
-        ):
-            reasons.append(
-                f"its softmax scale is head_dim ** -0.5; {softmax_scale:g} is no power of two times that, "
-                "so multiplying q would round it"
-            )
-    if causal and contract.causal == "no":
-        reasons.append("it has no causal mask here")
-    if causal and contract.causal == "square" and q.shape[1] != k.shape[1]:
-        reasons.append(f"its causal mask needs as many queries as keys, not {q.shape[1]} and {k.shape[1]}")
-    return reasons
 
 
 def _snapped(ratio: float) -> float:
@@ -174,109 +156,43 @@ def _snapped(ratio: float) -> float:
     return nearest if math.isclose(ratio, nearest, rel_tol=1e-6) else ratio
 
 
-def scale_ratio(softmax_scale: float | None, head_dim: int) -> float:
+def scale_ratio(inputs: Inputs) -> float:
     """What q is multiplied by when the kernel's scale is fixed at head_dim ** -0.5: a power of two, often 1."""
-    return 1.0 if softmax_scale is None else _snapped(softmax_scale * head_dim**0.5)
+    return 1.0 if inputs.softmax_scale is None else _snapped(inputs.softmax_scale * inputs.head_dim**0.5)
 
 
-def _device_reasons(contract: Contract, device: torch.device) -> list[str]:
-    if contract.device_types and device.type not in contract.device_types:
-        return [f"it runs on {' or '.join(contract.device_types)}, the tensors are on {device.type}"]
-    return []
+# -------------------------------------------------------------------------------------------------------------- repair
 
 
-def not_supported_reasons(
-    contract: Contract,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    *,
-    layout: bool = True,
-) -> list[str]:
-    """Every reason why a kernel with this contract cannot serve the call; empty when it can.
-
-    Host data only: nothing is launched, nothing waits for the GPU.
-
-    Args:
-        q: [B, Lq, H, D]. k, v: [B, Lk, H, D].
-        layout: whether addresses and strides count. The door asks without, then repairs; a raw kernel sees all.
-    """
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        return [f"q, k and v must be [B, L, H, D], they have {q.ndim}, {k.ndim} and {v.ndim} dimensions"]
-    reasons = _device_reasons(contract, q.device)
-    if contract.kernel_dtype(q.dtype) not in contract.dtypes:
-        served = ", ".join(str(d).removeprefix("torch.") for d in contract.dtypes)
-        reasons.append(f"the dtype is {str(q.dtype).removeprefix('torch.')}, it serves {served}")
-    reasons += _shape_reasons(contract, q, k, v)
-    reasons += _argument_reasons(contract, q, k, attn_mask, softmax_scale, causal)
-    if layout:
-        reasons += layout_reasons(contract, q, k, v, attn_mask)
-    return reasons
+def repairable_reasons(contract: Contract, inputs: Inputs) -> list[str]:
+    """What `Backend.call` repairs by a cast or a copy before a kernel with this contract sees it."""
+    found = []
+    dtype = inputs.q.dtype
+    if dtype not in contract.dtypes and contract.kernel_dtype(dtype) in contract.dtypes:
+        found.append(f"q, k and v are {dtype}, to be cast to {contract.float32_as}")
+    tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+    for name, x in tensors.items():
+        x = x.transpose(1, 2) if contract.order == "BHLD" else x
+        reasons = layout_reasons(x, contract.layout, contract.alignment, contract.max_extent, contract.expanded)
+        found += [f"{name}: {reason}" for reason in reasons]
+    if inputs.attn_mask is not None and contract.layout != "any":
+        reasons = layout_reasons(
+            inputs.attn_mask, "aligned_strided", contract.alignment, contract.max_extent, contract.expanded
+        )
+        found += [f"attn_mask: {reason}" for reason in reasons]
+    return found
 
 
-def layout_reasons(
-    contract: Contract, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None
-) -> list[str]:
-    """The reasons that a copy would mend: dtype to cast, address, strides, extent."""
-    reasons = []
-    if q.dtype not in contract.dtypes and contract.kernel_dtype(q.dtype) in contract.dtypes:
-        reasons.append(f"q, k and v are {q.dtype}, to be cast to {contract.float32_as}")
-    if contract.layout == "any":
-        return reasons
-    tensors = [("q", q), ("k", k), ("v", v)]
-    if attn_mask is not None:
-        tensors.append(("attn_mask", attn_mask))
-    for name, x in tensors:
-        if name != "attn_mask" and contract.order == "BHLD":
-            x = x.transpose(1, 2)
-        found = layout_violations(x, contract.alignment, contract.max_extent)
-        if contract.layout == "aligned_contiguous" and name != "attn_mask" and not x.is_contiguous():
-            found.append("it is not contiguous")
-        if not contract.expanded and is_expanded(x):
-            found.append("it is expanded with a stride of 0")
-        reasons += [f"{name}: {violation}" for violation in found]
-    return reasons
-
-
-def unavailable_reasons_of(contract: Contract, device: torch.device) -> list[str]:
-    """Why no call at all can be served on `device`: its kind, its compute capability, the package.
-
-    Looks up packages and the GPU; ask once and keep the answer.
-    """
-    reasons = _device_reasons(contract, device)
-    if not reasons and (contract.capabilities or contract.min_capability):
-        found = packages.capability(device)
-        if found is None:
-            reasons.append("it needs an NVIDIA GPU")
-        elif contract.capabilities and found not in contract.capabilities:
-            served = ", ".join(f"{major}.{minor}" for major, minor in contract.capabilities)
-            reasons.append(f"the GPU has compute capability {found[0]}.{found[1]}, it serves {served}")
-        elif contract.min_capability is not None and found < contract.min_capability:
-            major, minor = contract.min_capability
-            reasons.append(f"the GPU has compute capability {found[0]}.{found[1]}, it needs {major}.{minor} or newer")
-    if contract.package is not None:
-        reasons += packages.package_reasons(contract.package, contract.versions, contract.module, contract.entry_points)
-    return reasons
-
-
-def repaired(contract: Contract, x: torch.Tensor) -> torch.Tensor:
+def _repaired(contract: Contract, x: torch.Tensor) -> torch.Tensor:
     """`x` [B, L, H, D] in the kernel's order and dtype, without a copy when the kernel may read it as it lies."""
     x = x.to(contract.kernel_dtype(x.dtype))
     if contract.layout == "aligned_strided":
-        # Before the turn, so that a copy lies in the order [B, L, H, D], which the output then takes over.
+        # Before the axes are exchanged: a copy then lies in the order [B, L, H, D], which the output takes over.
         readable = contract.expanded or not is_expanded(x)
         x = aligned_strided(x, contract.alignment) if readable else aligned_contiguous(x, contract.alignment)
     if contract.order == "BHLD":
         x = x.transpose(1, 2)
     return aligned_contiguous(x, contract.alignment) if contract.layout == "aligned_contiguous" else x
-
-
-def is_expanded(x: torch.Tensor) -> bool:
-    """Whether several elements of `x` share one place in memory by a stride of 0."""
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def repaired_mask(contract: Contract, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -291,3 +207,62 @@ def repaired_mask(contract: Contract, mask: torch.Tensor, dtype: torch.dtype) ->
         mask = torch.where(mask, zero, zero - math.inf)
     mask = mask.to(dtype)
     return mask if contract.layout == "any" else aligned_rows(mask, contract.alignment)
+
+
+# ------------------------------------------------------------------------------------------------------------ backends
+
+EXACT: Mapping[torch.dtype, float] = {
+    torch.bfloat16: 0.01,
+    torch.float16: 0.003,
+    torch.float32: 1e-4,
+    torch.float64: 1e-6,
+}
+IN_HALF = {**EXACT, torch.float32: EXACT[torch.bfloat16]}
+EIGHT_BIT = dict.fromkeys(ANY_FLOAT, 0.06)
+FOUR_BIT = dict.fromkeys(ANY_FLOAT, 0.26)
+
+
+def _always_available(device: torch.device) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One attention kernel.
+
+    Attributes:
+        name: what the log line, the reasons and the tables call it.
+        contract: the calls that it computes rightly.
+        run: the kernel's call, on inputs that already meet its contract, in its order; the output may have any strides.
+        bound: dtype of the call -> relative L2 error against float64 that it keeps on white noise, the hardest input:
+            16-bit rounding for exact kernels, for the others what their number format costs.
+        unavailable: why it cannot run on a device at all, beyond what the contract says (device, capability, package);
+            asked once per device, the answer is kept.
+        note: what the user should know when it runs, such as that it is slow.
+        emulation: whether it computes a kernel's numbers without the kernel, which takes minutes on a GPU.
+    """
+
+    name: str
+    contract: Contract
+    run: Callable[[Inputs], torch.Tensor]
+    bound: Mapping[torch.dtype, float] = field(default_factory=lambda: EXACT)
+    unavailable: Callable[[torch.device], list[str]] = _always_available
+    note: str = ""
+    emulation: bool = False
+
+    def call(self, inputs: Inputs) -> torch.Tensor:
+        """The attention [B, Lq, H, D] of a call that the contract supports, contiguous, of q's dtype.
+
+        A tensor whose layout breaks the contract is copied once; the caller's tensors are never written to.
+        """
+        contract, k = self.contract, _repaired(self.contract, inputs.k)
+        if contract.writes_to_k and k.untyped_storage().data_ptr() == inputs.k.untyped_storage().data_ptr():
+            k = private_copy(k)
+        q, v = _repaired(contract, inputs.q), _repaired(contract, inputs.v)
+        repaired = Inputs(q, k, v, inputs.attn_mask, inputs.softmax_scale, inputs.causal, contract.order)
+        # Packages launch on the current device, and some change it.
+        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+            out = self.run(repaired)
+        if contract.order == "BHLD":
+            out = out.transpose(1, 2)
+        return aligned_contiguous(out.to(inputs.q.dtype))

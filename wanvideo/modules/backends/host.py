@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from .contract import HALF, Contract, repaired_mask, scale_ratio
-from .registry import Backend, register
+from ...kernels.inputs import Inputs
+from .contract import EIGHT_BIT, HALF, Backend, Contract, Device, repaired_mask, scale_ratio
 
 __all__ = ["HOST", "host_attention"]
 
@@ -31,33 +31,27 @@ CONTRACT = Contract(
     masks=True,
     # Which of its kernels take a scale differs by version and by choice.
     scales="power_of_two",
-    device_types=(),
+    device=Device(types=()),
     # It may be SageAttention 1, which changes K.
     writes_to_k=True,
 )
 
 
-def run_host(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
+def run_host(inputs: Inputs) -> torch.Tensor:
     """`optimized_attention` on [B, H, L, D]."""
     optimized = host_attention()
     if optimized is None:
         raise RuntimeError("ComfyUI's attention module is gone; it was there when the mode was chosen")
-    ratio = scale_ratio(softmax_scale, q.shape[-1])
+    q, ratio = inputs.q, scale_ratio(inputs)
     if ratio != 1.0:
         q = q * ratio
-    mask = None if attn_mask is None else repaired_mask(CONTRACT, attn_mask, q.dtype)
-    return optimized(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
+    mask = None if inputs.attn_mask is None else repaired_mask(CONTRACT, inputs.attn_mask, q.dtype)
+    return optimized(q, inputs.k, inputs.v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
 
 
 def _unavailable(device: torch.device) -> list[str]:
     return [] if host_attention() is not None else ["ComfyUI is not running this process"]
 
 
-HOST = register(Backend("comfy", CONTRACT, run_host, _unavailable, note="ComfyUI's own choice"))
+# It may choose a kernel of 8 bits.
+HOST = Backend("comfy", CONTRACT, run_host, EIGHT_BIT, _unavailable, note="ComfyUI's own choice")

@@ -5,16 +5,41 @@ What each needs comes from its public interface and issue tracker; the limits th
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 
+from ...kernels import packages
+from ...kernels.inputs import Inputs
 from ...kernels.layout import aligned_contiguous
 from ...kernels.quantizers import power_of_two_from
-from ...kernels.reference import scale_or_default
-from . import packages
-from .contract import HALF, Contract, Shape, scale_ratio
-from .registry import Backend, register
+from .contract import (
+    EIGHT_BIT,
+    FOUR_BIT,
+    HALF,
+    Backend,
+    Contract,
+    Device,
+    Package,
+    Size,
+    head_dims,
+    keys,
+    scale_ratio,
+)
 
-__all__ = ["DELTA_S_BUDGET", "SAGE3_QUERY_BLOCK", "delta_s_bytes", "unit_range"]
+__all__ = [
+    "DELTA_S_BUDGET",
+    "SAGE1",
+    "SAGE2_ADA",
+    "SAGE2_AMPERE",
+    "SAGE2_HOPPER",
+    "SAGE3",
+    "SAGE3_BLOCK_MEANS",
+    "SAGE3_QUERY_BLOCK",
+    "delta_s_bytes",
+    "unit_range",
+]
 
 DELTA_S_BUDGET = 2 << 30
 """Bytes that sageattn3 may spend on its float32 correction term; longer queries go in slices."""
@@ -42,171 +67,119 @@ def _times(out: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
     return (out.float() * peak).to(out.dtype)
 
 
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    return {"tensor_layout": "NHD", "is_causal": inputs.causal, "sm_scale": inputs.scale}
+
+
 # --- SageAttention 1: Triton, int8 QK, fp16 PV -----------------------------------------------------------------------
 
 
-def run_sage1(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
+def run_sage1(inputs: Inputs) -> torch.Tensor:
     """`sageattention.sageattn` of 1.0.x. It subtracts the mean from the K it is given."""
     sageattn = packages.load("sageattention").sageattn
-    small, peak = unit_range(v)
-    scale = scale_or_default(softmax_scale, q.shape[-1])
-    out = sageattn(q, k, small, tensor_layout="NHD", is_causal=causal, sm_scale=scale, smooth_k=True)
+    small, peak = unit_range(inputs.v)
+    out = sageattn(inputs.q, inputs.k, small, smooth_k=True, **_arguments(inputs))
     return _times(out, peak)
 
 
-SAGE1 = register(
-    Backend(
-        "sageattention_1",
-        Contract(
-            dtypes=HALF,
-            layout="aligned_contiguous",
-            head_dims=(64, 96, 128),
-            min_kv=128,  # its authors supported shorter keys late; cosine 0.9979 at 32
-            causal="square",
-            min_capability=(8, 0),
-            writes_to_k=True,
-            package="sageattention",
-            versions=">=1.0,<2",
-            module="sageattention",
-            entry_points=("sageattn",),
+SAGE1 = Backend(
+    "sageattention_1",
+    Contract(
+        dtypes=HALF,
+        layout="aligned_contiguous",
+        head_dim=head_dims(64, 96, 128),
+        keys=keys(at_least=128),  # its authors supported shorter keys late; cosine 0.9979 at 32
+        causal="square",
+        writes_to_k=True,
+        device=Device(
+            min_capability=(8, 0), package=Package("sageattention", ">=1.0,<2", "sageattention", ("sageattn",))
         ),
-        run_sage1,
-    )
+    ),
+    run_sage1,
+    EIGHT_BIT,
 )
 
 
 # --- SageAttention 2: CUDA, int8 QK, fp16 or fp8 PV; one entry point per GPU family -----------------------------------
 
 
-def run_sage2_fp16(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
+def run_sage2_fp16(inputs: Inputs) -> torch.Tensor:
     """Ampere: int8 QK, fp16 PV with a float32 accumulator."""
     kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp16_cuda
-    small, peak = unit_range(v)
-    scale = scale_or_default(softmax_scale, q.shape[-1])
-    out = kernel(
-        q, k, small, tensor_layout="NHD", is_causal=causal, sm_scale=scale, pv_accum_dtype="fp32", smooth_k=True
-    )
+    small, peak = unit_range(inputs.v)
+    out = kernel(inputs.q, inputs.k, small, pv_accum_dtype="fp32", smooth_k=True, **_arguments(inputs))
     return _times(out, peak)
 
 
-def run_sage2_fp8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
-    """Ada and consumer Blackwell: int8 QK, fp8 PV, two float32 accumulators (the default of 2.2 is fp16 in one)."""
-    kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp8_cuda
-    scale = scale_or_default(softmax_scale, q.shape[-1])
-    return kernel(
-        q, k, v, tensor_layout="NHD", is_causal=causal, sm_scale=scale, pv_accum_dtype="fp32+fp32", smooth_k=True
-    )
+def run_sage2_fp8(inputs: Inputs, entry_point: str) -> torch.Tensor:
+    """Int8 QK, fp8 PV, two float32 accumulators (the default of 2.2 on Ada is fp16 in one)."""
+    kernel = getattr(packages.load("sageattention"), entry_point)
+    return kernel(inputs.q, inputs.k, inputs.v, pv_accum_dtype="fp32+fp32", smooth_k=True, **_arguments(inputs))
 
 
-def run_sage2_hopper(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
-    """Hopper: int8 QK, fp8 PV, two float32 accumulators."""
-    kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp8_cuda_sm90
-    scale = scale_or_default(softmax_scale, q.shape[-1])
-    return kernel(
-        q, k, v, tensor_layout="NHD", is_causal=causal, sm_scale=scale, pv_accum_dtype="fp32+fp32", smooth_k=True
-    )
-
-
-def _sage2_contract(
-    capabilities: tuple[tuple[int, int], ...], entry_point: str, min_kv: int, max_kv: int | None
-) -> Contract:
+def _sage2_contract(capabilities: tuple[tuple[int, int], ...], entry_point: str, supported: Size) -> Contract:
     return Contract(
         dtypes=HALF,
-        layout="aligned_strided",
-        max_head_dim=128,  # it pads others to 64 or 128 itself
-        head_dim_multiple=8,  # 16-byte rows
+        # It pads other head sizes to 64 or 128 itself; rows are multiples of 16 bytes.
+        head_dim=head_dims(multiple_of=8, at_most=128),
         # Fewer keys than one tile give NaN (SageAttention pulls 376, 377).
-        min_kv=min_kv,
-        max_kv=max_kv,
+        keys=supported,
         causal="square",
-        capabilities=capabilities,
-        package="sageattention",
-        versions=">=2.1,<3",
-        module="sageattention",
-        entry_points=(entry_point,),
+        device=Device(
+            capabilities=capabilities, package=Package("sageattention", ">=2.1,<3", "sageattention", (entry_point,))
+        ),
     )
 
 
-SAGE2_AMPERE = register(
-    Backend(
-        "sageattention_2_fp16",
-        _sage2_contract(((8, 0), (8, 6), (8, 7)), "sageattn_qk_int8_pv_fp16_cuda", min_kv=128, max_kv=None),
-        run_sage2_fp16,
-    )
+SAGE2_AMPERE = Backend(
+    "sageattention_2_fp16",
+    _sage2_contract(((8, 0), (8, 6), (8, 7)), "sageattn_qk_int8_pv_fp16_cuda", keys(at_least=128)),
+    run_sage2_fp16,
+    EIGHT_BIT,
 )
-# Noise without an error above some 154,000 keys on sm_120 (SageAttention issue 388); the same kernel serves sm_89.
-SAGE2_ADA = register(
-    Backend(
-        "sageattention_2_fp8",
-        _sage2_contract(((8, 9), (12, 0), (12, 1)), "sageattn_qk_int8_pv_fp8_cuda", min_kv=64, max_kv=131072),
-        run_sage2_fp8,
-    )
+# Noise without an error above some 154,000 keys on sm_120 (SageAttention issue 388); sm_89 has the same kernel.
+SAGE2_ADA = Backend(
+    "sageattention_2_fp8",
+    _sage2_contract(((8, 9), (12, 0), (12, 1)), "sageattn_qk_int8_pv_fp8_cuda", keys(64, at_most=131072)),
+    partial(run_sage2_fp8, entry_point="sageattn_qk_int8_pv_fp8_cuda"),
+    EIGHT_BIT,
 )
-SAGE2_HOPPER = register(
-    Backend(
-        "sageattention_2_fp8_sm90",
-        _sage2_contract(((9, 0),), "sageattn_qk_int8_pv_fp8_cuda_sm90", min_kv=128, max_kv=None),
-        run_sage2_hopper,
-    )
+SAGE2_HOPPER = Backend(
+    "sageattention_2_fp8_sm90",
+    _sage2_contract(((9, 0),), "sageattn_qk_int8_pv_fp8_cuda_sm90", keys(at_least=128)),
+    partial(run_sage2_fp8, entry_point="sageattn_qk_int8_pv_fp8_cuda_sm90"),
+    EIGHT_BIT,
 )
 
 
 # --- SageAttention 3: NVFP4 on Blackwell -----------------------------------------------------------------------------
 
 
-def delta_s_bytes(shape: Shape) -> int:
+def delta_s_bytes(batch: int, heads: int, queries: int, keys: int) -> int:
     """Bytes of the float32 [B, H, Lq / 128, Lk] tensor that sageattn3 builds with block means, over all queries."""
-    blocks = -(-shape.q_length // SAGE3_QUERY_BLOCK)
-    return 4 * shape.batch * shape.heads * blocks * shape.kv_length
+    return 4 * batch * heads * -(-queries // SAGE3_QUERY_BLOCK) * keys
 
 
-def _workspace(shape: Shape) -> int:
-    one_block = delta_s_bytes(Shape(shape.batch, SAGE3_QUERY_BLOCK, shape.kv_length, shape.heads, shape.head_dim))
-    return min(delta_s_bytes(shape), max(DELTA_S_BUDGET, one_block))
+def _workspace(batch: int, heads: int, queries: int, keys: int) -> int:
+    one_block = delta_s_bytes(batch, heads, 1, keys)
+    return min(delta_s_bytes(batch, heads, queries, keys), max(DELTA_S_BUDGET, one_block))
 
 
 def _rows_within_budget(q: torch.Tensor, keys: int) -> int:
     """How many queries of q [B, H, Lq, D] one call may take: whole blocks, at least one."""
     batch, heads, queries, _ = q.shape
-    per_block = 4 * batch * heads * keys
-    blocks = max(1, DELTA_S_BUDGET // per_block)
+    blocks = max(1, DELTA_S_BUDGET // delta_s_bytes(batch, heads, 1, keys))
     return min(queries, blocks * SAGE3_QUERY_BLOCK)
 
 
-def _run_sage3(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None, block_means: bool
-) -> torch.Tensor:
-    """[B, H, L, D]; q in slices of whole blocks; k belongs to this call alone and is changed by it."""
+def run_sage3(inputs: Inputs, block_means: bool) -> torch.Tensor:
+    """`sageattn3_blackwell` on [B, H, L, D], q in slices of whole blocks; it changes the k that it gets.
+
+    Args:
+        block_means: one mean per 128 queries, the more accurate way, which needs more memory.
+    """
     kernel = packages.load("sageattn3").sageattn3_blackwell
-    ratio = scale_ratio(softmax_scale, q.shape[-1])
+    q, k, v, ratio = inputs.q, inputs.k, inputs.v, scale_ratio(inputs)
     if ratio != 1.0:
         q = q * ratio  # a power of two: exact
     rows = _rows_within_budget(q, k.shape[2]) if block_means else q.shape[2]
@@ -215,51 +188,25 @@ def _run_sage3(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for start in range(0, q.shape[2], rows):
         part = aligned_contiguous(q[:, :, start : start + rows])
-        # The first call centres k; centring it again changes nothing that softmax sees.
+        # The first call centers k; centering it again changes nothing that softmax sees.
         out[:, :, start : start + rows] = kernel(
             part, k, v, attn_mask=None, is_causal=False, per_block_mean=block_means
         )
     return out
 
 
-def run_sage3_block_means(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
-    """`sageattn3_blackwell` with one mean per 128 queries: the more accurate way."""
-    return _run_sage3(q, k, v, softmax_scale, block_means=True)
-
-
-def run_sage3(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-) -> torch.Tensor:
-    """`sageattn3_blackwell` without block means: less memory, less accurate."""
-    return _run_sage3(q, k, v, softmax_scale, block_means=False)
-
-
 SAGE3_CONTRACT = Contract(
     dtypes=HALF,
     layout="aligned_contiguous",
     order="BHLD",
-    head_dims=(64, 128),
+    head_dim=head_dims(64, 128),
     scales="power_of_two",  # it ignores any scale given to it
-    capabilities=((12, 0), (12, 1)),
     writes_to_k=True,
     workspace=_workspace,
-    package="sageattn3",
-    versions=">=1.0,<2",
-    module="sageattn3",
-    entry_points=("sageattn3_blackwell",),
+    device=Device(
+        capabilities=((12, 0), (12, 1)), package=Package("sageattn3", ">=1.0,<2", "sageattn3", ("sageattn3_blackwell",))
+    ),
 )
 
-SAGE3_BLOCK_MEANS = register(Backend("sageattn3_block_means", SAGE3_CONTRACT, run_sage3_block_means))
-SAGE3 = register(Backend("sageattn3", SAGE3_CONTRACT, run_sage3))
+SAGE3_BLOCK_MEANS = Backend("sageattn3_block_means", SAGE3_CONTRACT, partial(run_sage3, block_means=True), FOUR_BIT)
+SAGE3 = Backend("sageattn3", SAGE3_CONTRACT, partial(run_sage3, block_means=False), FOUR_BIT)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+from functools import cache
 from types import ModuleType
 
 import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-__all__ = ["capability", "installed_version", "load", "package_reasons"]
+__all__ = [
+    "capability",
+    "first_line",
+    "installed_version",
+    "load",
+    "package_reasons",
+    "triton_import_reason",
+    "triton_version",
+]
 
 
 def installed_version(distribution: str) -> str | None:
@@ -58,20 +67,38 @@ def package_reasons(distribution: str, versions: str, module: str, entry_points:
         return [f"the package {distribution} is not installed"]
     reasons = []
     try:
-        served = SpecifierSet(versions, prereleases=True).contains(Version(found).public)
+        supported = SpecifierSet(versions, prereleases=True).contains(Version(found).public)
     except InvalidVersion:
-        served = False
-    if not served:
+        supported = False
+    if not supported:
         reasons.append(f"{distribution} is version {found}, it needs {versions}")
     try:
         loaded = load(module)
     except ImportError as error:
-        return [*reasons, f"{distribution} {found} cannot be imported ({_first_line(error)})"]
+        return [*reasons, f"{distribution} {found} cannot be imported ({first_line(error)})"]
     missing = [name for name in entry_points if not hasattr(loaded, name)]
     if missing:
         reasons.append(f"{distribution} {found} has no {' or '.join(missing)}")
     return reasons
 
 
-def _first_line(error: BaseException) -> str:
+@cache
+def triton_import_reason() -> str | None:
+    """Why Triton cannot be imported; None when it can."""
+    try:
+        load("triton.language")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install the triton package that fits this PyTorch"
+    return None
+
+
+@cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the installed Triton."""
+    major, minor = load("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line: the first of its message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
