@@ -83,7 +83,7 @@ def random_model(
             _fill(child, device, dtype)
     for block in model.blocks:
         _fill(block, device, dtype)
-        # The quantiser goes by the names of a model's blocks.
+        # The quantizer goes by the names of a model's blocks.
         quantize_linears(nn.ModuleDict({"blocks": nn.ModuleList([block])}), quantization, dtype)
     return model
 

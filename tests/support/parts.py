@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def randomise(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+def randomize(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Fill every parameter so that signals keep their size: matrices ~ 1/sqrt(fan in), norms ~ 1, biases ~ 0.1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def transformers_wav2vec2(**changes) -> nn.Module:
 
     config = Wav2Vec2Config(**{**TINY_WAV2VEC2, **changes})
     model = Wav2Vec2Model._from_config(config, attn_implementation="eager")
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -108,7 +108,7 @@ def transformers_t5(**changes) -> nn.Module:
     options = {"vocab_size": 120, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
     config = UMT5Config(**{**options, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, **changes})
     model = UMT5EncoderModel._from_config(config, attn_implementation="eager")
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -147,7 +147,7 @@ def transformers_clip(**changes) -> nn.Module:
     options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = CLIPVisionConfig(**{**options, "image_size": 42, "patch_size": 14, "hidden_act": "gelu", **changes})
     model = CLIPVisionModel._from_config(config, attn_implementation="eager")
-    randomise(model)
+    randomize(model)
     return model
 
 

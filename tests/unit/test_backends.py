@@ -231,7 +231,7 @@ def test_sage3_slices_its_queries_within_the_budget(
     workspace = lookup("sageattn3_block_means").contract.workspace
     assert workspace is not None
     assert workspace(2, 2, 600, 300) == sage.DELTA_S_BUDGET
-    # K's mean is taken from a K that the first slice has already centred: equal but for rounding.
+    # K's mean is taken from a K that the first slice has already centered: equal but for rounding.
     torch.testing.assert_close(sliced, whole, atol=0.05, rtol=0.05)
     assert torch.equal(sliced[:, :256], whole[:, :256])
 

@@ -1,4 +1,4 @@
-"""The low-precision numerics: quantisers bit for bit, attention within the bounds of the papers."""
+"""The low-precision numerics: quantizers bit for bit, attention within the bounds of the papers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wanvideo_infinitetalk.wanvideo.kernels.quantizers import (
 )
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
 
-# --- quantisers ------------------------------------------------------------------------------------------------------
+# --- quantizers ------------------------------------------------------------------------------------------------------
 
 
 def test_rounding_is_to_the_nearest_and_ties_to_the_even_code() -> None:
@@ -89,7 +89,7 @@ def test_powers_of_two_are_rounded_up_to() -> None:
     assert got[-1].isnan()
 
 
-def test_zeros_and_nan_in_quantisers() -> None:
+def test_zeros_and_nan_in_quantizers() -> None:
     zeros = torch.zeros(2, 32)
     assert quantize_nvfp4(zeros, nvfp4_tensor_scale(zeros, (0, 1))).dequantized().eq(0).all()
     for quantize in (quantizers.int8_scaled, quantizers.e4m3_scaled):

@@ -314,7 +314,7 @@ def test_configuration_from_public_names() -> None:
     with_audio = WanConfig.from_public(fields | {"audio_window": 5, "blocks": 2, "channels": 8})
     assert with_audio.audio == AudioConfig(blocks=2, channels=8)
     assert WanModel(**dataclasses.asdict(T2V)).config == T2V
-    for wrong in ({"qk_norm": False}, {"window_size": (4, 4)}, {"colour": 1}, {"model_type": "s2v"}, {"num_heads": 3}):
+    for wrong in ({"qk_norm": False}, {"window_size": (4, 4)}, {"color": 1}, {"model_type": "s2v"}, {"num_heads": 3}):
         with pytest.raises(InputError):
             WanConfig.from_public(fields | wrong)
     with pytest.raises(InputError, match="not both"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
-from support.parts import diffusers_vae, public_vae_names, randomise
+from support.parts import diffusers_vae, public_vae_names, randomize
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
 from wanvideo_infinitetalk.wanvideo.encoders import vae as vae_module
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE, diffusers_names, vae_config
@@ -20,7 +20,7 @@ from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 @pytest.fixture(scope="module")
 def reference():
     model = diffusers_vae()
-    randomise(model)
+    randomize(model)
     return model
 
 

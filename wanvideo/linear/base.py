@@ -85,7 +85,7 @@ def take_over(linear: nn.Linear, kind: type[LinearKind], base_dtype: torch.dtype
 
 
 class _Branched(nn.Linear):
-    """Mixed into the class of a linear layer that has a child `lora` to run beside it.
+    """Mixed into the class of a linear layer that has a child `lora`, whose output is added.
 
     A class and not a hook, because compiled code notices that a layer changed its class, but not that it got a hook.
     """

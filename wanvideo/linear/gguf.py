@@ -70,8 +70,8 @@ Unpacking = tuple[Callable[..., Tensor], int, int]
 def _dequantize_blocks(blocks: Tensor, unpacking: Unpacking) -> Tensor:
     """blocks uint8 [n, bytes per block] -> values float32 [n, values per block].
 
-    diffusers computes in the dtype of the block scales (float16) unless told otherwise; float32 costs little beside the
-    matmul and adds no error of its own.
+    diffusers computes in the dtype of the block scales (float16) unless asked otherwise; float32 costs little next to
+    the matmul and adds no error of its own.
     """
     unpack, block_size, type_size = unpacking
     return unpack(blocks, block_size, type_size, dtype=torch.float32)

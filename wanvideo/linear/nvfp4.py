@@ -4,7 +4,7 @@ weight[n, k] = e2m1[n, k] * weight_scale[n, k // 16] * weight_scale_2
 
 The storage is that of comfy-kitchen and of ComfyUI's own files: `weight` uint8 with two values per byte (the first in
 the high half), `weight_scale` e4m3 in the tiled order that cuBLAS reads, rows and columns padded to multiples of 16.
-GPUs with FP4 tensor cores (Blackwell) multiply it as it is, with activations quantised the same way per call; others
+GPUs with FP4 tensor cores (Blackwell) multiply it as it is, with activations quantized the same way per call; others
 unpack it.
 """
 
@@ -69,7 +69,7 @@ def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype:
 
 
 def _backend_for(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """comfy-kitchen's own choice, but its plain-torch path for float32 on a GPU, which its CUDA kernels refuse."""
+    """comfy-kitchen's own choice, but its plain-torch path for float32 on a GPU, which its CUDA kernels reject."""
     import comfy_kitchen
 
     if device.type == "cuda" and dtype == torch.float32:
@@ -104,7 +104,7 @@ class NVFP4Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(linear: nn.Linear, base_dtype: torch.dtype) -> NVFP4Linear:
-        """Quantise the 16- or 32-bit weight of `linear` in place."""
+        """Quantize the 16- or 32-bit weight of `linear` in place."""
         packed, block_scales, scale = quantize_nvfp4(linear.weight.detach().float())
         layer = take_over(linear, NVFP4Linear, base_dtype)
         store_weight(layer, packed)
@@ -125,7 +125,7 @@ class NVFP4Linear(QuantizedLinear):
         return self._native(rows).reshape(*leading, self.out_features)
 
     def _native(self, rows: Tensor) -> Tensor:
-        """rows [M, K] -> [M, N] by the FP4 tensor cores: the activations are quantised to NVFP4 too."""
+        """rows [M, K] -> [M, N] by the FP4 tensor cores: the activations are quantized to NVFP4 too."""
         import comfy_kitchen
 
         packed, block_scales, scale = quantize_nvfp4(rows.to(self.base_dtype))
