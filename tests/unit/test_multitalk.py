@@ -295,7 +295,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, audio = torch.zeros(1, TOKENS, 16), torch.zeros(FRAMES, 6, 8)
     single = SingleStreamAttention(16, 8, 2, True)
     for wrong in ((x[:, 1:], audio), (x, audio[:1]), (x, torch.cat((audio, audio))), (torch.cat((x, x)), audio)):
-        with pytest.raises(InputError, match="picture tokens"):
+        with pytest.raises(InputError, match="image tokens"):
             single(*wrong, GRID)
     multi = SingleStreamMultiAttention(16, 2, encoder_hidden_states_dim=8)
     with pytest.raises(InputError, match="give 3 maps"):
