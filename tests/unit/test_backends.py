@@ -429,3 +429,10 @@ def test_kernels_are_reached_through_the_entry_point_only() -> None:
             continue
         if not any(folder in path.parents for folder in allowed):
             assert not names.search(path.read_text()), path
+
+
+def test_a_stride_of_zero_is_a_reason_where_the_kernel_reads_none() -> None:
+    q, k, v = qkv()
+    inputs = Inputs(q, k[:1].expand(k.shape), v)
+    assert repairable_reasons(lookup("comfy").contract, inputs) == ["k: it is expanded with a stride of 0"]
+    assert repairable_reasons(lookup("sdpa").contract, inputs) == []

@@ -107,7 +107,7 @@ def test_zeros_and_nan_in_quantizers() -> None:
 
 def like_the_papers(length: int = 1024, dim: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What Q, K, V of video models look like (SageAttention2, section 3.1): channels of K and Q with a bias that all
-    tokens share, larger in K than what tells tokens apart, and peaked attention; V with a smaller one. [1, L, 2, D]."""
+    tokens share, larger in K than what sets tokens apart, and peaked attention; V with a smaller one. [1, L, 2, D]."""
     heads = 2
     q = 2 * torch.randn(1, length, heads, dim) + 2 * torch.randn(1, 1, heads, dim)
     k = torch.randn(1, length, heads, dim) + 8 * torch.randn(1, 1, heads, dim)

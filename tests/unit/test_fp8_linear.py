@@ -159,7 +159,7 @@ def test_the_contract_names_every_reason(monkeypatch):
     assert fp8.fp8_matmul_reasons(good, torch.bfloat16, torch.device("mps"))
 
 
-def scaled_mm_refusal(rowwise: bool) -> str:
+def scaled_mm_rejection(rowwise: bool) -> str:
     """Why `torch._scaled_mm` on the CPU takes no such scales here (before torch 2.12 it takes none per row)."""
     values = torch.ones(16, 16).to(E4M3)
     rows = torch.ones(16, 1) if rowwise else torch.ones(())
@@ -174,8 +174,8 @@ def scaled_mm_refusal(rowwise: bool) -> str:
 @pytest.mark.parametrize("per_row_scale", [True, False])
 def test_kernel_calls_compute_the_same_numbers(rowwise, per_row_scale):
     """The calls that a GPU gets (torch runs them on the CPU as well) against the portable computation."""
-    if refusal := scaled_mm_refusal(rowwise):
-        pytest.skip(f"torch {torch.__version__} on the CPU: {refusal}")
+    if rejection := scaled_mm_rejection(rowwise):
+        pytest.skip(f"torch {torch.__version__} on the CPU: {rejection}")
     linear = stored_linear(base=torch.bfloat16)
     scale = torch.rand(48, 1) + 0.5 if per_row_scale else torch.tensor(0.7)
     values, rows = fp8.quantize_rows_fp8(torch.randn(5, 64))
@@ -289,7 +289,7 @@ def test_casting_the_model_leaves_stored_weights_alone(name):
     assert model.head.weight.dtype == torch.float16
 
 
-def test_quantized_files_are_adopted_and_contradictions_refused():
+def test_quantized_files_are_adopted_and_contradictions_rejected():
     model = TinyModel()
     fp8.quantize_linears(model, "fp8_e4m3fn_scaled", torch.float32)
     stored = q(model, 0).weight.clone()

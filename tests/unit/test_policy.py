@@ -1,4 +1,4 @@
-"""The policy table: which mode serves which step, block and role."""
+"""The policy table: which mode runs in which step, block and role."""
 
 import pytest
 import torch

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ._common import ATTENTION_DTYPES, MAX_RUNS, launch, opaque, runs_of, stride_unit, stride_units
+from ._common import MAX_RUNS, launch, opaque, runs_of, stride_unit, stride_units
 from .contract import Device, Size
 from .reference import scale_or_default
 
-__all__ = ["DTYPES", "HEAD_DIM", "run", "sage_fp4_attention"]
+__all__ = ["HEAD_DIM", "run", "sage_fp4_attention"]
 
-DTYPES = ATTENTION_DTYPES
 HEAD_DIM = Size("head_dim is {}", values=(64, 128))
 
 Q_BLOCK = 128
