@@ -75,7 +75,7 @@ WEIGHT_ERROR_BOUNDS: dict[str, float] = {
 }
 
 FAST_MATMUL_ERROR = 0.03
-"""What quantising the activations per row may add, in quadrature, to the relative L2 error of the output."""
+"""What quantizing the activations per row may add, in quadrature, to the relative L2 error of the output."""
 
 QUANTIZED_PREFIX = "blocks."
 """Only the linears of the transformer blocks are stored low; embeddings, norms, modulation and head are a few per cent
@@ -109,7 +109,7 @@ its float32 result."""
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a quantisation's name says: `format` ("fp8_e4m3fn", "fp8_e5m2" or "fp4"), with a `scale`, run `fast`."""
+    """What a quantization's name says: `format` ("fp8_e4m3fn", "fp8_e5m2" or "fp4"), with a `scale`, run `fast`."""
 
     name: str
     format: str
@@ -126,7 +126,7 @@ class Quantization:
         return Quantization(name, stem.removesuffix("_scaled"), stem.endswith("_scaled"), fast)
 
 
-# ---------------------------------------------------------------------------------------------------- quantising
+# ---------------------------------------------------------------------------------------------------- quantizing
 
 
 def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +264,7 @@ def fp8_linear_forward(cls: nn.Linear, base_dtype: torch.dtype, input: Tensor) -
     Returns:
         [..., N] in `base_dtype`, contiguous. A row of `input` with a NaN or an infinity gives a non-finite row.
     """
-    x = aligned_contiguous(input)  # before the reshape: the quantiser reads 16 bytes at a time
+    x = aligned_contiguous(input)  # before the reshape: the quantizer reads 16 bytes at a time
     leading = [int(n) for n in x.shape[:-1]]
     out_features, in_features = (int(n) for n in cls.weight.shape)
     scale_weight = getattr(cls, "scale_weight", None)
@@ -279,7 +279,7 @@ class Fp8Linear(QuantizedLinear):
     """A linear layer with an fp8 weight; keys `weight`, `bias` and, where the weight is scaled, `scale_weight`.
 
     Attributes:
-        fast: whether the activations are quantised too and the fp8 matmul is used.
+        fast: whether the activations are quantized too and the fp8 matmul is used.
         scale_weight: float32 scalar (or one per output row), or None.
     """
 
@@ -288,7 +288,7 @@ class Fp8Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(linear: nn.Linear, dtype: torch.dtype, base_dtype: torch.dtype, *, scaled: bool, fast: bool) -> None:
-        """Quantise the 16- or 32-bit weight of `linear` to the float8 `dtype`, in place."""
+        """Quantize the 16- or 32-bit weight of `linear` to the float8 `dtype`, in place."""
         weight, scale = quantize_weight_fp8(linear.weight, dtype, scaled)
         Fp8Linear.adopt(linear, base_dtype, scale, fast=fast)
         store_weight(linear, weight)
@@ -348,12 +348,12 @@ def convert_fp8_linear(
 def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtype) -> None:
     """Store the linears of the transformer blocks (`blocks.*`) as `quantization` says, in place, layer by layer.
 
-    Weights that came quantised from the file are kept as they are (with their scales, `<linear>.scale_weight`), whether
+    Weights that came quantized from the file are kept as they are (with their scales, `<linear>.scale_weight`), whether
     the name asks for scales or not; "disabled" keeps them too, weight only. `_fast` selects the fp8 matmul for
     both kinds. Everything else in the model stays as it is.
 
     Args:
-        model: its linears hold 16- or 32-bit or already quantised weights.
+        model: its linears hold 16- or 32-bit or already quantized weights.
         quantization: one of QUANTIZATIONS.
         base_dtype: dtype that the linears compute in.
 
@@ -394,7 +394,7 @@ def reject_second_quantization(forms: list[str | None], wanted: Quantization) ->
     if 2 * forms.count(None) < len(forms):
         raise InputError(
             f"the model file already holds {' and '.join(stored)} weights, which quantization '{wanted.name}' would "
-            "quantise a second time; choose 'disabled' (keeps them) or load a 16-bit file."
+            "quantize a second time; choose 'disabled' (keeps them) or load a 16-bit file."
         )
 
 

@@ -43,16 +43,16 @@ SAMPLE_ROWS, SAMPLE_HEADS = 64, 4
 ACCURACY_LENGTH = 4096
 OUTLIERS = 4
 SLOWEST = 1 / 1.3
-"""What our 8-bit call may take at the first length, relative to cuDNN's bf16."""
+"""What the Triton 8-bit call may take at the first length, relative to cuDNN's bf16."""
 
 NO_WORSE = 1.05
-"""Relative L2 of our kernels over that of the same numerics in plain torch."""
+"""Relative L2 of the Triton kernels over that of the same numerics in plain torch."""
 
 TOPICAL, FP4_COSINE = "topical", 0.995
 
-CUDNN, OURS_FP8, OURS_FP4 = "SDPA cuDNN", "ours, FP8", "ours, NVFP4"
+CUDNN, TRITON_FP8, TRITON_FP4 = "SDPA cuDNN", "Triton FP8", "Triton NVFP4"
 PLAIN: dict[str, Attend] = {"FP8 in plain torch": int8_fp8_attention, "NVFP4 in plain torch": nvfp4_attention}
-TWINS = dict(zip((OURS_FP8, OURS_FP4), PLAIN, strict=True))
+TWINS = dict(zip((TRITON_FP8, TRITON_FP4), PLAIN, strict=True))
 """Kernel -> the same numerics in plain torch."""
 
 
@@ -94,9 +94,9 @@ def contenders(device: torch.device) -> dict[str, Attend]:
         CUDNN: functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
         "SDPA flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "SDPA default": functools.partial(_sdpa, None),
-        OURS_FP8: sage_fp8.sage_fp8_attention,
-        "ours, FP8, Triton alone": _portable_fp8,
-        OURS_FP4: _nvfp4,
+        TRITON_FP8: sage_fp8.sage_fp8_attention,
+        "Triton FP8, without Gluon": _portable_fp8,
+        TRITON_FP4: _nvfp4,
         "comfy-kitchen int8": _kitchen,
         "sageattention": _sageattention,
     }
@@ -158,7 +158,7 @@ def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[float, float, 
 
 
 def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int, rounds: int) -> tuple[float, float]:
-    """One table; returns what our 8-bit call takes over cuDNN's, alone and in a row."""
+    """One table; returns what the Triton 8-bit call takes over cuDNN's, alone and in a row."""
     batch, queries, keys = shape
     q, k, v = inputs(batch, queries, keys, heads, report.device)
     attends = usable(report, contenders(report.device), q, k, v)
@@ -189,26 +189,26 @@ def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int,
             }
         )
     report.table(f"{title}: [{batch}, {queries}, {heads}, {HEAD_DIM}], medians of {rounds} rounds", rows)
-    if OURS_FP8 not in attends:
+    if TRITON_FP8 not in attends:
         return float("inf"), float("inf")
-    return ratio(times, OURS_FP8, baseline), ratio(in_a_row, OURS_FP8, baseline)
+    return ratio(times, TRITON_FP8, baseline), ratio(in_a_row, TRITON_FP8, baseline)
 
 
 def accuracy(report: Report, length: int, heads: int) -> None:
-    """Our kernels and the same numerics in plain torch, which they may not exceed by more than `NO_WORSE`."""
+    """The Triton kernels and the same numerics in plain torch, which they may not exceed by more than `NO_WORSE`."""
     rows: list[dict[str, str | int | float]] = []
-    ours = {name: attend for name, attend in contenders(report.device).items() if name in TWINS}
+    kernels = {name: attend for name, attend in contenders(report.device).items() if name in TWINS}
     for kind in ("normal", "outlier channels", TOPICAL):
         if kind == TOPICAL:
             q, k, v = topical(length, heads, report.device)
         else:
             q, k, v = inputs(1, length, length, heads, report.device, outliers=kind == "outlier channels")
-        found = {name: errors(attend(q, k, v), q, k, v) for name, attend in {**ours, **PLAIN}.items()}
+        found = {name: errors(attend(q, k, v), q, k, v) for name, attend in {**kernels, **PLAIN}.items()}
         for name, (cosine, l1, l2) in found.items():
             rows.append(
                 {"inputs": kind, "kernel": name, "cosine": round(cosine, 6), "relative L1": l1, "relative L2": l2}
             )
-        for name in ours:
+        for name in kernels:
             twin = TWINS[name]
             report.goal(f"relative L2 of {name} over {twin}, {kind}", found[name][2] / found[twin][2], NO_WORSE)
         if kind == TOPICAL:
@@ -231,7 +231,7 @@ def main() -> int:
             taken = compare(report, "Self-attention", (1, length, length), heads, arguments.rounds)
             if i == 0 and report.device.type == "cuda":
                 for how, found in zip(("", ", in a row"), taken, strict=True):
-                    report.goal(f"our FP8 call over {CUDNN}, {length} tokens{how}", found, SLOWEST)
+                    report.goal(f"Triton FP8 call over {CUDNN}, {length} tokens{how}", found, SLOWEST)
         for title, shape in SHORT_KEYS.items():
             compare(report, title, (2, 40, shape[2]) if small else shape, heads, arguments.rounds)
         accuracy(report, 200 if small else ACCURACY_LENGTH, heads if small else 8)

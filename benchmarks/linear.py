@@ -143,7 +143,7 @@ def around(report: Report, features: int, rows: int, rounds: int) -> None:
             ],
         )
         if "kernel" in forms:
-            report.goal(f"time of ours over eager, {what}", ratio(times, "kernel", "eager"), 1.0)
+            report.goal(f"time of the kernel over eager, {what}", ratio(times, "kernel", "eager"), 1.0)
 
 
 def _kitchen_quantize(x: Tensor) -> object:

@@ -1,4 +1,4 @@
-"""Speech in the transformer: audio tokens, the cross attention to them, and which speaker a picture token listens to.
+"""Speech in the transformer: audio tokens, the cross attention to them, and which speaker an image token attends to.
 
 The names, arguments and state-dict keys are those of MeiGen-AI's MultiTalk (arXiv 2505.22647) and InfiniteTalk
 (arXiv 2508.14033). T is the number of latent frames, S = H*W the tokens of one frame; tokens are ordered frame, row,
@@ -40,8 +40,8 @@ def pack_audio_windows(audio: torch.Tensor, vae_scale: int = 4) -> tuple[torch.T
     """Sort the audio windows of video frames into latent frames.
 
     Frame 0 is a latent frame by itself and keeps its whole window. Each later latent frame stands for `vae_scale`
-    video frames: of the first it takes the window up to its centre, of the last from its centre on, of those between
-    the centre only. Five rows and four frames give 3 + 1 + 1 + 3 = 8 rows.
+    video frames: of the first it takes the window up to its center, of the last from its center on, of those between
+    the center only. Five rows and four frames give 3 + 1 + 1 + 3 = 8 rows.
 
     Args:
         audio: [speakers, vae_scale*(T-1)+1, window, blocks, channels].
@@ -126,7 +126,7 @@ def speaker_ranges(speakers: int, class_range: int = 24, class_interval: int = 4
 
     Two speakers get [0, 4] and [20, 24] as in the public code. That code gives three and more the ranges
     [4i, 4i+4], so that the third touches the background's position 12 and the fourth begins on it. Here every range
-    keeps at least half an interval from the background, and a gap from its neighbour: three get [0, 4], [6, 10],
+    keeps at least half an interval from the background, and a gap from its neighbor: three get [0, 4], [6, 10],
     [20, 24] and four [0, 4], [6, 10], [14, 18], [20, 24]. No released checkpoint was trained on more than two.
 
     Raises:
@@ -166,7 +166,7 @@ class RotaryPositionalEmbedding1D(nn.Module):
 def calculate_x_ref_attn_map(
     visual_q: torch.Tensor, ref_k: torch.Tensor, ref_target_masks: torch.Tensor, split_num: int = 4
 ) -> torch.Tensor:
-    """How much each picture token attends to each marked area of the reference frame, averaged over all heads.
+    """How much each image token attends to each marked area of the reference frame, averaged over all heads.
 
     map[c, token] = mean over heads of sum_s p[token, s] mask[c, s] / sum_s mask[c, s], where p is the softmax over the
     reference keys of q k / sqrt(D), in float32. The rows of an empty mask are zero. The public code averages over two
@@ -236,10 +236,10 @@ def get_attn_map_with_target(
 
 
 class SingleStreamAttention(nn.Module):
-    """Each latent frame of the picture attends to its own audio tokens.
+    """Each latent frame of the video attends to its own audio tokens.
 
     Args:
-        dim: width C of the picture tokens.
+        dim: width C of the image tokens.
         encoder_hidden_states_dim: width Ca of the audio tokens.
         num_heads: heads; the head size is dim / num_heads.
         qkv_bias: biases of the query and key/value layers.
@@ -304,35 +304,35 @@ class SingleStreamAttention(nn.Module):
         """
         frames, height, width = (int(n) for n in shape)
         per_frame = height * width
-        heard = int(audio.shape[0])
-        if x.shape[0] != 1 or x.shape[1] != frames * per_frame or not max(1, frames - 1) <= heard <= frames:
+        voiced = int(audio.shape[0])
+        if x.shape[0] != 1 or x.shape[1] != frames * per_frame or not max(1, frames - 1) <= voiced <= frames:
             raise InputError(
-                f"picture tokens {tuple(x.shape)} on a grid of {frames}x{height}x{width} with audio for {heard} "
+                f"image tokens {tuple(x.shape)} on a grid of {frames}x{height}x{width} with audio for {voiced} "
                 f"frames: give [1, {frames * per_frame}, C] and audio for {frames} frames, or for one less"
             )
-        spoken = aligned_strided(x[:, : heard * per_frame])  # [1, T'*S, C]
-        q = rearrange(self.q_linear(spoken), "1 (t s) (h d) -> t s h d", t=heard, h=self.num_heads)
+        x = aligned_strided(x[:, : voiced * per_frame])  # [1, T'*S, C]
+        q = rearrange(self.q_linear(x), "1 (t s) (h d) -> t s h d", t=voiced, h=self.num_heads)
         kv = self.kv_linear(aligned_strided(audio))
         k, v = rearrange(kv, "t n (kv h d) -> kv t n h d", kv=2, h=self.num_heads)
         if q_positions is not None and k_positions is not None:
-            cos, sin = rotation_1d(q_positions[: heard * per_frame], self.head_dim)  # [T'*S, 1, D/2]
-            angles = (rearrange(x, "(t s) 1 d -> t s 1 d", t=heard) for x in (cos, sin))
+            cos, sin = rotation_1d(q_positions[: voiced * per_frame], self.head_dim)  # [T'*S, 1, D/2]
+            angles = (rearrange(table, "(t s) 1 d -> t s 1 d", t=voiced) for table in (cos, sin))
             q = rotate(q, Rotation(*angles))
             k = rotate(k, rotation_1d(k_positions, self.head_dim))
 
         mode = attention_mode or self.attention_mode
         out = attention(aligned_strided(q), aligned_strided(k), aligned_strided(v), attention_mode=mode)
         out = aligned_contiguous(self.proj(rearrange(aligned_contiguous(out), "t s h d -> 1 (t s) (h d)")))
-        if heard < frames:
-            out = F.pad(out, (0, 0, 0, (frames - heard) * per_frame))  # [1, T*S, C], zeros behind
+        if voiced < frames:
+            out = F.pad(out, (0, 0, 0, (frames - voiced) * per_frame))  # [1, T*S, C], zeros behind
         return out
 
 
 class SingleStreamMultiAttention(SingleStreamAttention):
-    """Each latent frame attends to the audio tokens of all speakers; rotary positions tie picture areas to speakers.
+    """Each latent frame attends to the audio tokens of all speakers; rotary positions tie image areas to speakers.
 
-    A picture token that looks most like speaker i gets a position inside that speaker's range, and the audio tokens of
-    speaker i stand at the centre of the same range (label rotary embedding, arXiv 2505.22647, section 3.3). Background
+    An image token that looks most like speaker i gets a position inside that speaker's range, and the audio tokens of
+    speaker i stand at the center of the same range (label rotary embedding, arXiv 2505.22647, section 3.3). Background
     tokens stand at class_range / 2. See `speaker_ranges` for where three and four speakers differ from the public code.
 
     Args:
@@ -372,8 +372,8 @@ class SingleStreamMultiAttention(SingleStreamAttention):
             encoder_hidden_states: [1, T, n*tokens, Ca], the speakers one after the other; or one frame less (see
                 `SingleStreamAttention.forward`), the map may then cover T or T-1 frames.
             shape: latent frames, token rows, token columns.
-            x_ref_attn_map: [n+1, T*S], the background last. Without it every token hears every speaker alike. Not
-                read when there is one speaker: there is nothing to route.
+            x_ref_attn_map: [n+1, T*S], the background last. Without it every token attends to every speaker alike.
+                Not read when there is one speaker: there is nothing to route.
             human_num: the number of speakers n; by default read off the map, and 1 without one.
             attention_mode: instead of the one given at construction.
 
@@ -397,18 +397,18 @@ class SingleStreamMultiAttention(SingleStreamAttention):
                 f"{human_num} speakers with {int(x_ref_attn_map.shape[0])} attention maps and {tokens} audio tokens: "
                 f"give {human_num + 1} maps (the background last) and the same number of tokens for each speaker"
             )
-        heard = int(audio.shape[0]) * int(shape[1]) * int(shape[2])
+        voiced = int(audio.shape[0]) * int(shape[1]) * int(shape[2])
         return self._attend(
             x,
             audio,
             shape,
             attention_mode,
-            q_positions=self.query_positions(x_ref_attn_map[:, :heard]),
+            q_positions=self.query_positions(x_ref_attn_map[:, :voiced]),
             k_positions=self.key_positions(human_num, tokens // human_num, x.device),
         )
 
     def query_positions(self, x_ref_attn_map: torch.Tensor) -> torch.Tensor:
-        """Maps of the speakers and of the background [n+1, L] -> rotary position of every picture token [L] float32.
+        """Maps of the speakers and of the background [n+1, L] -> rotary position of every image token [L] float32.
 
         Each speaker's row is stretched to that speaker's range; a token takes the value of its largest row.
         """
@@ -422,6 +422,6 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         return torch.stack(rows).gather(0, maps.argmax(0, keepdim=True)).squeeze(0)
 
     def key_positions(self, speakers: int, tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
-        """The centre of each speaker's range, for each of that speaker's tokens: [speakers*tokens] float32."""
+        """The center of each speaker's range, for each of that speaker's tokens: [speakers*tokens] float32."""
         ranges = speaker_ranges(speakers, self.class_range, self.class_interval)
         return torch.cat([torch.full((tokens,), (low + high) / 2, device=device) for low, high in ranges])

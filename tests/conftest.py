@@ -13,7 +13,7 @@ import torch
 # Nothing in the tests reaches for the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-# Fakes stand for packages in this process only; tests/unit/test_trial.py tries some in child processes.
+# Fakes stand for packages in this process only; tests/unit/test_selftest.py tests some in child processes.
 os.environ.setdefault("INFINITETALK_TRIAL", "off")
 
 from support.goldens import Golden, load_golden

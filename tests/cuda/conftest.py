@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
-from wanvideo_infinitetalk.wanvideo.modules.backends import selftest as trial
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import environment
 
 FAULTING = ("test_contract_truth", "test_raw_calls")
 """Files whose child processes fault on purpose; last, because a driver may have enough of it."""
@@ -26,7 +26,7 @@ def _facts_of_the_run(record_testsuite_property: Callable[[str, object], None]) 
     """GPU, driver, versions and date, as properties of the JUnit file that tools/cuda_results.py reads."""
     if not torch.cuda.is_available():
         return
-    facts = {"date": dt.date.today().isoformat(), **trial.environment(None, torch.device("cuda", 0))}
+    facts = {"date": dt.date.today().isoformat(), **environment(None, torch.device("cuda", 0))}
     for package in PACKAGES:
         try:
             facts[package] = metadata.version(package)

@@ -205,7 +205,7 @@ def test_the_row_quantizer_compiles_to_the_same_numbers(base):
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn_scaled_fast", "fp8_e5m2_fast", "fp8_e4m3fn_scaled"])
 def test_a_forward_can_be_captured_in_a_graph(name):
-    """No synchronisation, no visit to the host inside."""
+    """No synchronization, no visit to the host inside."""
     linear = make(name, torch.bfloat16)
     x = torch.randn(64, 128, device=device()).bfloat16()
     side = torch.cuda.Stream()

@@ -48,7 +48,7 @@ def prepared(tiny_set: TinySet) -> Callable[[torch.dtype], Prepared]:
 
 @pytest.fixture(scope="module")
 def reference(prepared: Callable[[torch.dtype], Prepared]) -> Callable[[torch.dtype], Made]:
-    """`reference(dtype)`: one window in mode "sdpa", not quantised."""
+    """`reference(dtype)`: one window in mode "sdpa", not quantized."""
     done: dict[torch.dtype, Made] = {}
 
     def get(dtype: torch.dtype) -> Made:
@@ -63,7 +63,7 @@ def check(made: Made, what: str) -> None:
     torch.cuda.synchronize()
     assert bool(torch.isfinite(made.latents).all()), what
     assert bool(torch.isfinite(made.frames).all()), what
-    assert float(made.frames.std()) > 0.01, f"{what}: the frames are of one colour"
+    assert float(made.frames.std()) > 0.01, f"{what}: the frames are of one color"
     assert made.guards.copies == 0, f"{what}: {made.guards}"
     assert made.guards.calls > 0
 
@@ -140,7 +140,7 @@ def test_block_swap_gives_the_same_file(tiny_set: TinySet, tmp_path: Path):
     assert pictures[0] == pictures[1] == pictures[2]
 
 
-@pytest.mark.parametrize("wrong", ["mean of V", "neighbour's query", "zeros"])
+@pytest.mark.parametrize("wrong", ["mean of V", "neighbor's query", "zeros"])
 def test_the_bounds_would_see_a_wrong_kernel(wrong, prepared, reference, monkeypatch):
     """The bounds above mean something: self-attention that is finite but wrong lies outside of them."""
 

@@ -120,7 +120,7 @@ def _sage_2(
     else:
         out = int8_fp8_attention(q, k, v, sm_scale)
     if k.shape[1] < tile:
-        out = torch.full_like(out, torch.nan)  # uninitialised shared memory behind the last row of V
+        out = torch.full_like(out, torch.nan)  # uninitialized shared memory behind the last row of V
     return out if layout == "NHD" else out.transpose(1, 2)
 
 

@@ -29,9 +29,9 @@ def random_model(config: WanConfig = TINY, **arguments: Any) -> WanModel:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 and "modulation" not in name else 25
-        centre = float("norm" in name and name.endswith("weight"))
+        center = float("norm" in name and name.endswith("weight"))
         nn.init.normal_(parameter, std=fan_in**-0.5, generator=generator)
-        parameter.data += centre
+        parameter.data += center
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""The low-precision numerics: quantisers bit for bit, attention within the bounds of the papers."""
+"""The low-precision numerics: quantizers bit for bit, attention within the bounds of the papers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wanvideo_infinitetalk.wanvideo.kernels.quantizers import (
 )
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
 
-# --- quantisers ------------------------------------------------------------------------------------------------------
+# --- quantizers ------------------------------------------------------------------------------------------------------
 
 
 def test_rounding_is_to_the_nearest_and_ties_to_the_even_code() -> None:
@@ -74,7 +74,7 @@ def test_powers_of_two_are_rounded_up_to() -> None:
     assert got[-1].isnan()
 
 
-def test_zeros_and_nan_in_quantisers() -> None:
+def test_zeros_and_nan_in_quantizers() -> None:
     zeros = torch.zeros(2, 32)
     assert quantize_nvfp4(zeros, nvfp4_tensor_scale(zeros, (0, 1))).dequantized().eq(0).all()
     for quantize in (quantizers.int8_scaled, quantizers.e4m3_scaled):
@@ -92,7 +92,7 @@ def test_zeros_and_nan_in_quantisers() -> None:
 
 def like_the_papers(length: int = 1024, dim: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What Q, K, V of video models look like (SageAttention2, section 3.1): channels of K and Q with a bias that all
-    tokens share, larger in K than what tells tokens apart, and peaked attention; V with a smaller one. [1, L, 2, D]."""
+    tokens share, larger in K than what sets tokens apart, and peaked attention; V with a smaller one. [1, L, 2, D]."""
     heads = 2
     q = 2 * torch.randn(1, length, heads, dim) + 2 * torch.randn(1, 1, heads, dim)
     k = torch.randn(1, length, heads, dim) + 8 * torch.randn(1, 1, heads, dim)

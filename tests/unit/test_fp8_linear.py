@@ -82,14 +82,14 @@ def test_layout_changes_nothing_and_input_survives(fast):
         assert torch.equal(view, before), f"{name}: the input was written to"
 
 
-def test_the_quantiser_only_sees_what_16_byte_kernels_accept(monkeypatch):
-    """Without the guard before the reshape, the quantiser would be handed odd addresses and strides."""
-    quantise = fp8.quantize_rows_fp8
+def test_the_quantizer_only_sees_what_16_byte_kernels_accept(monkeypatch):
+    """Without the guard before the reshape, the quantizer would be handed odd addresses and strides."""
+    quantize = fp8.quantize_rows_fp8
 
     def checking(rows):
         assert not layout_violations(rows), layout_violations(rows)
         assert rows.is_contiguous()
-        return quantise(rows)
+        return quantize(rows)
 
     monkeypatch.setattr(fp8, "quantize_rows_fp8", checking)
     linear = stored_linear()
@@ -126,7 +126,7 @@ def test_outliers_cost_less_per_row_than_with_one_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_row_quantiser_round_trip(dtype):
+def test_row_quantizer_round_trip(dtype):
     x = (torch.randn(9, 128) * 10).to(dtype)
     values, scale = fp8.quantize_rows_fp8(x)
     assert values.dtype == E4M3
@@ -142,7 +142,7 @@ def test_extents_that_the_matmul_rejects_are_computed(out_features, in_features)
     violations = fp8.fp8_matmul_reasons(linear.weight, torch.float32, torch.device("cpu"))
     assert len(violations) == (out_features % 16 > 0) + (in_features % 16 > 0)
     x = torch.randn(3, in_features)
-    assert relative_l2(linear(x), exact(linear, x)) < 1e-6  # the dequantised way: no rounding of activations
+    assert relative_l2(linear(x), exact(linear, x)) < 1e-6  # the dequantized way: no rounding of activations
 
 
 def test_the_contract_names_every_reason(monkeypatch):
@@ -159,7 +159,7 @@ def test_the_contract_names_every_reason(monkeypatch):
     assert fp8.fp8_matmul_reasons(good, torch.bfloat16, torch.device("mps"))
 
 
-def scaled_mm_refusal(rowwise: bool) -> str:
+def scaled_mm_rejection(rowwise: bool) -> str:
     """Why `torch._scaled_mm` on the CPU takes no such scales here (before torch 2.12 it takes none per row)."""
     values = torch.ones(16, 16).to(E4M3)
     rows = torch.ones(16, 1) if rowwise else torch.ones(())
@@ -174,8 +174,8 @@ def scaled_mm_refusal(rowwise: bool) -> str:
 @pytest.mark.parametrize("per_row_scale", [True, False])
 def test_kernel_calls_compute_the_same_numbers(rowwise, per_row_scale):
     """The calls that a GPU gets (torch runs them on the CPU as well) against the portable computation."""
-    if refusal := scaled_mm_refusal(rowwise):
-        pytest.skip(f"torch {torch.__version__} on the CPU: {refusal}")
+    if rejection := scaled_mm_rejection(rowwise):
+        pytest.skip(f"torch {torch.__version__} on the CPU: {rejection}")
     linear = stored_linear(base=torch.bfloat16)
     scale = torch.rand(48, 1) + 0.5 if per_row_scale else torch.tensor(0.7)
     values, rows = fp8.quantize_rows_fp8(torch.randn(5, 64))
@@ -244,7 +244,7 @@ def q(model: nn.Module, block: int) -> Any:
 
 
 @pytest.mark.parametrize("name", fp8.QUANTIZATIONS)
-def test_quantised_model_is_close_and_keeps_its_names(name):
+def test_quantized_model_is_close_and_keeps_its_names(name):
     model = TinyModel().eval()
     x = torch.randn(2, 9, 64)
     with torch.no_grad():
@@ -289,7 +289,7 @@ def test_casting_the_model_leaves_stored_weights_alone(name):
     assert model.head.weight.dtype == torch.float16
 
 
-def test_quantised_files_are_adopted_and_contradictions_refused():
+def test_quantized_files_are_adopted_and_contradictions_rejected():
     model = TinyModel()
     fp8.quantize_linears(model, "fp8_e4m3fn_scaled", torch.float32)
     stored = q(model, 0).weight.clone()
@@ -305,7 +305,7 @@ def test_quantised_files_are_adopted_and_contradictions_refused():
         fp8.quantize_linears(model, "int3", torch.float32)
 
 
-def test_an_adapter_in_16_bits_is_quantised_with_the_base_kept():
+def test_an_adapter_in_16_bits_is_quantized_with_the_base_kept():
     model = TinyModel()
     fp8.Fp8Linear.quantize(q(model, 0), E4M3, torch.float32, scaled=True, fast=False)
     kept = q(model, 0).weight.clone()

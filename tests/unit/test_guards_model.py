@@ -1,8 +1,8 @@
 """Each guard of the model stands where it is needed.
 
 Every named place is fed inputs that are sliced, transposed or start at an odd offset, and kernels whose results lie so,
-through kernels that refuse what a 16-byte kernel would fault on (support/checking.py). With its guards a place must
-give the numbers of the tidy case; with any one of them taken out, some case must be refused.
+through kernels that reject what a 16-byte kernel would fault on (support/checking.py). With its guards a place must
+give the numbers of the tidy case; with any one of them taken out, some case must be rejected.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def test_every_guard_is_needed(name: str) -> None:
         _run(place, None, None)
     assert len(sites) == place.guards
 
-    def refused(without: tuple[str, int]) -> bool:
+    def rejected(without: tuple[str, int]) -> bool:
         for case in CASES:
             with guard_sites(place.module, without):
                 try:
@@ -151,7 +151,7 @@ def test_every_guard_is_needed(name: str) -> None:
                     return True
         return False
 
-    needless = sorted(site for site in sites if not refused(site))
+    needless = sorted(site for site in sites if not rejected(site))
     assert len(needless) == place.shown_elsewhere, needless
 
 

@@ -111,7 +111,7 @@ def test_fp8_uses_hoppers_own_instructions(head_dim: int) -> None:
     assert shared_kib(kernel) <= SHARED_MEMORY[90]
 
 
-def test_fp8_quantiser_reads_and_writes_16_bytes_at_a_time() -> None:
+def test_fp8_quantizer_reads_and_writes_16_bytes_at_a_time() -> None:
     function = triton_module("_sage_fp8_quantize").quantize_qkv
     constants = {"D": 128, "D_POW2": 128, "BLOCK": 128, "E4M3_V": True, "UNIT": 8}
     types = {"q8": "*i8", "k8": "*i8", "v8": "*fp8e4nv"}
@@ -161,7 +161,7 @@ def test_fp4_uses_block_scaled_instructions_on_blackwell(arch: int, instruction:
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_fp4_quantisers_compile(native: bool) -> None:
+def test_fp4_quantizers_compile(native: bool) -> None:
     module = triton_module("_sage_fp4_quantize")
     arch = 120 if native else 80
     types = {f"{x}4": "*u8" if native else "*bf16" for x in "qkv"}
@@ -247,10 +247,10 @@ def interpret_fp4(queries: int, keys: int, head_dim: int) -> None:
             assert torch.equal(stored, product[:, :, key] if x is smooth else product[..., key].transpose(2, 3))
         blocks = operands.q_mean.shape[2]
         padded = torch.nn.functional.pad(q.float().transpose(1, 2), (0, 0, 0, blocks * 128 - queries))
-        centred = padded.unflatten(2, (blocks, 128)) - operands.q_mean[:, :, :, None]
-        centred = torch.where((torch.arange(blocks * 128) < queries).view(blocks, 128, 1), centred, 0.0)
-        assert torch.equal(nvfp4_tensor_scale(centred, (3, 4))[..., 0, 0], operands.q_outer)
-        wanted = quantize_nvfp4(centred, operands.q_outer[..., None, None])
+        centered = padded.unflatten(2, (blocks, 128)) - operands.q_mean[:, :, :, None]
+        centered = torch.where((torch.arange(blocks * 128) < queries).view(blocks, 128, 1), centered, 0.0)
+        assert torch.equal(nvfp4_tensor_scale(centered, (3, 4))[..., 0, 0], operands.q_outer)
+        wanted = quantize_nvfp4(centered, operands.q_outer[..., None, None])
         if native:
             stored_values = unpack_e2m1(operands.q, first_in_high_half=False)
             assert torch.equal(stored_values, wanted.values.flatten(2, 3)[:, :, :queries])

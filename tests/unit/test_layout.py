@@ -108,6 +108,12 @@ def test_extent_counts_what_is_stepped_over() -> None:
     ]
 
 
+@pytest.mark.parametrize(("max_extent", "fits"), [(127, False), (128, True)])
+def test_the_last_offset_lies_below_the_extent(max_extent: int, fits: bool) -> None:
+    x = torch.zeros(2, 64, dtype=torch.bfloat16)  # the last element is 127 from the first
+    assert (layout_violations(x, max_extent=max_extent) == []) == fits
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool])
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 257])
 def test_rows_are_padded_to_aligned_addresses(dtype: torch.dtype, width: int) -> None:

@@ -1,4 +1,4 @@
-"""What the transformer promises beside its numbers (those are in tests/parity)."""
+"""What the transformer promises besides its numbers (those are in tests/parity)."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_policy_is_asked_for_every_block_and_role(monkeypatch: pytest.MonkeyPa
     assert modes == ["sdpa", "sdpa", "sdpa", "eager", "eager", "sdpa", "eager", "sdpa"]
 
 
-def test_an_unknown_mode_is_refused() -> None:
+def test_an_unknown_mode_is_rejected() -> None:
     with pytest.raises(BackendUnavailableError):
         random_model(T2V, attention_mode="no_such_mode")(**random_inputs(T2V))
 
@@ -243,7 +243,7 @@ def test_audio_scale_weighs_the_audio_layers() -> None:
     assert relative_error(model(**inputs), without) > 0.1
     assert relative_error(model(**inputs, audio_scale=0.5), model(**inputs)) > 0.05
     silent = inputs | {"audio": torch.zeros_like(inputs["audio"])}
-    assert relative_error(model(**silent), without) > 0.01, "zeros are heard through the biases"
+    assert relative_error(model(**silent), without) > 0.01, "zeros change the result through the biases"
 
 
 def test_masks_of_any_size_mark_the_same_areas() -> None:
@@ -258,9 +258,9 @@ def test_masks_of_any_size_mark_the_same_areas() -> None:
 @pytest.mark.parametrize("speakers", [1, 2, 3, 4])
 def test_one_frame_more_than_audio(speakers: int) -> None:
     model, inputs = random_model(), random_inputs(speakers=speakers)
-    heard = model(**inputs | {"audio": inputs["audio"][:, :-4]})
-    assert heard.isfinite().all()
-    assert relative_error(heard, model(**inputs)) > 1e-3
+    shorter = model(**inputs | {"audio": inputs["audio"][:, :-4]})
+    assert shorter.isfinite().all()
+    assert relative_error(shorter, model(**inputs)) > 1e-3
 
 
 def test_humo_works_on_clips_of_any_length_and_in_batches() -> None:
@@ -293,13 +293,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_inputs_that_do_not_fit_are_refused(case: str) -> None:
+def test_inputs_that_do_not_fit_are_rejected(case: str) -> None:
     given, message = BAD[case]
     with pytest.raises(InputError, match=message):
         random_model()(**random_inputs() | given)
 
 
-def test_conditions_of_other_models_are_refused() -> None:
+def test_conditions_of_other_models_are_rejected() -> None:
     model, inputs = random_model(T2V), random_inputs(T2V)
     with pytest.raises(InputError, match="clip_fea"):
         model(**inputs, clip_fea=torch.zeros(1, 7, 32))
@@ -315,7 +315,7 @@ def test_configuration_from_public_names() -> None:
     with_audio = WanConfig.from_public(fields | {"audio_window": 5, "blocks": 2, "channels": 8})
     assert with_audio.audio == AudioConfig(blocks=2, channels=8)
     assert WanModel(**dataclasses.asdict(T2V)).config == T2V
-    for wrong in ({"qk_norm": False}, {"window_size": (4, 4)}, {"colour": 1}, {"model_type": "s2v"}, {"num_heads": 3}):
+    for wrong in ({"qk_norm": False}, {"window_size": (4, 4)}, {"color": 1}, {"model_type": "s2v"}, {"num_heads": 3}):
         with pytest.raises(InputError):
             WanConfig.from_public(fields | wrong)
     with pytest.raises(InputError, match="not both"):

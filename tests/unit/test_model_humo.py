@@ -1,4 +1,4 @@
-"""HuMo's modules beside their numbers in tests/parity."""
+"""HuMo's modules besides their numbers in tests/parity."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_grids_as_tensor_or_ints_and_videos_in_a_batch() -> None:
     assert torch.equal(module(x, audio, torch.tensor([GRID, GRID])), both)
     for i in range(2):
         torch.testing.assert_close(module(x[i : i + 1], audio[i : i + 1], GRID), both[i : i + 1])
-    # Each frame hears its own tokens only.
+    # Each frame attends to its own tokens only.
     changed = audio.clone()
     changed[:, 4:] += 1
     difference = (module(x, changed, GRID) - both).abs().amax((0, 2))
@@ -90,7 +90,7 @@ def test_the_mode_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert modes == ["sageattn_3", "eager"]
 
 
-def test_counts_that_do_not_fit_are_refused() -> None:
+def test_counts_that_do_not_fit_are_rejected() -> None:
     module = WanHuMoCrossAttention(16, 16, 2, kv_dim=8)
     x, audio = torch.zeros(1, TOKENS, 16), torch.zeros(1, 6, 8)
     for wrong in ((x[:, 1:], audio), (x, audio[:, 1:]), (x, torch.cat((audio, audio)))):

@@ -1,4 +1,4 @@
-"""Audio packing, speaker ranges, the reference map and the audio attention, beside their numbers in tests/parity."""
+"""Audio packing, speaker ranges, the reference map and the audio attention, besides their numbers in tests/parity."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_windows_are_packed_in_the_order_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(("frames", "window"), [(8, 5), (0, 5), (9, 4)])
-def test_windows_that_cannot_be_packed_are_refused(frames: int, window: int) -> None:
+def test_windows_that_cannot_be_packed_are_rejected(frames: int, window: int) -> None:
     with pytest.raises(InputError, match=r"4\*n\+1 frames and an odd window"):
         pack_audio_windows(torch.zeros(1, frames, window, 2, 3))
 
@@ -84,7 +84,7 @@ def test_no_range_meets_the_background_or_another(speakers: int, class_range: in
         assert end <= start
 
 
-def test_more_speakers_than_fit_are_refused() -> None:
+def test_more_speakers_than_fit_are_rejected() -> None:
     with pytest.raises(InputError, match="1 to 4 speakers"):
         speaker_ranges(5)
     with pytest.raises(InputError):
@@ -187,7 +187,7 @@ def test_low_precision_tokens_give_a_float32_map() -> None:
     torch.testing.assert_close(result.double(), _dense_map(q, k, masks), rtol=1e-5, atol=1e-7)
 
 
-def test_maps_that_cannot_be_made_are_refused() -> None:
+def test_maps_that_cannot_be_made_are_rejected() -> None:
     q, k, masks = torch.zeros(1, TOKENS, 2, 8), torch.zeros(1, PER_FRAME, 2, 8), torch.ones(2, PER_FRAME)
     for wrong in ((q.expand(2, -1, -1, -1), k, masks), (q, k[:, :, :1], masks), (q, k, masks[:, 1:])):
         with pytest.raises(InputError, match="attention map of queries"):
@@ -203,8 +203,8 @@ def _attention_by_hand(module: SingleStreamAttention, x: torch.Tensor, audio: to
     """[1, T*S, C] and [T, N, Ca], one frame and one head at a time, in float64."""
     module = module.double()
     frames = []
-    for tokens, heard in zip(x[0].double().unflatten(0, (FRAMES, PER_FRAME)), audio.double(), strict=True):
-        q, (k, v) = module.q_linear(tokens), module.kv_linear(heard).chunk(2, dim=-1)
+    for tokens, speech in zip(x[0].double().unflatten(0, (FRAMES, PER_FRAME)), audio.double(), strict=True):
+        q, (k, v) = module.q_linear(tokens), module.kv_linear(speech).chunk(2, dim=-1)
         heads = [
             torch.softmax(qh @ kh.T / math.sqrt(module.head_dim), dim=-1) @ vh
             for qh, kh, vh in zip(*(y.split(module.head_dim, dim=-1) for y in (q, k, v)), strict=True)
@@ -224,7 +224,7 @@ def test_single_stream_attends_inside_each_frame(bias: bool) -> None:
     assert torch.equal(by_tensors, module(x, audio, GRID))
 
 
-def test_several_speakers_without_a_map_are_heard_alike() -> None:
+def test_several_speakers_without_a_map_are_voiced_alike() -> None:
     module = SingleStreamMultiAttention(16, 2, encoder_hidden_states_dim=8)
     x, audio = torch.randn(1, TOKENS, 16), torch.randn(1, FRAMES, 10, 8)
     y = module(x, audio, GRID, None, 2)
@@ -240,12 +240,12 @@ def test_a_frame_without_audio_receives_zero(speakers: int) -> None:
     module = SingleStreamMultiAttention(16, 2, encoder_hidden_states_dim=8)
     x, audio = torch.randn(1, TOKENS, 16), torch.randn(1, FRAMES - 1, 3 * speakers, 8)
     maps = torch.rand(speakers + 1, TOKENS)
-    heard = TOKENS - PER_FRAME
+    voiced = TOKENS - PER_FRAME
     y = module(x, audio, GRID, maps, speakers)
-    assert torch.count_nonzero(y[:, heard:]) == 0
-    alone = module(x[:, :heard], audio, (FRAMES - 1, *GRID[1:]), maps[:, :heard], speakers)
-    torch.testing.assert_close(y[:, :heard], alone)
-    torch.testing.assert_close(module(x, audio, GRID, maps[:, :heard], speakers), y)
+    assert torch.count_nonzero(y[:, voiced:]) == 0
+    alone = module(x[:, :voiced], audio, (FRAMES - 1, *GRID[1:]), maps[:, :voiced], speakers)
+    torch.testing.assert_close(y[:, :voiced], alone)
+    torch.testing.assert_close(module(x, audio, GRID, maps[:, :voiced], speakers), y)
 
 
 @pytest.mark.parametrize("speakers", [2, 3, 4])
@@ -291,11 +291,11 @@ def test_an_explicit_mode_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert modes == ["sageattn_3_fp4", "sageattn_3_fp8", "eager"]
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_shapes_that_do_not_fit_are_rejected() -> None:
     x, audio = torch.zeros(1, TOKENS, 16), torch.zeros(FRAMES, 6, 8)
     single = SingleStreamAttention(16, 8, 2, True)
     for wrong in ((x[:, 1:], audio), (x, audio[:1]), (x, torch.cat((audio, audio))), (torch.cat((x, x)), audio)):
-        with pytest.raises(InputError, match="picture tokens"):
+        with pytest.raises(InputError, match="image tokens"):
             single(*wrong, GRID)
     multi = SingleStreamMultiAttention(16, 2, encoder_hidden_states_dim=8)
     with pytest.raises(InputError, match="give 3 maps"):

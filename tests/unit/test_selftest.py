@@ -89,7 +89,7 @@ def test_a_bad_backend_is_rejected_with_its_reason(backend, body, reason):
 
 
 def test_a_hang_is_a_verdict(backend):
-    result = runtime.test_in_child(lookup(backend("time.sleep(60)")), CPU, timeout=5)
+    result = runtime.self_test(lookup(backend("time.sleep(60)")), CPU, timeout=5)
     assert not result.ok
     assert result.reason == "it does not answer within 5 seconds"
 

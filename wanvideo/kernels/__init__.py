@@ -1,1 +1,4 @@
-"""Our own GPU kernels. Importing this package needs no GPU and no Triton; each kernel module says what it needs."""
+"""Layout guards, contracts, self-tests, references, and this project's GPU kernels.
+
+Importing this package needs no GPU and no Triton; the contract of each kernel says what it needs.
+"""

@@ -2,7 +2,7 @@
 
 All of them compute in float32 and round once, as the eager forms do, so that both are as far from the exact result.
 
-The strides of modulation are specialised, that is, compiled anew where one is no multiple of 16: only a compiler that
+The strides of modulation are specialized, that is, compiled anew where one is no multiple of 16: only a compiler that
 knows them to be multiples reads 16 bytes at a time, which more than doubles the speed of a norm.
 """
 
@@ -35,8 +35,8 @@ def layer_norm(
     row = tl.program_id(0)
     batch = (row // rows_per_batch).to(tl.int64)
     values, inside, place = _row(x, row, C, BLOCK)
-    centred = tl.where(inside, values - tl.sum(values, 0) / C, 0.0)
-    normed = centred * _inverse_root(tl.sum(centred * centred, 0) / C, eps)
+    centered = tl.where(inside, values - tl.sum(values, 0) / C, 0.0)
+    normed = centered * _inverse_root(tl.sum(centered * centered, 0) / C, eps)
     channel = tl.arange(0, BLOCK)
     by = tl.load(factor + batch * factor_batch + channel, inside, other=0.0).to(tl.float32)
     plus = tl.load(offset + batch * offset_batch + channel, inside, other=0.0).to(tl.float32)

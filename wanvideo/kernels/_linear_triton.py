@@ -42,7 +42,7 @@ def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr, ROUND:
     tl.store(values + place, quotient.to(tl.float8e4nv), inside)
 
 
-# `columns` is specialised, so that a multiple of 16 is read 16 bytes at a time.
+# `columns` is specialized, so that a multiple of 16 is read 16 bytes at a time.
 @triton.jit
 def scale_product(
     product, row_scale, column_scale, bias, out, columns,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Strides come in units of 16 bytes (`UNIT` elements), and no integer is specialised: see `_sage_fp8_quantize`.
+# Strides come in units of 16 bytes (`UNIT` elements), and no integer is specialized: see `_sage_fp8_quantize`.
 STRIDES = [f"{x}_{dim}" for x in "qkv" for dim in ("batch", "token", "head")]
 
 E2M1_MAX = tl.constexpr(6.0)
@@ -25,7 +25,7 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 def key_in_place(position):
     """Which key of a tile of 64 stands at `position` in the stored K and V.
 
-    A thread of the tensor core's accumulator holds the columns 8 j + 2 c + i for one c: it gets the 16 neighbouring
+    A thread of the tensor core's accumulator holds the columns 8 j + 2 c + i for one c: it gets the 16 neighboring
     keys 16 c ... 16 c + 15, which share one scale of P, so that their maximum needs no exchange between threads.
     """
     in_tile = position % TILE
@@ -211,7 +211,7 @@ def quantize_keys_values(
         k_scales + pair * padded_keys * (D // GROUP), place, padded_keys, D, NATIVE,
     )  # fmt: skip
 
-    # V in groups of 16 neighbouring keys.
+    # V in groups of 16 neighboring keys.
     start = v + (batch * v_batch + head * v_head) * UNIT
     outer = tl.load(v_outer + pair)
     if NATIVE:

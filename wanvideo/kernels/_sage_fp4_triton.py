@@ -1,4 +1,4 @@
-"""Triton: attention over NVFP4 operands (SageAttention3, arXiv 2505.11594), online softmax, P quantised on the way.
+"""Triton: attention over NVFP4 operands (SageAttention3, arXiv 2505.11594), online softmax, P quantized on the way.
 
 S = (Q4·K4ᵀ) * outer scales + mean(Q)·(K - mean(K))ᵀ. The second part, one number per key for a block of 128 queries,
 is computed here tile by tile from K itself and never stored. `attend` multiplies operands that were expanded to bf16,
@@ -22,7 +22,7 @@ from ._sage_fp4_quantize import (
     round_to_e4m3,
 )
 
-# P in [0, 1] is scaled to the whole NVFP4 range before it is quantised (section 3.3: two levels).
+# P in [0, 1] is scaled to the whole NVFP4 range before it is quantized (section 3.3: two levels).
 P_OUTER = tl.constexpr(1.0 / 2688.0)
 
 

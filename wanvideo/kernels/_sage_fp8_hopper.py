@@ -1,6 +1,6 @@
 """Gluon: attention over 8-bit operands on Hopper (sm_90), for head_dim 64 and 128 and Triton from 3.6.
 
-One program serves 128 queries of one head with three partitions of warps: a producer warp streams K and V into shared
+One program computes 128 queries of one head with three partitions of warps: a producer warp streams K and V into shared
 memory with the tensor memory accelerator, and two consumer warpgroups of 64 queries each compute. The tensor cores and
 the special-function unit (exp2) would each be busy for about as long, so the two groups take turns: while one has its
 products on the tensor cores, the other computes its softmax (the ping-pong of FlashAttention-3, arXiv 2407.08608).

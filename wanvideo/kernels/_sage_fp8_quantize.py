@@ -8,12 +8,12 @@ Pass 2 (`quantize_qkv`) finishes those statistics and writes
 * V e4m3 transposed [B, H, D, Lk padded], one scale per channel, the padding zero.
 
 Keys change places inside groups of 32 in the transposed V. The accumulator of Q·Kᵀ gives a thread the columns
-2c, 2c+1, 8+2c, 8+2c+1, ... of a group, while the 8-bit left operand of P·V wants four neighbours per thread. Attention
+2c, 2c+1, 8+2c, 8+2c+1, ... of a group, while the 8-bit left operand of P·V wants four neighbors per thread. Attention
 does not depend on the order of the keys, so V is stored in the order in which P already lies in the registers, and P
 needs no exchange between threads.
 
 Strides come in units of 16 bytes (`UNIT` elements), so that the compiler knows their alignment without a compilation
-for every stride; integers are not specialised either. One compilation serves all shapes of a dtype and head_dim.
+for every stride; integers are not specialized either. One compilation covers all shapes of a dtype and head_dim.
 
 A NaN or infinity in an input makes the scales NaN, and so reaches the output instead of becoming a plausible number.
 """

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -183,8 +182,8 @@ class Contract:
     kernel: str
     device: Device
     operands: tuple[Operand, ...]
-    sizes: Mapping[str, Size] = field(default_factory=lambda: MappingProxyType({}))
-    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 class Described(NamedTuple):

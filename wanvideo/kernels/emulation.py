@@ -3,7 +3,7 @@
 Right rather than fast. Every other kernel of the same precision is compared with these, and a machine without one runs
 them. Memory stays bounded: the work goes over slices of heads and queries.
 
-* `nvfp4_attention`: SageAttention3 (arXiv 2505.11594): Q, K, P and V in NVFP4, K smoothed, Q centred per block.
+* `nvfp4_attention`: SageAttention3 (arXiv 2505.11594): Q, K, P and V in NVFP4, K smoothed, Q centered per block.
 * `int8_fp8_attention`: SageAttention2 (arXiv 2411.10958): Q and K in int8, P and V in e4m3, K smoothed.
 """
 
@@ -90,15 +90,15 @@ def nvfp4_attention(
 
     S = Q4 K4^T + mean(Q) K^T with Q4 and K4 in NVFP4 along the head dimension, of Q less the mean of its block of 128
     rows and of K less its mean over the keys (which softmax does not see). P is scaled per row to 448 * 6, the largest
-    NVFP4 value, before it is quantised along the keys, as is V. Beyond the paper every head of Q, K and V carries a
+    NVFP4 value, before it is quantized along the keys, as is V. Beyond the paper every head of Q, K and V carries a
     power-of-two outer scale, so that values of any size fit; it changes nothing for those that fit anyway.
 
     Args:
         q: [B, Lq, H, D]. k, v: [B, Lk, H, D].
         softmax_scale: None for D ** -0.5.
-        block_means: centre Q; False leaves Q as it is.
-        smooth_k: centre K.
-        two_level: scale P to the whole NVFP4 range; False quantises P in [0, 1] (the paper's ablation).
+        block_means: center Q; False leaves Q as it is.
+        smooth_k: center K.
+        two_level: scale P to the whole NVFP4 range; False quantizes P in [0, 1] (the paper's ablation).
 
     Returns:
         [B, Lq, H, D] contiguous, q's dtype.
@@ -146,7 +146,7 @@ def int8_fp8_attention(
     Args:
         q: [B, Lq, H, D]. k, v: [B, Lk, H, D].
         softmax_scale: None for D ** -0.5.
-        smooth_k: centre K.
+        smooth_k: center K.
 
     Returns:
         [B, Lq, H, D] contiguous, q's dtype.

@@ -79,7 +79,7 @@ def layout_violations(x: torch.Tensor, alignment: int = ALIGNMENT, max_extent: i
     """All the reasons why a 16-byte kernel cannot read `x` by its strides; empty when it can.
 
     Args:
-        x: any tensor. Only host data is read: no launch, no synchronisation.
+        x: any tensor. Only host data is read: no launch, no synchronization.
         alignment: bytes that the start address and every stepped stride must be a multiple of.
         max_extent: elements; the offset of the last element must be below it.
     """
@@ -130,7 +130,7 @@ def aligned_contiguous(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Ten
     """`x` itself when it is contiguous and starts at a multiple of `alignment` bytes, otherwise one fresh copy.
 
     Unlike `Tensor.contiguous`, this also repairs a contiguous view that starts at an odd storage offset.
-    Gradients flow through the copy. Never synchronises with the GPU.
+    Gradients flow through the copy. Never synchronizes with the GPU.
     """
     _count_call()
     if x.is_contiguous() and _start_address(x) % alignment == 0:

@@ -1,4 +1,4 @@
-"""Reference quantisers: what a low-precision kernel must produce, bit for bit, in plain torch.
+"""Reference quantizers: what a low-precision kernel must produce, bit for bit, in plain torch.
 
 NVFP4 is the format of Blackwell's FP4 tensor cores (NVIDIA, "Introducing NVFP4"): e2m1 values, one e4m3 scale per 16 of
 them, one float32 scale above. All divisions are IEEE divisions in float32 and all roundings are to nearest, ties to
@@ -44,7 +44,7 @@ _TINY = torch.finfo(torch.float32).tiny
 def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
     """The e2m1 value nearest to each element, ties to the even code, saturating at 6; float32, like `x` in shape.
 
-    NaN stays NaN: e2m1 has none, and a quantiser that turns it into a number hides a fault.
+    NaN stays NaN: e2m1 has none, and a quantizer that turns it into a number hides a fault.
     """
     x = x.float()
     size = x.abs()
@@ -112,7 +112,7 @@ def power_of_two_from(x: torch.Tensor) -> torch.Tensor:
 def nvfp4_tensor_scale(x: torch.Tensor, dims: tuple[int, ...], power_of_two: bool = True) -> torch.Tensor:
     """The outer scale that brings max|x| over `dims` (kept, size 1) to the largest NVFP4 value, 6 * 448.
 
-    As a power of two (rounded up) it only moves exponents: tensors of ordinary size quantise to the same e2m1 values
+    As a power of two (rounded up) it only moves exponents: tensors of ordinary size quantize to the same e2m1 values
     as without it, and large or small ones neither saturate nor vanish.
     """
     # A maximum of NaN is NaN: the scale, and with it the output, then says so.
@@ -124,7 +124,7 @@ def nvfp4_tensor_scale(x: torch.Tensor, dims: tuple[int, ...], power_of_two: boo
 
 
 def quantize_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | float = 1.0) -> NVFP4:
-    """Quantise the last dimension of `x` in blocks of 16, each scaled by e4m3(max|block| / 6 / tensor_scale).
+    """Quantize the last dimension of `x` in blocks of 16, each scaled by e4m3(max|block| / 6 / tensor_scale).
 
     Args:
         x: floating point [..., n]; padded with zeros to a multiple of 16.

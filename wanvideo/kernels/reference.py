@@ -1,4 +1,4 @@
-"""The reference of our elementwise and linear kernels: the same arguments and results in eager PyTorch.
+"""The reference of the elementwise and linear kernels: the same arguments and results in eager PyTorch.
 
 All compute in float32, round once to the dtype of their first argument, and write to none of their arguments. They run
 where a kernel cannot, in a compiled graph (which fuses them itself) and under autograd.

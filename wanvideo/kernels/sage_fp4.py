@@ -1,6 +1,6 @@
 """NVFP4 attention: the numerics of SageAttention3 (arXiv 2505.11594) on any NVIDIA GPU with bf16.
 
-Q less the mean of its block of 128 rows, K less its mean over the tokens, P and V are quantised to NVFP4: e2m1 values,
+Q less the mean of its block of 128 rows, K less its mean over the tokens, P and V are quantized to NVFP4: e2m1 values,
 one e4m3 scale per 16 of them, one power-of-two outer scale above. An e2m1 x e4m3 product is exact in bf16, so GPUs
 without FP4 tensor cores multiply exactly the same numbers in bf16: right, though no faster than bf16. GPUs with them
 (sm_100, sm_103, sm_120, sm_121) can multiply the packed values (`native`); that path is compiled in the tests, and the
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ._common import ATTENTION_DTYPES, MAX_RUNS, launch, opaque, runs_of, stride_unit, stride_units
+from ._common import MAX_RUNS, launch, opaque, runs_of, stride_unit, stride_units
 from .contract import Device, Size
 from .reference import scale_or_default
 
-__all__ = ["DTYPES", "HEAD_DIM", "run", "sage_fp4_attention"]
+__all__ = ["HEAD_DIM", "run", "sage_fp4_attention"]
 
-DTYPES = ATTENTION_DTYPES
 HEAD_DIM = Size("head_dim is {}", values=(64, 128))
 
 Q_BLOCK = 128
@@ -145,7 +144,7 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, native: bool = F
 
 
 def attend(operands: Operands, k: torch.Tensor, out: torch.Tensor, softmax_scale: float) -> None:
-    """Fill out [B, Lq, H, D]. k [B, Lk, H, D] is the caller's: mean(Q)·K is computed from it, unquantised."""
+    """Fill out [B, Lq, H, D]. k [B, Lk, H, D] is the caller's: mean(Q)·K is computed from it, unquantized."""
     from . import _sage_fp4_triton as triton_kernels
 
     batch, queries, heads, dim = out.shape

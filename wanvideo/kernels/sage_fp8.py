@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from ._common import (
-    ATTENTION_DTYPES,
     MAX_RUNS,
     launch,
     next_power_of_two,
@@ -30,9 +29,8 @@ from .contract import Size
 from .packages import triton_version
 from .reference import scale_or_default
 
-__all__ = ["DTYPES", "HEAD_DIM", "run", "sage_fp8_attention"]
+__all__ = ["HEAD_DIM", "run", "sage_fp8_attention"]
 
-DTYPES = ATTENTION_DTYPES
 HEAD_DIM = Size("head_dim is {}", values=(64, 96, 128))
 
 KEYS_PER_SCALE = 128

@@ -215,7 +215,7 @@ def elementwise_reasons(needs: Device, device: torch.device) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _elementwise_comparisons(device: torch.device) -> Iterator[Comparison]:
-    """Every kernel beside its eager form, on small random inputs of a generator of their own."""
+    """Every kernel and its eager form, on small random inputs of a generator of their own."""
     from . import fused, linear
 
     generator = torch.Generator(device).manual_seed(0)

@@ -43,10 +43,10 @@ def resample_features(
 
 
 def humo_audio_window(features: torch.Tensor, frame_num: int, first_frame: int = 0) -> tuple[torch.Tensor, int]:
-    """The eight feature rows that each latent frame of a window hears.
+    """The eight feature rows that each latent frame of a window attends to.
 
-    Latent frame 0 hears video frames f-2..f+2 behind three rows of zeros; latent frame l > 0, which stands for the
-    four video frames from f+4l-3 on, hears f+4l-5..f+4l+2. Rows outside the clip are zero.
+    Latent frame 0 attends to video frames f-2..f+2 behind three rows of zeros; latent frame l > 0, which stands for the
+    four video frames from f+4l-3 on, to f+4l-5..f+4l+2. Rows outside the clip are zero.
 
     Args:
         features: [F, blocks, channels], one row per video frame.
@@ -119,7 +119,7 @@ class WanHuMoCrossAttention(nn.Module):
     """Each latent frame attends to its own audio tokens; no rotary embedding, no gate.
 
     Args:
-        in_features: width C of the picture tokens.
+        in_features: width C of the image tokens.
         out_features: width of q, k, v and of the result.
         num_heads: heads; the head size is out_features / num_heads.
         kv_dim: width of the audio tokens; by default in_features.
@@ -179,7 +179,7 @@ class WanHuMoCrossAttention(nn.Module):
         batch, tokens, per_frame = int(x.shape[0]), int(x.shape[1]), height * width
         if tokens != frames * per_frame or context.shape[0] != batch or int(context.shape[1]) % frames:
             raise InputError(
-                f"picture tokens {tuple(x.shape)} and audio tokens {tuple(context.shape)} do not fit a grid of "
+                f"image tokens {tuple(x.shape)} and audio tokens {tuple(context.shape)} do not fit a grid of "
                 f"{frames}x{height}x{width}: give [B, {frames * per_frame}, C] and [B, {frames}*n, kv_dim]"
             )
 
@@ -229,8 +229,8 @@ class AudioCrossAttentionWrapper(nn.Module):
     ) -> torch.Tensor:
         """x [B, T*S, C] with audio [B, T*tokens, kv_dim] -> [B, T*S, C], contiguous. See `WanHuMoCrossAttention`."""
         x = aligned_contiguous(x)
-        heard = self.audio_cross_attn(self.norm1_audio(x), audio, grid_sizes, attention_mode=attention_mode)
-        return aligned_contiguous(torch.add(x, heard, alpha=humo_audio_scale))
+        attended = self.audio_cross_attn(self.norm1_audio(x), audio, grid_sizes, attention_mode=attention_mode)
+        return aligned_contiguous(torch.add(x, attended, alpha=humo_audio_scale))
 
 
 def _single_grid(grid_sizes: torch.Tensor | Grid) -> Grid:

@@ -1,6 +1,6 @@
 """The diffusion transformer of Wan2.1 (arXiv 2503.20314), with InfiniteTalk's or HuMo's audio layers when it has them.
 
-    latents -> tokens -> blocks (self attention, text and picture attention, audio attention, FFN) -> velocity
+    latents -> tokens -> blocks (self attention, text and image attention, audio attention, FFN) -> velocity
 
 B is the batch, T x H x W the grid of tokens (T latent frames, H = h/2 rows, W = w/2 columns), L = T*H*W, C = `dim`.
 Module names are the keys of the public checkpoints. The grid is a tuple of Python ints from the patch embedding on, and
@@ -87,7 +87,7 @@ class WanConfig:
     """Shapes of one model; the defaults are those of 14B I2V without audio.
 
     Attributes:
-        model_type: "t2v", or "i2v", which also attends to CLIP tokens of a picture.
+        model_type: "t2v", or "i2v", which also attends to CLIP tokens of an image.
         patch_size: latent frames, rows, columns per token.
         text_len: text tokens; shorter prompts are padded with zeros, which are attended.
         in_dim: channels of latents and condition together. out_dim: channels of the velocity.
@@ -133,7 +133,7 @@ class WanConfig:
         models have.
 
         Raises:
-            InputError: a field that this model does not know, or cannot honour.
+            InputError: a field that this model does not know, or cannot honor.
         """
         fields = dict(fields)
         for always in ("qk_norm", "cross_attn_norm", "norm_input_visual"):
@@ -301,10 +301,10 @@ class WanBlock(nn.Module):
         x = x + self.cross_attn(self.norm3(x), given.text, given.clip, text_mode=modes.text, image_mode=modes.image)
 
         if given.audio is not None:
-            heard = self.audio_cross_attn(
+            speech = self.audio_cross_attn(
                 self.norm_x(x), given.audio, given.grid, reference_map, given.speakers, attention_mode=modes.audio
             )
-            x = torch.add(x, heard, alpha=given.audio_scale)
+            x = torch.add(x, speech, alpha=given.audio_scale)
         if given.humo_audio is not None:
             x = self.audio_cross_attn_wrapper(
                 x, given.humo_audio, given.grid, given.humo_audio_scale, attention_mode=modes.audio
@@ -386,11 +386,11 @@ def timestep_sinusoid(t: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 class WanModel(nn.Module):
-    """The velocity of noisy latents, given text, picture and speech.
+    """The velocity of noisy latents, given text, image and speech.
 
     Args:
         config: shapes; or give the fields of `WanConfig.from_public` as keywords instead.
-        attention_mode: a mode of `attention`, of which low precision serves self attention only; or a function of
+        attention_mode: a mode of `attention`, of which low precision is for self attention only; or a function of
             (block index, role) -> mode, role being "self", "text", "image" or "audio". `forward` may override it.
     """
 
@@ -422,7 +422,7 @@ class WanModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in: the dtype of the patch embedding, which is never quantised."""
+        """What activations are computed in: the dtype of the patch embedding, which is never quantized."""
         return self.patch_embedding.weight.dtype
 
     def forward(
@@ -453,7 +453,7 @@ class WanModel(nn.Module):
                 latent frame's worth less, see `SingleStreamAttention.forward`. None leaves the audio layers out,
                 which is not the same as zeros.
             ref_target_masks: [speakers+1, any rows, any columns], above 0 inside an area; the background last. Without
-                them several speakers are heard everywhere alike. Not read for one speaker.
+                them several speakers are attended to everywhere alike. Not read for one speaker.
             audio_scale: factor on what InfiniteTalk's audio layers add.
             attention_mode: instead of the model's.
             humo_audio: windows of whisper features [T, 8, blocks, channels] or [B, T, 8, blocks, channels].

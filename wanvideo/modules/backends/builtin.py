@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ...kernels import sage_fp4, sage_fp8
-from ...kernels._common import TRITON
+from ...kernels._common import ATTENTION_DTYPES, TRITON
 from ...kernels.emulation import int8_fp8_attention, nvfp4_attention
 from ...kernels.inputs import Inputs
 from ...kernels.selftest import native_fp4_reasons
@@ -31,7 +31,7 @@ def run_fp4(inputs: Inputs) -> torch.Tensor:
 # Both take strides in units of 16 bytes, so that one compiled kernel with wide loads covers every length and layout.
 TRITON_FP8 = Backend(
     "triton_fp8",
-    Contract(dtypes=sage_fp8.DTYPES, head_dim=sage_fp8.HEAD_DIM, device=TRITON),
+    Contract(dtypes=ATTENTION_DTYPES, head_dim=sage_fp8.HEAD_DIM, device=TRITON),
     run_fp8,
     EIGHT_BIT,
     note="this project's int8/fp8 kernel",

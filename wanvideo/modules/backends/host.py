@@ -1,4 +1,4 @@
-"""ComfyUI's own choice of attention, when ComfyUI is what runs us.
+"""ComfyUI's own choice of attention, when it runs in this process.
 
 Nothing of ComfyUI is imported: it has loaded its attention module long before a model runs, or it is not the host.
 """

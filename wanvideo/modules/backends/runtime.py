@@ -20,7 +20,7 @@ from ...kernels.selftest import SELF_TESTS, SelfTests, Verdict, device_reasons, 
 from . import builtin, flash, host, sage, sdpa
 from .contract import Backend, not_supported_reasons
 
-__all__ = ["BACKENDS", "RUNTIME", "Runtime", "package_reasons", "test_in_child"]
+__all__ = ["BACKENDS", "RUNTIME", "Runtime", "package_reasons", "self_test"]
 
 logger = logging.getLogger(__name__)
 
@@ -145,19 +145,14 @@ class Runtime:
 
     def chosen(self, call: Hashable, choose: Callable[[], str]) -> str:
         """What `choose` gave for calls of this kind at the first one."""
-        name = self._chosen.get(call)
-        if name is None:
-            with self._lock:
-                if call not in self._chosen:
-                    self._chosen[call] = choose()
-                name = self._chosen[call]
-        return name
+        with self._lock:
+            if call not in self._chosen:
+                self._chosen[call] = choose()
+            return self._chosen[call]
 
     def first_time(self, said: tuple[str, str], announced: set[tuple[str, str]] | None = None) -> bool:
         """Whether this was not said before: in a generation that holds `announced`, or outside of any."""
         announced = self.announced if announced is None else announced
-        if said in announced:
-            return False
         with self._lock:
             new = said not in announced
             announced.add(said)
@@ -172,14 +167,14 @@ def package_reasons(backend: Backend, device: torch.device) -> list[str]:
     package = backend.contract.package
     if package is None or switched_off():
         return []
-    result = kept_verdict(backend.name, package, device, lambda: test_in_child(backend, device))
+    result = kept_verdict(backend.name, package, device, lambda: self_test(backend, device))
     if result.ok:
         return []
     logger.warning("%s is not used: %s", backend.name, result.reason)
     return [f"it failed its self-test: {result.reason}"]
 
 
-def test_in_child(backend: Backend, device: torch.device, **options: float) -> Verdict:
+def self_test(backend: Backend, device: torch.device, **options: float) -> Verdict:
     """Test a backend in a child process, now. `options` are those of `in_child`."""
     module = "wanvideo.modules.backends.selftest"  # by name: it needs this module
     return in_child(backend.name, module, "child", backend.name, str(device), _plugin(backend), **options)
