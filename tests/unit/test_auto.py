@@ -1,7 +1,6 @@
 """Mode "auto": what it measures and what it takes."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from wanvideo_infinitetalk.wanvideo.modules import attention as modes
 from wanvideo_infinitetalk.wanvideo.modules import auto
 from wanvideo_infinitetalk.wanvideo.modules.auto import MAX_RELATIVE_L2, Measurement, fastest
 from wanvideo_infinitetalk.wanvideo.modules.backends import RUNTIME
+from wanvideo_infinitetalk.wanvideo.runtime import timing
 from wanvideo_infinitetalk.wanvideo.runtime.timing import MOST, milliseconds
 
 
@@ -28,16 +28,25 @@ def test_nothing_accurate_leaves_sdpa():
     assert fastest([Measurement("triton_fp4", 20.0, 1.0)]) == "sdpa"
 
 
-def test_short_calls_are_timed_in_a_row_and_long_ones_once():
-    calls = []
-    spent = milliseconds(lambda: calls.append(time.sleep(0.002)), torch.device("cpu"), lasting=10.0)
-    assert spent >= 2.0
-    assert 3 <= len(calls) <= 6
+def test_short_calls_are_timed_in_a_row_and_long_ones_once(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def lasting(seconds):
+        def call():
+            calls.append(seconds)
+            clock[0] += seconds
+
+        return call
+
+    cpu = torch.device("cpu")
+    assert milliseconds(lasting(0.002), cpu, lasting=10.0) == pytest.approx(2.0)
+    assert len(calls) == 1 + 5
     calls.clear()
-    milliseconds(lambda: calls.append(time.sleep(0.02)), torch.device("cpu"), lasting=10.0)
+    assert milliseconds(lasting(0.02), cpu, lasting=10.0) == pytest.approx(20.0)
     assert len(calls) == 1
     calls.clear()
-    milliseconds(lambda: calls.append(None), torch.device("cpu"))
+    milliseconds(lasting(0.0), cpu)
     assert len(calls) == 1 + MOST
 
 
