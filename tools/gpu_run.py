@@ -106,7 +106,7 @@ def _steps() -> dict[str, Step]:
         _benchmark("block_swap", "--rounds", "3", seconds=80, limit=300),
         Step(
             "doctor",
-            ("-m", "wanvideo_infinitetalk.cli.parser", "doctor", "--report", "{out}/doctor.json"),
+            ("-m", "wanvideo_infinitetalk.cli", "doctor", "--report", "{out}/doctor.json"),
             40,
             200,
         ),
