@@ -362,7 +362,7 @@ def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
         ({"max_frames": 0}, "0 frames"),
         ({"attention_mode": "sageattn9"}, "no attention mode 'sageattn9'"),
         ({"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
-        ({"attention_mode": "flash_attn_3"}, "cannot serve this call"),
+        ({"attention_mode": "flash_attn_3"}, "does not support this call"),
         ({"device": "toaster"}, "no device 'toaster'"),
         ({"device": "meta"}, "not supported"),
         ({"blocks_to_swap": -1}, "-1 blocks"),
