@@ -413,7 +413,7 @@ def test_an_unknown_backend_is_named() -> None:
 
 def test_the_document_names_every_mode_and_backend_in_order() -> None:
     text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
-    modes, ladder = text.split("## Contracts")[0].split("**The ladder.**")
+    modes, fallbacks = text.split("## Contracts")[0].split("**Fallbacks.**")
     rows = {line.split("|")[1].split("`")[1]: line for line in modes.splitlines() if line.startswith("| `")}
     for mode, names in door.MODE_BACKENDS.items():
         assert re.findall(r"`(\w+)`", rows[mode].split("|")[3])[: len(names)] == list(names), mode
@@ -423,7 +423,7 @@ def test_the_document_names_every_mode_and_backend_in_order() -> None:
             assert backend.contract.package in text
     named = re.compile(r"`(\w+)`")
     documented = {}
-    for line in ladder.splitlines():
+    for line in fallbacks.splitlines():
         if line.startswith("| `"):
             _, struck, after, _ = line.split("|")
             documented.update(dict.fromkeys(named.findall(struck), after))
