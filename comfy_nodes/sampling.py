@@ -29,7 +29,7 @@ from . import comfyui
 from .models import VideoModel
 from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # What to choose in place of public schedulers that we do not run.
 INSTEAD = {
@@ -110,7 +110,7 @@ def sample(
             result = _long_video(model, what, settings, text, speech, start)
         else:
             result = _one_window(model, what, settings, text, speech, start)
-    log.info(
+    logger.info(
         "%s: attention %s (policy %s) by %s, linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
         model.name,
         model.attention_mode,
