@@ -31,9 +31,12 @@ FLAGS = [
 ]
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", workflows.ROOT / "out"))
 
-# Every node on the canvas: its id and type, whether the page knows it, and its widgets by name.
+RUN = 'button[data-testid="queue-button"], [data-testid="queue-button"] button'
+"""The Run button: the marked element itself in newer pages, inside of it before."""
+
+# Every node on the canvas: its id (a string in newer pages) and type, whether the page knows it, its widgets by name.
 NODES = """() => app.graph.nodes.map(n => ({
-    id: n.id, type: n.type, known: n.type in LiteGraph.registered_node_types,
+    id: Number(n.id), type: n.type, known: n.type in LiteGraph.registered_node_types,
     module: (LiteGraph.registered_node_types[n.type]?.nodeData || {}).python_module || '',
     widgets: Object.fromEntries((n.widgets || []).map(w => [w.name, w.value])) }))"""
 
@@ -176,7 +179,7 @@ def test_the_run_button_makes_a_video(server: Server, page: Any, tmp_path: Path)
     )
     page.evaluate(LISTEN)
     with page.expect_response(lambda r: r.url.endswith("/prompt") and r.request.method == "POST") as queued:
-        page.locator('[data-testid="queue-button"] button').first.click()
+        page.locator(RUN).first.click()
     answer = queued.value.json()
     assert not answer["node_errors"]
     page.wait_for_function(
@@ -212,10 +215,14 @@ def test_an_error_is_shown_on_its_node(server: Server, page: Any) -> None:
             loader = node["id"]
     open_workflow(page, content, "wrong.json")
     page.evaluate(LISTEN)
-    page.locator('[data-testid="queue-button"] button').first.click()
+    page.locator(RUN).first.click()
     page.wait_for_function("() => window.seen.execution_error", timeout=120_000)
     failure = page.evaluate("() => window.failure")
     assert int(failure["node_id"]) == loader
     assert re.search("choose sageattn_3_fp8", failure["exception_message"])
     page.wait_for_timeout(1000)
+    details = page.get_by_text("View details", exact=True)  # newer pages say which node failed, and why on request
+    if details.count():
+        details.first.click()
+        page.wait_for_timeout(1000)
     assert "choose sageattn_3_fp8" in page.locator("body").inner_text()
