@@ -1,1 +1,1 @@
-"""InfiniteTalk: audio features, audio cross-attention, windows and the generation loop."""
+"""InfiniteTalk's and MultiTalk's audio layers, and the speech features that they read."""

@@ -1,1 +1,1 @@
-"""Wan2.1: the diffusion transformer, its text, picture and video codecs, schedulers and checkpoint files."""
+"""Wan2.1: the diffusion transformer with its kernels and linear layers, its encoders, and their checkpoint files."""

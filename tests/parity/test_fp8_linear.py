@@ -57,7 +57,7 @@ def test_the_fast_matmul_errs_less_than_the_static_scale(golden):
 
 
 def test_within_the_clamp_both_agree(golden):
-    """Rows that the static scale does not clamp: the two quantise the same numbers, only at other scales."""
+    """Rows that the static scale does not clamp: the two quantize the same numbers, only at other scales."""
     item = golden("fp8_linear")
     for form, base, scaling, expected in cases(item):
         x = source(item, base)

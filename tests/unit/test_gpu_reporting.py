@@ -130,16 +130,16 @@ def test_block_swap_changes_no_latents(reports: dict[str, dict]) -> None:
     assert weights[2] < weights[0]
 
 
-def test_linears_are_measured_in_every_quantisation(reports: dict[str, dict]) -> None:
-    *layers, quantising, scaling = reports["linear"]["tables"]
+def test_linears_are_measured_in_every_quantization(reports: dict[str, dict]) -> None:
+    *layers, quantizing, scaling = reports["linear"]["tables"]
     assert len(layers) == 3
     for table in layers:
         errors = {row["linear"]: row["relative L2"] for row in table["rows"]}
         assert errors["bf16"] < 0.003 < errors["fp8_e4m3fn"] < errors["fp8_e5m2"] < errors["fp4_scaled"] < 0.2
         assert all(row["in a row"] > 0 for row in table["rows"])
-    assert quantising["title"].startswith("input to e4m3")
+    assert quantizing["title"].startswith("input to e4m3")
     assert scaling["title"].startswith("scales to product")
-    assert [row["form"] for table in (quantising, scaling) for row in table["rows"]] == ["eager", "eager"]
+    assert [row["form"] for table in (quantizing, scaling) for row in table["rows"]] == ["eager", "eager"]
 
 
 def test_elementwise_groups_are_measured_and_a_block_with_them(reports: dict[str, dict]) -> None:

@@ -32,7 +32,7 @@ def difference(made: Made, reference: Made) -> float:
     assert torch.isfinite(made.latents).all()
     assert made.frames.shape == (FRAMES, 96, 96, 3)
     assert torch.isfinite(made.frames).all()
-    assert float(made.frames.std()) > 0.05  # neither black nor grey
+    assert float(made.frames.std()) > 0.05  # neither black nor gray
     assert made.guards.calls > 0
     assert made.guards.copies == 0
     return relative_l2(made.latents, reference.latents)

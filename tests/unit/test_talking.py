@@ -40,7 +40,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> float:
     return followed(tmp_path_factory.mktemp("exact"), "sdpa")
 
 
-def test_a_right_mode_on_quantised_weights_keeps_the_mouth(exact: float, tmp_path: Path) -> None:
+def test_a_right_mode_on_quantized_weights_keeps_the_mouth(exact: float, tmp_path: Path) -> None:
     assert exact > 0.9
     mode, quantization = "sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"
     assert exact - followed(tmp_path, mode, quantization) <= allowed_loss(mode, quantization)

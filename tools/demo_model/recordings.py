@@ -99,7 +99,7 @@ def _recording(rng: np.random.Generator) -> Wave:
     else:
         wave = _speech(rng, total)
         if rng.random() < 0.7:
-            wave = _coloured(rng, wave)
+            wave = _colored(rng, wave)
         if rng.random() < 0.5:
             wave = _in_a_room(rng, wave)
         if rng.random() < 0.5:
@@ -162,7 +162,7 @@ def _pulses(rng: np.random.Generator, length: int) -> Wave:
     return ((mix * buzz + (1 - mix) * _noise(rng, length)) * 10 ** (loud / 20)).astype(np.float32)
 
 
-def _coloured(rng: np.random.Generator, wave: Wave) -> Wave:
+def _colored(rng: np.random.Generator, wave: Wave) -> Wave:
     """A random smooth equaliser, within 9 dB: microphones and rooms differ."""
     hertz = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
     knots = np.log([60, 200, 500, 1200, 2500, 5000, 8000])

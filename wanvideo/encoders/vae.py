@@ -398,7 +398,7 @@ def _empty_cache(module: nn.Module) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class _Tile:
-    """A rectangle of latent positions, and how many of its first and last rows and columns its neighbours share."""
+    """A rectangle of latent positions, and how many of its first and last rows and columns its neighbors share."""
 
     top: int
     bottom: int
