@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
 from wanvideo_infinitetalk.wanvideo.kernels import selftest
+from wanvideo_infinitetalk.wanvideo.kernels.packages import installed_version
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
@@ -170,12 +170,8 @@ def environment(device: torch.device) -> dict[str, str]:
     """GPU, driver and versions, as strings."""
     facts = {"date": dt.date.today().isoformat(), "system": platform.platform()}
     facts |= selftest.environment(None, device)
-    for package in PACKAGES:
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return facts
+    versions = {package: installed_version(package) for package in PACKAGES}
+    return facts | {package: version for package, version in versions.items() if version is not None}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

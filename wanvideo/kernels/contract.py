@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from . import packages
-from .layout import ALIGNMENT, MAX_EXTENT, layout_violations
 
 __all__ = [
     "Contract",
@@ -31,7 +30,6 @@ __all__ = [
     "device_reasons",
     "dtype_reasons",
     "is_expanded",
-    "layout_reasons",
     "reasons",
 ]
 
@@ -284,20 +282,6 @@ def _plain(value: Any) -> str:
 def dtype_reasons(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]) -> list[str]:
     """Why a dtype is not supported; empty when it is."""
     return [] if dtype in supported else [f"{name} is {_plain(dtype)}, it supports {', '.join(map(_plain, supported))}"]
-
-
-def layout_reasons(
-    x: torch.Tensor, layout: Layout, alignment: int = ALIGNMENT, max_extent: int = MAX_EXTENT, expanded: bool = True
-) -> list[str]:
-    """What one copy would repair: address, strides, extent, and where not `expanded` a stride of 0."""
-    if layout == "any":
-        return []
-    found = layout_violations(x, alignment, max_extent)
-    if layout == "aligned_contiguous" and not x.is_contiguous():
-        found.append("it is not contiguous")
-    if not expanded and is_expanded(x):
-        found.append("it is expanded with a stride of 0")
-    return found
 
 
 def is_expanded(x: torch.Tensor) -> bool:

@@ -268,11 +268,6 @@ class Offloader:
     # --- what is where -------------------------------------------------------------------------------------------
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of all weights."""
-        return num_bytes(tensors_of(self.model))
-
-    @property
     def device_bytes(self) -> int:
         """Bytes on the device when loaded: resident weights and the slots of swapped ones."""
         return num_bytes(self._resident()) + self._swapper.slot_bytes

@@ -160,11 +160,6 @@ def delta_s_bytes(batch: int, heads: int, queries: int, keys: int) -> int:
     return 4 * batch * heads * -(-queries // SAGE3_QUERY_BLOCK) * keys
 
 
-def _workspace(batch: int, heads: int, queries: int, keys: int) -> int:
-    one_block = delta_s_bytes(batch, heads, 1, keys)
-    return min(delta_s_bytes(batch, heads, queries, keys), max(DELTA_S_BUDGET, one_block))
-
-
 def _rows_within_budget(q: torch.Tensor, keys: int) -> int:
     """How many queries of q [B, H, Lq, D] one call may take: whole blocks, at least one."""
     batch, heads, queries, _ = q.shape
@@ -202,7 +197,6 @@ SAGE3_CONTRACT = Contract(
     head_dim=head_dims(64, 128),
     scales="power_of_two",  # it ignores any scale given to it
     writes_to_k=True,
-    workspace=_workspace,
     device=Device(
         capabilities=((12, 0), (12, 1)), package=Package("sageattn3", ">=1.0,<2", "sageattn3", ("sageattn3_blackwell",))
     ),
