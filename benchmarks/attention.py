@@ -24,7 +24,7 @@ from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
 from wanvideo_infinitetalk.wanvideo.kernels.selftest import native_fp4_reasons
 
-from .common import Report, choose_device, interleaved, parser, ratio
+from .common import Report, begin, interleaved, parser, ratio
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -204,10 +204,10 @@ def accuracy(report: Report, length: int, heads: int) -> None:
         else:
             q, k, v = inputs(1, length, length, heads, report.device, outliers=kind == "outlier channels")
         found = {name: errors(attend(q, k, v), q, k, v) for name, attend in {**kernels, **PLAIN}.items()}
-        for name, (cosine, l1, l2) in found.items():
-            rows.append(
-                {"inputs": kind, "kernel": name, "cosine": round(cosine, 6), "relative L1": l1, "relative L2": l2}
-            )
+        rows += [
+            {"inputs": kind, "kernel": name, "cosine": round(cosine, 6), "relative L1": l1, "relative L2": l2}
+            for name, (cosine, l1, l2) in found.items()
+        ]
         for name in kernels:
             twin = TWINS[name]
             report.goal(f"relative L2 of {name} over {twin}, {kind}", found[name][2] / found[twin][2], NO_WORSE)
@@ -219,11 +219,8 @@ def accuracy(report: Report, length: int, heads: int) -> None:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7, help="of timing (%(default)s)")
-    arguments = options.parse_args()
-    small = arguments.small
-    report = Report("attention", "Attention kernels", choose_device(small), small)
+    report, arguments = begin(parser(__doc__, rounds=7), "attention", "Attention kernels")
+    small = report.small
     torch.manual_seed(0)
     heads = 2 if small else HEADS
     with torch.inference_mode():

@@ -32,7 +32,7 @@ from .common import (
     SMALL,
     SMALL_GRID,
     Report,
-    choose_device,
+    begin,
     interleaved,
     parser,
     ratio,
@@ -144,9 +144,8 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
         with only_eager():
             expected = run().float()
         moved = float((run().float() - expected).norm() / expected.norm())
-        both = dict.fromkeys(within, run)
         times = interleaved(
-            both,
+            dict.fromkeys(within, run),
             rounds,
             report.device,
             warmup=3,
@@ -167,11 +166,8 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=20, help="of timing (%(default)s)")
-    arguments = options.parse_args()
-    small = arguments.small
-    report = Report("fused", "Elementwise groups", choose_device(small), small)
+    report, arguments = begin(parser(__doc__, rounds=20), "fused", "Elementwise groups")
+    small = report.small
     torch.manual_seed(0)
     with torch.inference_mode():
         grid, heads, head_dim = (

@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import fp8_optimization
-from ..fp8_optimization import QUANTIZATIONS, fp8_matmul_reasons, quantize_linears
+from ..fp8_optimization import QUANTIZATIONS, Quantization, fp8_matmul_reasons, quantize_linear
 from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.kernels.packages import first_line, installed_version
 from ..wanvideo.kernels.selftest import environment
@@ -180,17 +177,6 @@ def _how(quantization: str, features: int, device: torch.device) -> str:
     return "8-bit matmul" if device.type == "cuda" else "8-bit matmul, its numbers computed in float32"
 
 
-@contextlib.contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Leave out what is worth a line when a model is loaded, not when a table is made."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _examine_linears(device: torch.device, rows: int, features: int) -> list[LinearRow]:
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -204,14 +190,11 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
     for quantization in QUANTIZATIONS:
         linear = nn.Linear(features, features, device=device, dtype=torch.bfloat16).requires_grad_(False)
         linear.load_state_dict(reference.state_dict())
-        model = nn.ModuleDict({"blocks": nn.ModuleList([linear])})
         how = _how(quantization, features, device)
         try:
-            with _quiet(fp8_optimization.logger):
-                quantize_linears(model, quantization, torch.bfloat16)
-            layer = model["blocks"][0]  # type: ignore[index]
-            error = _errors(layer(x), expected)[1]
-            _, speedup = _in_turns(functools.partial(layer, x), plain, device)
+            quantize_linear(linear, Quantization.parse(quantization), torch.bfloat16)
+            error = relative_l2(linear(x), expected)
+            _, speedup = _in_turns(functools.partial(linear, x), plain, device)
             found.append(LinearRow(quantization, how, error, speedup))
         except InfiniteTalkError as failure:
             found.append(LinearRow(quantization, str(failure), None, None, supported=False))

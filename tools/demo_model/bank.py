@@ -108,7 +108,7 @@ class Bank:
             width = torch.where(first[:, None], ramp * width + (1 - ramp) * 0.5, width)
             still = random_motion(opening, width, generator, still_start=True)
             moving = random_motion(opening, width, generator)
-            both = zip(_values(still), _values(moving), strict=True)
+            both = zip(vars(still).values(), vars(moving).values(), strict=True)
             motion = Motion(*(torch.where(first[:, None], a, b) for a, b in both))
             faces.append(random_faces(count, generator, middle))
             motions.append(motion)
@@ -169,10 +169,6 @@ def renew(clips: Clips, fresh: Clips, at: int) -> None:
     count = fresh.x.shape[0]
     for old, new in zip(clips.fields(), fresh.fields(), strict=True):
         old[at : at + count] = new
-
-
-def _values(motion: Motion) -> list[Tensor]:
-    return [*vars(motion).values()]
 
 
 def _weights(boxes: Tensor, width: int) -> Tensor:

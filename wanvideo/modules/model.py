@@ -188,8 +188,8 @@ class BlockModes(NamedTuple):
 # ------------------------------------------------------------------------------------------------ the block
 
 
-class WanSelfAttention(nn.Module):
-    """Attention of all tokens to all tokens, with RMS norm of q and k over all channels and 3-D rotary embedding."""
+class _Projections(nn.Module):
+    """The layers that self and cross attention have in common, with RMS norm of q and k over all channels."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -200,6 +200,13 @@ class WanSelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # [B, N, C] -> [B, N, H, D]
+
+
+class WanSelfAttention(_Projections):
+    """Attention of all tokens to all tokens, with 3-D rotary embedding of q and k."""
 
     def forward(
         self,
@@ -214,7 +221,7 @@ class WanSelfAttention(nn.Module):
         q, k = qk_norm_rope(
             self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.norm_q.eps
         )  # [B, L, H, D] each
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        v = self._heads(self.v(x))
         reference_map = None
         if speaker_masks is not None:
             reference_map = get_attn_map_with_target(q, k, grid, speaker_masks)
@@ -222,18 +229,11 @@ class WanSelfAttention(nn.Module):
         return self.o(out.flatten(2)), reference_map
 
 
-class WanCrossAttention(nn.Module):
+class WanCrossAttention(_Projections):
     """Attention to the text, and in I2V models to CLIP tokens with keys of their own; the two results are added."""
 
     def __init__(self, dim: int, num_heads: int, eps: float, with_image: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
+        super().__init__(dim, num_heads, eps)
         if with_image:
             self.k_img = nn.Linear(dim, dim)
             self.v_img = nn.Linear(dim, dim)
@@ -256,9 +256,6 @@ class WanCrossAttention(nn.Module):
             k, v = self._heads(self.norm_k_img(self.k_img(clip))), self._heads(self.v_img(clip))
             out = out + attention(q, k, v, attention_mode=image_mode)
         return self.o(out.flatten(2))
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # [B, N, C] -> [B, N, H, D]
 
 
 class WanBlock(nn.Module):
