@@ -24,7 +24,7 @@ from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
 from wanvideo_infinitetalk.wanvideo.kernels.selftest import native_fp4_reasons
 
-from .common import Report, begin, interleaved, parser, ratio
+from .common import Report, begin, interleaved, parser, ratio, usable
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,8 +32,11 @@ LENGTHS = (32_760, 8_192, 2_048)
 """Tokens of self-attention: 81 frames of 480 x 832, and shorter ones."""
 
 HEADS, HEAD_DIM = 40, 128
-SHORT_KEYS = {"audio, 32 keys for each of 21 frames": (21, 1560, 32), "text, 512 keys": (1, 32_760, 512)}
-SHORT_KEYS["image, 257 keys"] = (1, 32_760, 257)
+SHORT_KEYS = {
+    "audio, 32 keys for each of 21 frames": (21, 1560, 32),
+    "text, 512 keys": (1, 32_760, 512),
+    "image, 257 keys": (1, 32_760, 257),
+}
 """Batch, queries and keys of the cross attentions."""
 
 ROWS_OF_CALLS, LASTING = 4, 250.0
@@ -102,19 +105,6 @@ def contenders(device: torch.device) -> dict[str, Attend]:
     }
 
 
-def usable(report: Report, attends: dict[str, Attend], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
-    """Those that can compute this call; the others are named with the first line of what they say."""
-    found = {}
-    for name, attend in attends.items():
-        try:
-            attend(q, k, v)
-        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
-            print(f"not measured: {name} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
-        else:
-            found[name] = attend
-    return found
-
-
 def inputs(
     batch: int, queries: int, keys: int, heads: int, device: torch.device, outliers: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +151,7 @@ def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int,
     """One table; returns what the Triton 8-bit call takes over cuDNN's, alone and in a row."""
     batch, queries, keys = shape
     q, k, v = inputs(batch, queries, keys, heads, report.device)
-    attends = usable(report, contenders(report.device), q, k, v)
+    attends = usable(contenders(report.device), (q, k, v))
     times = interleaved({n: functools.partial(a, q, k, v) for n, a in attends.items()}, rounds, report.device, warmup=2)
     in_a_row = interleaved(
         {n: functools.partial(a, q, k, v) for n, a in attends.items()},

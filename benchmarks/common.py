@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
 from wanvideo_infinitetalk.wanvideo.kernels import selftest
-from wanvideo_infinitetalk.wanvideo.kernels.packages import installed_version
+from wanvideo_infinitetalk.wanvideo.kernels.packages import first_line, installed_version
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
@@ -40,6 +40,7 @@ __all__ = [
     "random_inputs",
     "random_model",
     "ratio",
+    "usable",
 ]
 
 PUBLIC_14B = WanConfig(audio=AudioConfig())
@@ -123,6 +124,21 @@ def random_inputs(config: WanConfig, grid: tuple[int, int, int], device: torch.d
 
 
 # --------------------------------------------------------------------------------------------------------------- timing
+
+
+def usable(
+    forms: Mapping[str, Callable[..., Any]], call: tuple[Any, ...], of: str = ""
+) -> dict[str, Callable[..., Any]]:
+    """Those that can compute this call; the others are named with the first line of what they say."""
+    found = {}
+    for name, form in forms.items():
+        try:
+            form(*call)
+        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
+            print(f"not measured: {name}{of} ({type(error).__name__}: {first_line(error)})")
+        else:
+            found[name] = form
+    return found
 
 
 def interleaved(

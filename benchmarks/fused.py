@@ -36,6 +36,7 @@ from .common import (
     interleaved,
     parser,
     ratio,
+    usable,
 )
 from .fused_cases import Call, calls, excess, only_eager, why_eager
 from .guard_cost import ONE_BLOCK, one_block
@@ -64,13 +65,7 @@ def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..
             found[TWO_STEPS] = _two_steps
         if group == "modulated_norm":
             found[ADALN] = _adaln
-    for name in list(found):
-        try:
-            found[name](*call)
-        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
-            print(f"not measured: {name} of {group} ({type(error).__name__}: {str(error).splitlines()[:1]})")
-            del found[name]
-    return found
+    return usable(found, call, f" of {group}")
 
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,8 @@ import functools
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -133,7 +134,6 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
     expected = run_backend("eager", q.float(), k.float(), v.float())
     sdpa = functools.partial(run_backend, "sdpa", q, k, v)
     sdpa()
-    measured: dict[str, KernelRow] = {}
 
     def measure(name: str) -> KernelRow:
         reasons = unavailable_reasons(name, device)
@@ -150,15 +150,11 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
         bound = lookup(name).bound[q.dtype]
         return KernelRow("", name, row.version, True, False, (), cosine, relative_l2, bound, spent, speedup)
 
+    measured = {name: measure(name) for name in dict.fromkeys(chain(*MODE_BACKENDS.values()))}
     rows = []
     for mode, names in MODE_BACKENDS.items():
-        first = True
-        for name in names:
-            if name not in measured:
-                measured[name] = measure(name)
-            found = measured[name]
-            rows.append(KernelRow(**(asdict(found) | {"mode": mode, "first": found.supported and first})))
-            first = first and not found.supported
+        first = next((name for name in names if measured[name].supported), None)
+        rows += [replace(measured[name], mode=mode, first=name == first) for name in names]
     return rows
 
 

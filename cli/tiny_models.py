@@ -47,6 +47,33 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # kernels of the seven convolutions of wav2vec2
 WAV2VEC_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 
+WAV2VEC_CONFIG = {
+    "architectures": ["Wav2Vec2Model"],
+    "model_type": "wav2vec2",
+    "hidden_size": AUDIO_DIM,
+    "num_hidden_layers": AUDIO_LAYERS,
+    "num_attention_heads": AUDIO_DIM // 64,
+    "intermediate_size": AUDIO_FFN,
+    "conv_dim": [AUDIO_CONV] * len(WAV2VEC_KERNELS),
+    "conv_kernel": list(WAV2VEC_KERNELS),
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False,
+    "num_feat_extract_layers": len(WAV2VEC_KERNELS),
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "feat_extract_norm": "group",
+    "do_stable_layer_norm": False,
+}
+
+WAV2VEC_PREPROCESSOR = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "feature_size": 1,
+    "sampling_rate": 16000,
+    "do_normalize": True,
+    "padding_value": 0,
+    "return_attention_mask": False,
+}
+
 
 @dataclass(frozen=True)
 class TinySet:
@@ -102,8 +129,8 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
         _save(tiny.text_encoder, text_encoder_weights())
         _save(tiny.wav2vec / "model.safetensors", speech)
         _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(speech).items()})
-        (tiny.wav2vec / "config.json").write_text(json.dumps(_wav2vec_config(), indent=2, sort_keys=True) + "\n")
-        (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(_wav2vec_preprocessor(), indent=2) + "\n")
+        (tiny.wav2vec / "config.json").write_text(json.dumps(WAV2VEC_CONFIG, indent=2, sort_keys=True) + "\n")
+        (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(WAV2VEC_PREPROCESSOR, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"The tiny checkpoints cannot be written to {folder}: {error.strerror or error}.") from error
     return tiny
@@ -343,37 +370,6 @@ def _old_weight_norm(state: State) -> State:
             "parametrizations.weight.original1", "weight_v"
         ): value
         for name, value in state.items()
-    }
-
-
-def _wav2vec_config() -> dict[str, object]:
-    return {
-        "architectures": ["Wav2Vec2Model"],
-        "model_type": "wav2vec2",
-        "hidden_size": AUDIO_DIM,
-        "num_hidden_layers": AUDIO_LAYERS,
-        "num_attention_heads": AUDIO_DIM // 64,
-        "intermediate_size": AUDIO_FFN,
-        "conv_dim": [AUDIO_CONV] * len(WAV2VEC_KERNELS),
-        "conv_kernel": list(WAV2VEC_KERNELS),
-        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
-        "conv_bias": False,
-        "num_feat_extract_layers": len(WAV2VEC_KERNELS),
-        "num_conv_pos_embeddings": 128,
-        "num_conv_pos_embedding_groups": 16,
-        "feat_extract_norm": "group",
-        "do_stable_layer_norm": False,
-    }
-
-
-def _wav2vec_preprocessor() -> dict[str, object]:
-    return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": 16000,
-        "do_normalize": True,
-        "padding_value": 0,
-        "return_attention_mask": False,
     }
 
 

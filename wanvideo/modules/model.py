@@ -28,7 +28,7 @@ from ...multitalk.multitalk import (
 from ..errors import InputError
 from ..kernels.rope import Grid, Rotation, RotationTables
 from .attention import AttentionMode, attention, resolve_mode
-from .elementwise import AffineNorm, GeluTanh, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
+from .elementwise import AffineNorm, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
 
 __all__ = [
@@ -269,7 +269,7 @@ class WanBlock(nn.Module):
         self.self_attn = WanSelfAttention(dim, heads, eps)
         self.norm3 = AffineNorm(dim, eps=eps)
         self.cross_attn = WanCrossAttention(dim, heads, eps, with_image=config.model_type == "i2v")
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), GeluTanh(), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         if config.audio is not None:
             self.norm_x = AffineNorm(dim, eps=eps)
             self.audio_cross_attn = SingleStreamMultiAttention(
@@ -403,7 +403,7 @@ class WanModel(nn.Module):
         dim = config.dim
 
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), GeluTanh(), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.model_type == "i2v":

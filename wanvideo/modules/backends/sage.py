@@ -5,6 +5,7 @@ What each needs comes from its public interface and issue tracker; the limits th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,12 +64,15 @@ def unit_range(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (v.float() / peak).to(v.dtype), peak
 
 
-def _times(out: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
-    return (out.float() * peak).to(out.dtype)
-
-
 def _arguments(inputs: Inputs) -> dict[str, Any]:
     return {"tensor_layout": "NHD", "is_causal": inputs.causal, "sm_scale": inputs.scale}
+
+
+def _in_unit_range(kernel: Callable[..., torch.Tensor], inputs: Inputs, **options: str) -> torch.Tensor:
+    """What a kernel that multiplies P and V in fp16 gives, by `unit_range`."""
+    small, peak = unit_range(inputs.v)
+    out = kernel(inputs.q, inputs.k, small, smooth_k=True, **options, **_arguments(inputs))
+    return (out.float() * peak).to(out.dtype)
 
 
 # --- SageAttention 1: Triton, int8 QK, fp16 PV -----------------------------------------------------------------------
@@ -76,10 +80,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 def run_sage1(inputs: Inputs) -> torch.Tensor:
     """`sageattention.sageattn` of 1.0.x. It subtracts the mean from the K it is given."""
-    sageattn = packages.load("sageattention").sageattn
-    small, peak = unit_range(inputs.v)
-    out = sageattn(inputs.q, inputs.k, small, smooth_k=True, **_arguments(inputs))
-    return _times(out, peak)
+    return _in_unit_range(packages.load("sageattention").sageattn, inputs)
 
 
 SAGE1 = Backend(
@@ -106,9 +107,7 @@ SAGE1 = Backend(
 def run_sage2_fp16(inputs: Inputs) -> torch.Tensor:
     """Ampere: int8 QK, fp16 PV with a float32 accumulator."""
     kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp16_cuda
-    small, peak = unit_range(inputs.v)
-    out = kernel(inputs.q, inputs.k, small, pv_accum_dtype="fp32", smooth_k=True, **_arguments(inputs))
-    return _times(out, peak)
+    return _in_unit_range(kernel, inputs, pv_accum_dtype="fp32")
 
 
 def run_sage2_fp8(inputs: Inputs, entry_point: str) -> torch.Tensor:
