@@ -10,6 +10,7 @@ which a GPU is faster. A kernel that cannot run here is named with its reason. R
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import statistics
@@ -61,9 +62,7 @@ TWINS = dict(zip((TRITON_FP8, TRITON_FP4), PLAIN, strict=True))
 
 def _sdpa(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    with sdpa_kernel(backend):
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 

@@ -174,11 +174,10 @@ def _how(quantization: str, features: int, device: torch.device) -> str:
 
 
 def _examine_linears(device: torch.device, rows: int, features: int) -> list[LinearRow]:
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    reference = nn.Linear(features, features).to(device, torch.bfloat16).requires_grad_(False)
-    x = torch.randn(rows, features).to(device, torch.bfloat16)
-    torch.random.set_rng_state(torch_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reference = nn.Linear(features, features).to(device, torch.bfloat16).requires_grad_(False)
+        x = torch.randn(rows, features).to(device, torch.bfloat16)
     expected = nn.functional.linear(x.float(), reference.weight.float(), reference.bias.float())
     plain = functools.partial(reference, x)
     plain()

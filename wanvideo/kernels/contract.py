@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -94,8 +94,7 @@ def device_reasons(needs: Device, device: torch.device) -> list[str]:
     if needs.triton and not found and (missing := packages.triton_import_reason()):
         found.append(missing)
     if needs.package is not None:
-        package = needs.package
-        found += packages.package_reasons(package.name, package.versions, package.module, package.entry_points)
+        found += packages.package_reasons(*astuple(needs.package))
     return found
 
 

@@ -182,9 +182,11 @@ def _triton_build_reasons(device: torch.device) -> tuple[str, ...]:
                 _probe_triton.store_one[1,](torch.empty(1, dtype=torch.int32, device=device))
             yield "a launch", None, None
 
-        advice = "install a C compiler (gcc) and the headers of this Python"
-        sentence = f"Triton cannot build a kernel here ({{}}); {advice}"
-        return _reasons_of(judge("Triton", launched(), lambda *_: ""), sentence, ".")
+        return _reasons_of(
+            judge("Triton", launched(), lambda *_: ""),
+            "Triton cannot build a kernel here ({}); install a C compiler (gcc) and the headers of this Python",
+            ".",
+        )
 
     return SELF_TESTS.reasons("triton build", device, ask)
 
