@@ -10,6 +10,7 @@ which a GPU is faster. A kernel that cannot run here is named with its reason. R
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import statistics
@@ -24,7 +25,7 @@ from wanvideo_infinitetalk.wanvideo.kernels import sage_fp4, sage_fp8
 from wanvideo_infinitetalk.wanvideo.kernels.emulation import int8_fp8_attention, nvfp4_attention
 from wanvideo_infinitetalk.wanvideo.kernels.selftest import native_fp4_reasons
 
-from .common import Report, choose_device, interleaved, parser, ratio
+from .common import Report, begin, interleaved, parser, ratio, usable
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,8 +33,11 @@ LENGTHS = (32_760, 8_192, 2_048)
 """Tokens of self-attention: 81 frames of 480 x 832, and shorter ones."""
 
 HEADS, HEAD_DIM = 40, 128
-SHORT_KEYS = {"audio, 32 keys for each of 21 frames": (21, 1560, 32), "text, 512 keys": (1, 32_760, 512)}
-SHORT_KEYS["image, 257 keys"] = (1, 32_760, 257)
+SHORT_KEYS = {
+    "audio, 32 keys for each of 21 frames": (21, 1560, 32),
+    "text, 512 keys": (1, 32_760, 512),
+    "image, 257 keys": (1, 32_760, 257),
+}
 """Batch, queries and keys of the cross attentions."""
 
 ROWS_OF_CALLS, LASTING = 4, 250.0
@@ -58,9 +62,7 @@ TWINS = dict(zip((TRITON_FP8, TRITON_FP4), PLAIN, strict=True))
 
 def _sdpa(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    with sdpa_kernel(backend):
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -100,19 +102,6 @@ def contenders(device: torch.device) -> dict[str, Attend]:
         "comfy-kitchen int8": _kitchen,
         "sageattention": _sageattention,
     }
-
-
-def usable(report: Report, attends: dict[str, Attend], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
-    """Those that can compute this call; the others are named with the first line of what they say."""
-    found = {}
-    for name, attend in attends.items():
-        try:
-            attend(q, k, v)
-        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
-            print(f"not measured: {name} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
-        else:
-            found[name] = attend
-    return found
 
 
 def inputs(
@@ -161,7 +150,7 @@ def compare(report: Report, title: str, shape: tuple[int, int, int], heads: int,
     """One table; returns what the Triton 8-bit call takes over cuDNN's, alone and in a row."""
     batch, queries, keys = shape
     q, k, v = inputs(batch, queries, keys, heads, report.device)
-    attends = usable(report, contenders(report.device), q, k, v)
+    attends = usable(contenders(report.device), (q, k, v))
     times = interleaved({n: functools.partial(a, q, k, v) for n, a in attends.items()}, rounds, report.device, warmup=2)
     in_a_row = interleaved(
         {n: functools.partial(a, q, k, v) for n, a in attends.items()},
@@ -204,10 +193,10 @@ def accuracy(report: Report, length: int, heads: int) -> None:
         else:
             q, k, v = inputs(1, length, length, heads, report.device, outliers=kind == "outlier channels")
         found = {name: errors(attend(q, k, v), q, k, v) for name, attend in {**kernels, **PLAIN}.items()}
-        for name, (cosine, l1, l2) in found.items():
-            rows.append(
-                {"inputs": kind, "kernel": name, "cosine": round(cosine, 6), "relative L1": l1, "relative L2": l2}
-            )
+        rows += [
+            {"inputs": kind, "kernel": name, "cosine": round(cosine, 6), "relative L1": l1, "relative L2": l2}
+            for name, (cosine, l1, l2) in found.items()
+        ]
         for name in kernels:
             twin = TWINS[name]
             report.goal(f"relative L2 of {name} over {twin}, {kind}", found[name][2] / found[twin][2], NO_WORSE)
@@ -219,11 +208,8 @@ def accuracy(report: Report, length: int, heads: int) -> None:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7, help="of timing (%(default)s)")
-    arguments = options.parse_args()
-    small = arguments.small
-    report = Report("attention", "Attention kernels", choose_device(small), small)
+    report, arguments = begin(parser(__doc__, rounds=7), "attention", "Attention kernels")
+    small = report.small
     torch.manual_seed(0)
     heads = 2 if small else HEADS
     with torch.inference_mode():

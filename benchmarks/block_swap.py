@@ -25,8 +25,7 @@ from .common import (
     PUBLIC_GRID,
     SMALL,
     SMALL_GRID,
-    Report,
-    choose_device,
+    begin,
     interleaved,
     parser,
     random_inputs,
@@ -88,14 +87,12 @@ def peak_bytes(one: Setting, device: torch.device) -> int:
 
 
 def main() -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, rounds=4)
     options.add_argument("--layers", type=int, help="of the model (40)")
-    options.add_argument("--rounds", type=int, default=4, help="timed steps of each setting (%(default)s)")
     options.add_argument("--attention-mode", default="sdpa", metavar="M", help="(%(default)s)")
-    arguments = options.parse_args()
-    small, mode = arguments.small, arguments.attention_mode
-    report = Report("block_swap", "Block swap", choose_device(small), small)
-    config, grid = (SMALL, SMALL_GRID) if small else (PUBLIC_14B, PUBLIC_GRID)
+    report, arguments = begin(options, "block_swap", "Block swap")
+    mode = arguments.attention_mode
+    config, grid = (SMALL, SMALL_GRID) if report.small else (PUBLIC_14B, PUBLIC_GRID)
     config = dataclasses.replace(config, num_layers=arguments.layers or config.num_layers)
 
     with torch.inference_mode():

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from wanvideo_infinitetalk.fp8_optimization import quantize_linears
 from wanvideo_infinitetalk.wanvideo.kernels import selftest
+from wanvideo_infinitetalk.wanvideo.kernels.packages import first_line, installed_version
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
@@ -31,6 +32,7 @@ __all__ = [
     "SMALL",
     "SMALL_GRID",
     "Report",
+    "begin",
     "choose_device",
     "environment",
     "interleaved",
@@ -38,6 +40,7 @@ __all__ = [
     "random_inputs",
     "random_model",
     "ratio",
+    "usable",
 ]
 
 PUBLIC_14B = WanConfig(audio=AudioConfig())
@@ -123,6 +126,21 @@ def random_inputs(config: WanConfig, grid: tuple[int, int, int], device: torch.d
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
+def usable(
+    forms: Mapping[str, Callable[..., Any]], call: tuple[Any, ...], of: str = ""
+) -> dict[str, Callable[..., Any]]:
+    """Those that can compute this call; the others are named with the first line of what they say."""
+    found = {}
+    for name, form in forms.items():
+        try:
+            form(*call)
+        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
+            print(f"not measured: {name}{of} ({type(error).__name__}: {first_line(error)})")
+        else:
+            found[name] = form
+    return found
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -170,19 +188,17 @@ def environment(device: torch.device) -> dict[str, str]:
     """GPU, driver and versions, as strings."""
     facts = {"date": dt.date.today().isoformat(), "system": platform.platform()}
     facts |= selftest.environment(None, device)
-    for package in PACKAGES:
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return facts
+    versions = {package: installed_version(package) for package in PACKAGES}
+    return facts | {package: version for package, version in versions.items() if version is not None}
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark: `--small`, `--json F`."""
+def parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark, `--small` and `--json F`; `--rounds` where it has a default."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--small", action="store_true", help="small sizes, to try the benchmark itself; on any machine")
     made.add_argument("--json", type=Path, metavar="F", help="write the figures there, for tools/cuda_results.py")
+    if rounds is not None:
+        made.add_argument("--rounds", type=int, default=rounds, help="of timing (%(default)s)")
     return made
 
 
@@ -231,13 +247,9 @@ class Report:
 
     def _command(self) -> str:
         """What was called, without the place that the figures go to."""
-        words = ["python -m", f"benchmarks.{self.benchmark}"]
-        previous = ""
-        for word in sys.argv[1:]:
-            if not (word.startswith("--json") or previous == "--json"):
-                words.append(word)
-            previous = word
-        return " ".join(words)
+        pairs = pairwise(["", *sys.argv[1:]])
+        words = [word for before, word in pairs if not (word.startswith("--json") or before == "--json")]
+        return " ".join(["python -m", f"benchmarks.{self.benchmark}", *words])
 
     def finish(self, path: Path | None) -> int:
         """Write the JSON file, and return the exit status: 1 when a goal was missed or something failed."""
@@ -254,6 +266,12 @@ class Report:
             }
             path.write_text(json.dumps(content, indent=1) + "\n")
         return int(bool(self.failures) or any(goal.met is False for goal in self.goals))
+
+
+def begin(options: argparse.ArgumentParser, benchmark: str, title: str) -> tuple[Report, argparse.Namespace]:
+    """Read the command line; the report that the benchmark fills, and the options."""
+    arguments = options.parse_args()
+    return Report(benchmark, title, choose_device(arguments.small), arguments.small), arguments
 
 
 def shown(value: object) -> str:

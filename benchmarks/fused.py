@@ -32,10 +32,11 @@ from .common import (
     SMALL,
     SMALL_GRID,
     Report,
-    choose_device,
+    begin,
     interleaved,
     parser,
     ratio,
+    usable,
 )
 from .fused_cases import Call, calls, excess, only_eager, why_eager
 from .guard_cost import ONE_BLOCK, one_block
@@ -64,13 +65,7 @@ def forms(group: str, call: Call, device: torch.device) -> dict[str, Callable[..
             found[TWO_STEPS] = _two_steps
         if group == "modulated_norm":
             found[ADALN] = _adaln
-    for name in list(found):
-        try:
-            found[name](*call)
-        except Exception as error:  # noqa: BLE001 - whatever a package raises is the answer that is reported
-            print(f"not measured: {name} of {group} ({type(error).__name__}: {str(error).splitlines()[:1]})")
-            del found[name]
-    return found
+    return usable(found, call, f" of {group}")
 
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -144,9 +139,8 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
         with only_eager():
             expected = run().float()
         moved = float((run().float() - expected).norm() / expected.norm())
-        both = dict.fromkeys(within, run)
         times = interleaved(
-            both,
+            dict.fromkeys(within, run),
             rounds,
             report.device,
             warmup=3,
@@ -167,11 +161,8 @@ def whole_block(report: Report, small: bool, rounds: int) -> None:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=20, help="of timing (%(default)s)")
-    arguments = options.parse_args()
-    small = arguments.small
-    report = Report("fused", "Elementwise groups", choose_device(small), small)
+    report, arguments = begin(parser(__doc__, rounds=20), "fused", "Elementwise groups")
+    small = report.small
     torch.manual_seed(0)
     with torch.inference_mode():
         grid, heads, head_dim = (

@@ -30,7 +30,7 @@ from .common import (
     SMALL,
     SMALL_GRID,
     Report,
-    choose_device,
+    begin,
     interleaved,
     parser,
     random_inputs,
@@ -135,21 +135,17 @@ def host_cost(report: Report, tokens: int, heads: int) -> None:
         "aligned_strided, slice of fused q, k, v": lambda: layout.aligned_strided(fused),
         "the contract of one attention call": lambda: RUNTIME.reasons(backend, Inputs.checked(plain, plain, plain)),
     }
-    rows: list[dict[str, str | int | float]] = []
-    for name, call in calls.items():
-        number = 5000
-        seconds = min(timeit.repeat(call, number=number, repeat=5))
-        rows.append({"call": name, "microseconds": seconds / number * 1e6})
-    report.table("Host time of one check", rows)
+    number = 5000
+    best = {name: min(timeit.repeat(call, number=number, repeat=5)) for name, call in calls.items()}
+    report.table(
+        "Host time of one check",
+        [{"call": name, "microseconds": seconds / number * 1e6} for name, seconds in best.items()],
+    )
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=60, help="of timing (%(default)s)")
-    arguments = options.parse_args()
-    small = arguments.small
-    report = Report("guard_cost", "Cost of the guards", choose_device(small), small)
-    config, grid = (dataclasses.replace(SMALL, num_layers=1), SMALL_GRID) if small else (ONE_BLOCK, PUBLIC_GRID)
+    report, arguments = begin(parser(__doc__, rounds=60), "guard_cost", "Cost of the guards")
+    config, grid = (dataclasses.replace(SMALL, num_layers=1), SMALL_GRID) if report.small else (ONE_BLOCK, PUBLIC_GRID)
     with torch.inference_mode():
         compare(report, config, grid, arguments.rounds)
         host_cost(report, grid[0] * grid[1] * grid[2], config.num_heads)

@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, fp8_matmul_reasons, quantize_linears
+from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, Quantization, fp8_matmul_reasons, quantize_linear
 from wanvideo_infinitetalk.wanvideo.kernels import linear as kernels
 from wanvideo_infinitetalk.wanvideo.kernels import reference
 from wanvideo_infinitetalk.wanvideo.kernels.selftest import eager_reasons
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
-from .common import Report, choose_device, interleaved, parser, ratio
+from .common import Report, begin, interleaved, parser, ratio
 
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
 """Input and output features of the attention and feed-forward layers of 14B."""
@@ -61,9 +61,9 @@ def linears(in_features: int, out_features: int, device: torch.device) -> dict[s
     forms: dict[str, Linear] = {PLAIN: plain}
     for name in QUANTIZATIONS:
         if name != "disabled":
-            holder = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(plain)])})
-            quantize_linears(holder, name, torch.bfloat16)
-            forms[name] = holder.get_submodule("blocks.0")
+            linear = copy.deepcopy(plain)
+            quantize_linear(linear, Quantization.parse(name), torch.bfloat16)
+            forms[name] = linear
     if device.type == "cuda" and not fp8_matmul_reasons(plain.weight.to(torch.float8_e4m3fn), torch.bfloat16, device):
         forms[STATIC] = functools.partial(_static_linear, plain.weight.to(torch.float8_e4m3fn), plain.bias)
     return forms
@@ -152,11 +152,8 @@ def _kitchen_quantize(x: Tensor) -> object:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=20, help="of timing (%(default)s)")
-    arguments = options.parse_args()
-    small = arguments.small
-    report = Report("linear", "Linear layers", choose_device(small), small)
+    report, arguments = begin(parser(__doc__, rounds=20), "linear", "Linear layers")
+    small = report.small
     torch.manual_seed(0)
     with torch.inference_mode():
         for in_features, out_features in ((64, 64), (64, 128), (128, 64)) if small else SHAPES:

@@ -286,12 +286,9 @@ def main() -> int:
         given.seconds, modes, quantizations = 1.0, modes[:1], quantizations[:1]
     sentence = files("wanvideo_infinitetalk").joinpath("assets").joinpath("speech.wav")
     with tempfile.TemporaryDirectory(prefix="lipsync-") as temporary, as_file(sentence) as demo:
-        if given.speakers:
-            cases = [(tuple(given.speakers), seed) for seed in range(given.faces)]
-        else:
-            cases = [((path,), seed) for path in given.recordings or [demo] for seed in range(given.faces)]
-        for recordings, seed in cases:
-            folder = Path(temporary)
+        folder = Path(temporary)
+        cases = [tuple(given.speakers)] if given.speakers else [(path,) for path in given.recordings or [demo]]
+        for recordings, seed in itertools.product(cases, range(given.faces)):
             measure(report, recordings, seed, given.seconds, modes, quantizations, folder, given.device, given.borders)
     return report.finish(given.json)
 

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from wanvideo_infinitetalk.wanvideo.encoders.vae import VaeConfig, WanVAE
 from wanvideo_infinitetalk.wanvideo.runtime.timing import per_call
 
-from .common import Report, choose_device, parser
+from .common import Report, begin, parser
 
 PUBLIC_VAE = VaeConfig(base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal=(False, True, True))
 SMALL_VAE = VaeConfig(base_dim=8, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal=(False, True, True))
@@ -87,10 +87,8 @@ def lengths(report: Report, vae: WanVAE, size: tuple[int, int]) -> None:
 
 
 def main() -> int:
-    arguments = parser(__doc__).parse_args()
-    small = arguments.small
-    report = Report("vram", "Memory of the VAE", choose_device(small), small)
-    device = report.device
+    report, arguments = begin(parser(__doc__), "vram", "Memory of the VAE")
+    small, device = report.small, report.device
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     vae = random_vae(SMALL_VAE if small else PUBLIC_VAE, device, dtype)
     sizes: Sequence[tuple[int, int]] = ((64, 96),) if small else SIZES

@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import platform
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import fp8_optimization
-from ..fp8_optimization import QUANTIZATIONS, fp8_matmul_reasons, quantize_linears
+from ..fp8_optimization import QUANTIZATIONS, Quantization, fp8_matmul_reasons, quantize_linear
 from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.kernels.packages import first_line, installed_version
 from ..wanvideo.kernels.selftest import environment
@@ -136,7 +134,6 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
     expected = run_backend("eager", q.float(), k.float(), v.float())
     sdpa = functools.partial(run_backend, "sdpa", q, k, v)
     sdpa()
-    measured: dict[str, KernelRow] = {}
 
     def measure(name: str) -> KernelRow:
         reasons = unavailable_reasons(name, device)
@@ -153,15 +150,11 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
         bound = lookup(name).bound[q.dtype]
         return KernelRow("", name, row.version, True, False, (), cosine, relative_l2, bound, spent, speedup)
 
+    measured = {name: measure(name) for name in dict.fromkeys(chain(*MODE_BACKENDS.values()))}
     rows = []
     for mode, names in MODE_BACKENDS.items():
-        first = True
-        for name in names:
-            if name not in measured:
-                measured[name] = measure(name)
-            found = measured[name]
-            rows.append(KernelRow(**(asdict(found) | {"mode": mode, "first": found.supported and first})))
-            first = first and not found.supported
+        first = next((name for name in names if measured[name].supported), None)
+        rows += [replace(measured[name], mode=mode, first=name == first) for name in names]
     return rows
 
 
@@ -180,23 +173,11 @@ def _how(quantization: str, features: int, device: torch.device) -> str:
     return "8-bit matmul" if device.type == "cuda" else "8-bit matmul, its numbers computed in float32"
 
 
-@contextlib.contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Leave out what is worth a line when a model is loaded, not when a table is made."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _examine_linears(device: torch.device, rows: int, features: int) -> list[LinearRow]:
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    reference = nn.Linear(features, features).to(device, torch.bfloat16).requires_grad_(False)
-    x = torch.randn(rows, features).to(device, torch.bfloat16)
-    torch.random.set_rng_state(torch_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reference = nn.Linear(features, features).to(device, torch.bfloat16).requires_grad_(False)
+        x = torch.randn(rows, features).to(device, torch.bfloat16)
     expected = nn.functional.linear(x.float(), reference.weight.float(), reference.bias.float())
     plain = functools.partial(reference, x)
     plain()
@@ -204,14 +185,11 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
     for quantization in QUANTIZATIONS:
         linear = nn.Linear(features, features, device=device, dtype=torch.bfloat16).requires_grad_(False)
         linear.load_state_dict(reference.state_dict())
-        model = nn.ModuleDict({"blocks": nn.ModuleList([linear])})
         how = _how(quantization, features, device)
         try:
-            with _quiet(fp8_optimization.logger):
-                quantize_linears(model, quantization, torch.bfloat16)
-            layer = model["blocks"][0]  # type: ignore[index]
-            error = _errors(layer(x), expected)[1]
-            _, speedup = _in_turns(functools.partial(layer, x), plain, device)
+            quantize_linear(linear, Quantization.parse(quantization), torch.bfloat16)
+            error = relative_l2(linear(x), expected)
+            _, speedup = _in_turns(functools.partial(linear, x), plain, device)
             found.append(LinearRow(quantization, how, error, speedup))
         except InfiniteTalkError as failure:
             found.append(LinearRow(quantization, str(failure), None, None, supported=False))

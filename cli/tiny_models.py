@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -40,8 +41,38 @@ TALKING_BYTES = 12 * 2**20
 """What the trained files may weigh together."""
 TALKING_CLIP_DIM = 64
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Of an attention of transformers."""
+
 # kernels of the seven convolutions of wav2vec2
 WAV2VEC_KERNELS = (10, 3, 3, 3, 3, 2, 2)
+
+WAV2VEC_CONFIG = {
+    "architectures": ["Wav2Vec2Model"],
+    "model_type": "wav2vec2",
+    "hidden_size": AUDIO_DIM,
+    "num_hidden_layers": AUDIO_LAYERS,
+    "num_attention_heads": AUDIO_DIM // 64,
+    "intermediate_size": AUDIO_FFN,
+    "conv_dim": [AUDIO_CONV] * len(WAV2VEC_KERNELS),
+    "conv_kernel": list(WAV2VEC_KERNELS),
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False,
+    "num_feat_extract_layers": len(WAV2VEC_KERNELS),
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "feat_extract_norm": "group",
+    "do_stable_layer_norm": False,
+}
+
+WAV2VEC_PREPROCESSOR = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "feature_size": 1,
+    "sampling_rate": 16000,
+    "do_normalize": True,
+    "padding_value": 0,
+    "return_attention_mask": False,
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +129,8 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
         _save(tiny.text_encoder, text_encoder_weights())
         _save(tiny.wav2vec / "model.safetensors", speech)
         _save(tiny.wav2vec_file, {f"wav2vec2.{name}": value for name, value in _old_weight_norm(speech).items()})
-        (tiny.wav2vec / "config.json").write_text(json.dumps(_wav2vec_config(), indent=2, sort_keys=True) + "\n")
-        (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(_wav2vec_preprocessor(), indent=2) + "\n")
+        (tiny.wav2vec / "config.json").write_text(json.dumps(WAV2VEC_CONFIG, indent=2, sort_keys=True) + "\n")
+        (tiny.wav2vec / "preprocessor_config.json").write_text(json.dumps(WAV2VEC_PREPROCESSOR, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"The tiny checkpoints cannot be written to {folder}: {error.strerror or error}.") from error
     return tiny
@@ -128,42 +159,50 @@ class _Weights:
         if bias:
             self.normal(f"{name}.bias", out, std=0.02)
 
+    def linears(self, shapes: Mapping[str, tuple[int, ...]], prefix: str = "", bias: bool = True) -> None:
+        """`linear` for every name and shape (out, into, and of convolutions the kernel); `prefix` begins the names."""
+        for name, shape in shapes.items():
+            self.linear(f"{prefix}{name}", *shape, bias=bias)
+
     def norm(self, name: str, dim: int, bias: bool = True) -> None:
         self.normal(f"{name}.weight", dim, std=0.1, mean=1.0)
         if bias:
             self.normal(f"{name}.bias", dim, std=0.02)
 
 
+def _every(names: Iterable[str], *shape: int) -> dict[str, tuple[int, ...]]:
+    """Linear layers of one shape."""
+    return dict.fromkeys(names, shape)
+
+
 def dit_weights(model_type: str = "i2v", in_dim: int | None = None, dtype: torch.dtype = torch.bfloat16) -> State:
     """The DiT, bare public names; `model_type` "t2v" leaves the image branch out and takes 16 channels."""
     image = model_type == "i2v"
     w = _Weights(dtype)
-    w.linear("patch_embedding", DIM, in_dim or (36 if image else 16), 1, 2, 2)
-    w.linear("text_embedding.0", DIM, TEXT_DIM)
-    w.linear("text_embedding.2", DIM, DIM)
-    w.linear("time_embedding.0", DIM, 256)
-    w.linear("time_embedding.2", DIM, DIM)
-    w.linear("time_projection.1", 6 * DIM, DIM)
+    w.linears(
+        {
+            "patch_embedding": (DIM, in_dim or (36 if image else 16), 1, 2, 2),
+            "text_embedding.0": (DIM, TEXT_DIM),
+            "text_embedding.2": (DIM, DIM),
+            "time_embedding.0": (DIM, 256),
+            "time_embedding.2": (DIM, DIM),
+            "time_projection.1": (6 * DIM, DIM),
+        }
+    )
+    attentions = [f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in ("q", "k", "v", "o")]
+    qk_norms = ["self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k"]
     if image:
         w.norm("img_emb.proj.0", CLIP_DIM)
-        w.linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM)
-        w.linear("img_emb.proj.3", DIM, CLIP_DIM)
+        w.linears({"img_emb.proj.1": (CLIP_DIM, CLIP_DIM), "img_emb.proj.3": (DIM, CLIP_DIM)})
         w.norm("img_emb.proj.4", DIM)
+        attentions += ["cross_attn.k_img", "cross_attn.v_img"]
+        qk_norms += ["cross_attn.norm_k_img"]
     for n in range(LAYERS):
-        block = f"blocks.{n}"
-        w.normal(f"{block}.modulation", 1, 6, DIM, std=0.3)
-        for attention in ("self_attn", "cross_attn"):
-            for part in ("q", "k", "v", "o"):
-                w.linear(f"{block}.{attention}.{part}", DIM, DIM)
-            w.norm(f"{block}.{attention}.norm_q", DIM, bias=False)
-            w.norm(f"{block}.{attention}.norm_k", DIM, bias=False)
-        if image:
-            w.linear(f"{block}.cross_attn.k_img", DIM, DIM)
-            w.linear(f"{block}.cross_attn.v_img", DIM, DIM)
-            w.norm(f"{block}.cross_attn.norm_k_img", DIM, bias=False)
-        w.norm(f"{block}.norm3", DIM)
-        w.linear(f"{block}.ffn.0", FFN, DIM)
-        w.linear(f"{block}.ffn.2", DIM, FFN)
+        w.normal(f"blocks.{n}.modulation", 1, 6, DIM, std=0.3)
+        w.linears(_every(attentions, DIM, DIM) | {"ffn.0": (FFN, DIM), "ffn.2": (DIM, FFN)}, f"blocks.{n}.")
+        w.norm(f"blocks.{n}.norm3", DIM)
+        for name in qk_norms:
+            w.norm(f"blocks.{n}.{name}", DIM, bias=False)
     w.normal("head.modulation", 1, 2, DIM, std=0.1)
     w.linear("head.head", 2 * 2 * VAE_LATENT, DIM, gain=0.5)
     return w.state
@@ -173,15 +212,17 @@ def adapter_weights(dim: int = DIM, layers: int = LAYERS, dtype: torch.dtype = t
     """The InfiniteTalk adapter: audio projection, one audio cross-attention and one norm per block."""
     features = AUDIO_LAYERS * AUDIO_DIM
     w = _Weights(dtype)
-    w.linear("audio_proj.proj1", AUDIO_HIDDEN, 5 * features)
-    w.linear("audio_proj.proj1_vf", AUDIO_HIDDEN, 8 * features)
-    w.linear("audio_proj.proj2", AUDIO_HIDDEN, AUDIO_HIDDEN)
-    w.linear("audio_proj.proj3", AUDIO_TOKENS * AUDIO_OUT, AUDIO_HIDDEN)
+    projection = {
+        "proj1": (AUDIO_HIDDEN, 5 * features),
+        "proj1_vf": (AUDIO_HIDDEN, 8 * features),
+        "proj2": (AUDIO_HIDDEN, AUDIO_HIDDEN),
+        "proj3": (AUDIO_TOKENS * AUDIO_OUT, AUDIO_HIDDEN),
+    }
+    w.linears(projection, "audio_proj.")
     w.norm("audio_proj.norm", AUDIO_OUT)
+    attention = {"q_linear": (dim, dim), "kv_linear": (2 * dim, AUDIO_OUT), "proj": (dim, dim)}
     for n in range(layers):
-        w.linear(f"blocks.{n}.audio_cross_attn.q_linear", dim, dim)
-        w.linear(f"blocks.{n}.audio_cross_attn.kv_linear", 2 * dim, AUDIO_OUT)
-        w.linear(f"blocks.{n}.audio_cross_attn.proj", dim, dim)
+        w.linears(attention, f"blocks.{n}.audio_cross_attn.")
         w.norm(f"blocks.{n}.norm_x", dim)
     return w.state
 
@@ -190,38 +231,42 @@ def vae_weights(dim: int = VAE_DIM, dtype: torch.dtype = torch.float32) -> State
     """The Wan2.1 VAE: widths dim x (1, 2, 4, 4), two residual blocks per level, official names."""
     w = _Weights(dtype)
     levels = [dim, 2 * dim, 4 * dim, 4 * dim]
-
-    w.linear("encoder.conv1", dim, 3, 3, 3, 3)
-    index, width = 0, dim
-    for level, out in enumerate(levels):
-        for _ in range(2):
-            _residual(w, f"encoder.downsamples.{index}", width, out)
-            index, width = index + 1, out
-        if level < 3:
-            w.linear(f"encoder.downsamples.{index}.resample.1", out, out, 3, 3)
-            if level > 0:  # time is halved on the second and third level
-                w.linear(f"encoder.downsamples.{index}.time_conv", out, out, 3, 1, 1)
-            index += 1
-    _vae_middle(w, "encoder.middle", width)
-    _vae_head(w, "encoder.head", width, 2 * VAE_LATENT)
-
-    w.linear("conv1", 2 * VAE_LATENT, 2 * VAE_LATENT, 1, 1, 1)
-    w.linear("conv2", VAE_LATENT, VAE_LATENT, 1, 1, 1)
-
-    w.linear("decoder.conv1", levels[-1], VAE_LATENT, 3, 3, 3)
-    _vae_middle(w, "decoder.middle", levels[-1])
-    index, width = 0, levels[-1]
-    for level, out in enumerate(reversed(levels)):
-        for _ in range(3):
-            _residual(w, f"decoder.upsamples.{index}", width, out)
-            index, width = index + 1, out
-        if level < 3:  # the resampling convolution halves the channels
-            w.linear(f"decoder.upsamples.{index}.resample.1", out // 2, out, 3, 3)
-            if level < 2:  # time is doubled on the first and second level
-                w.linear(f"decoder.upsamples.{index}.time_conv", 2 * out, out, 3, 1, 1)
-            index, width = index + 1, out // 2
-    _vae_head(w, "decoder.head", width, 3)
+    width = levels[-1]
+    w.linears(
+        {
+            "encoder.conv1": (dim, 3, 3, 3, 3),
+            "conv1": (2 * VAE_LATENT, 2 * VAE_LATENT, 1, 1, 1),
+            "conv2": (VAE_LATENT, VAE_LATENT, 1, 1, 1),
+            "decoder.conv1": (width, VAE_LATENT, 3, 3, 3),
+        }
+    )
+    # Time is halved on the encoder's second and third level, and doubled on the decoder's first and second.
+    _vae_levels(w, "encoder.downsamples", dim, levels, blocks=2, timed=(1, 2))
+    _vae_levels(w, "decoder.upsamples", width, levels[::-1], blocks=3, timed=(0, 1), up=True)
+    for part, out in (("encoder", 2 * VAE_LATENT), ("decoder", 3)):
+        last = width if part == "encoder" else dim
+        _vae_middle(w, f"{part}.middle", width)
+        w.normal(f"{part}.head.0.gamma", last, 1, 1, 1, std=0.1, mean=1.0)
+        # half gain: most decoded values then lie inside [-1, 1]
+        w.linear(f"{part}.head.2", out, last, 3, 3, 3, gain=0.5)
     return w.state
+
+
+def _vae_levels(
+    w: _Weights, name: str, width: int, levels: Sequence[int], *, blocks: int, timed: Sequence[int], up: bool = False
+) -> None:
+    """Levels of residual blocks, between two of them a change of size; that of the decoder (`up`) halves the width."""
+    index = 0
+    for level, out in enumerate(levels):
+        for _ in range(blocks):
+            _residual(w, f"{name}.{index}", width, out)
+            index, width = index + 1, out
+        if level < len(levels) - 1:
+            width = out // 2 if up else out
+            w.linear(f"{name}.{index}.resample.1", width, out, 3, 3)
+            if level in timed:
+                w.linear(f"{name}.{index}.time_conv", 2 * out if up else out, out, 3, 1, 1)
+            index += 1
 
 
 def _residual(w: _Weights, name: str, into: int, out: int) -> None:
@@ -241,28 +286,21 @@ def _vae_middle(w: _Weights, name: str, width: int) -> None:
     _residual(w, f"{name}.2", width, width)
 
 
-def _vae_head(w: _Weights, name: str, width: int, out: int) -> None:
-    w.normal(f"{name}.0.gamma", width, 1, 1, 1, std=0.1, mean=1.0)
-    # half gain: most decoded values then lie inside [-1, 1]
-    w.linear(f"{name}.2", out, width, 3, 3, 3, gain=0.5)
-
-
 def text_encoder_weights(dtype: torch.dtype = torch.float32) -> State:
     """A UMT5 encoder, official names, with its SentencePiece model carried as `spiece_model` (bytes)."""
     spiece = tokenizer_model()
     w = _Weights(dtype)
     w.normal("token_embedding.weight", vocabulary_size(spiece), TEXT_DIM, std=1.0)
+    layers = _every(("attn.k", "attn.v", "attn.o"), TEXT_DIM, TEXT_DIM)
+    layers |= _every(("ffn.gate.0", "ffn.fc1"), TEXT_FFN, TEXT_DIM) | {"ffn.fc2": (TEXT_DIM, TEXT_FFN)}
     for n in range(TEXT_LAYERS):
         block = f"blocks.{n}"
         w.norm(f"{block}.norm1", TEXT_DIM, bias=False)
-        for part in ("q", "k", "v", "o"):
-            # T5 does not divide by sqrt(head_dim): small queries keep the softmax soft
-            w.linear(f"{block}.attn.{part}", TEXT_DIM, TEXT_DIM, bias=False, gain=0.2 if part == "q" else 1.0)
+        # T5 does not divide by sqrt(head_dim): small queries keep the softmax soft
+        w.linear(f"{block}.attn.q", TEXT_DIM, TEXT_DIM, bias=False, gain=0.2)
+        w.linears(layers, f"{block}.", bias=False)
         w.normal(f"{block}.pos_embedding.embedding.weight", 32, TEXT_HEADS, std=0.5)
         w.norm(f"{block}.norm2", TEXT_DIM, bias=False)
-        w.linear(f"{block}.ffn.gate.0", TEXT_FFN, TEXT_DIM, bias=False)
-        w.linear(f"{block}.ffn.fc1", TEXT_FFN, TEXT_DIM, bias=False)
-        w.linear(f"{block}.ffn.fc2", TEXT_DIM, TEXT_FFN, bias=False)
     w.norm("norm", TEXT_DIM, bias=False)
     w.state["spiece_model"] = torch.frombuffer(bytearray(spiece), dtype=torch.uint8).clone()
     return w.state
@@ -287,14 +325,12 @@ def clip_weights(dim: int = CLIP_DIM, dtype: torch.dtype = torch.float16) -> Sta
     w.linear(f"{model}.embeddings.patch_embedding", dim, 3, CLIP_PATCH, CLIP_PATCH, bias=False)
     w.normal(f"{model}.embeddings.position_embedding.weight", CLIP_TOKENS, dim, std=0.5)
     w.norm(f"{model}.pre_layrnorm", dim)
+    mlp = {"mlp.fc1": (CLIP_FFN, dim), "mlp.fc2": (dim, CLIP_FFN)}
     for n in range(CLIP_LAYERS):
         layer = f"{model}.encoder.layers.{n}"
         w.norm(f"{layer}.layer_norm1", dim)
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            w.linear(f"{layer}.self_attn.{part}", dim, dim)
+        w.linears(_every((f"self_attn.{part}" for part in PROJECTIONS), dim, dim) | mlp, f"{layer}.")
         w.norm(f"{layer}.layer_norm2", dim)
-        w.linear(f"{layer}.mlp.fc1", CLIP_FFN, dim)
-        w.linear(f"{layer}.mlp.fc2", dim, CLIP_FFN)
     w.norm(f"{model}.post_layernorm", dim)
     return w.state
 
@@ -304,10 +340,9 @@ def wav2vec_weights(dtype: torch.dtype = torch.float32) -> State:
     w = _Weights(dtype)
     w.normal("masked_spec_embed", AUDIO_DIM, std=1.0)
     for n, kernel in enumerate(WAV2VEC_KERNELS):
-        conv = f"feature_extractor.conv_layers.{n}"
-        w.linear(f"{conv}.conv", AUDIO_CONV, AUDIO_CONV if n else 1, kernel, bias=False, gain=1.4)
-        if n == 0:
-            w.norm(f"{conv}.layer_norm", AUDIO_CONV)
+        conv = f"feature_extractor.conv_layers.{n}.conv"
+        w.linear(conv, AUDIO_CONV, AUDIO_CONV if n else 1, kernel, bias=False, gain=1.4)
+    w.norm("feature_extractor.conv_layers.0.layer_norm", AUDIO_CONV)
     w.norm("feature_projection.layer_norm", AUDIO_CONV)
     w.linear("feature_projection.projection", AUDIO_DIM, AUDIO_CONV)
     conv = "encoder.pos_conv_embed.conv"
@@ -315,13 +350,15 @@ def wav2vec_weights(dtype: torch.dtype = torch.float32) -> State:
     w.normal(f"{conv}.parametrizations.weight.original0", 1, 1, 128, std=0.02, mean=0.2)
     w.normal(f"{conv}.parametrizations.weight.original1", AUDIO_DIM, AUDIO_DIM // 16, 128, std=0.05)
     w.norm("encoder.layer_norm", AUDIO_DIM)
+    feed_forward = {
+        "feed_forward.intermediate_dense": (AUDIO_FFN, AUDIO_DIM),
+        "feed_forward.output_dense": (AUDIO_DIM, AUDIO_FFN),
+    }
+    layers = _every((f"attention.{part}" for part in PROJECTIONS), AUDIO_DIM, AUDIO_DIM) | feed_forward
     for n in range(AUDIO_LAYERS):
         layer = f"encoder.layers.{n}"
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            w.linear(f"{layer}.attention.{part}", AUDIO_DIM, AUDIO_DIM)
+        w.linears(layers, f"{layer}.")
         w.norm(f"{layer}.layer_norm", AUDIO_DIM)
-        w.linear(f"{layer}.feed_forward.intermediate_dense", AUDIO_FFN, AUDIO_DIM)
-        w.linear(f"{layer}.feed_forward.output_dense", AUDIO_DIM, AUDIO_FFN)
         w.norm(f"{layer}.final_layer_norm", AUDIO_DIM)
     return w.state
 
@@ -333,37 +370,6 @@ def _old_weight_norm(state: State) -> State:
             "parametrizations.weight.original1", "weight_v"
         ): value
         for name, value in state.items()
-    }
-
-
-def _wav2vec_config() -> dict[str, object]:
-    return {
-        "architectures": ["Wav2Vec2Model"],
-        "model_type": "wav2vec2",
-        "hidden_size": AUDIO_DIM,
-        "num_hidden_layers": AUDIO_LAYERS,
-        "num_attention_heads": AUDIO_DIM // 64,
-        "intermediate_size": AUDIO_FFN,
-        "conv_dim": [AUDIO_CONV] * len(WAV2VEC_KERNELS),
-        "conv_kernel": list(WAV2VEC_KERNELS),
-        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
-        "conv_bias": False,
-        "num_feat_extract_layers": len(WAV2VEC_KERNELS),
-        "num_conv_pos_embeddings": 128,
-        "num_conv_pos_embedding_groups": 16,
-        "feat_extract_norm": "group",
-        "do_stable_layer_norm": False,
-    }
-
-
-def _wav2vec_preprocessor() -> dict[str, object]:
-    return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": 16000,
-        "do_normalize": True,
-        "padding_value": 0,
-        "return_attention_mask": False,
     }
 
 

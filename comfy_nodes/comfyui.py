@@ -192,7 +192,6 @@ class Resident:
     """A module under ComfyUI's memory management: other models unload for it, and it unloads for them."""
 
     def __init__(self, module: nn.Module, load_device: torch.device, swap: BlockSwap | None = None) -> None:
-        self.module = module
         self.offloader = Offloader(module, load_device, swap)
         self._patcher = _Patcher(self.offloader)
 

@@ -27,8 +27,8 @@ from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
 from ..wanvideo.encoders.vae import WanVAE
 from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.kernels.layout import aligned_contiguous
-from ..wanvideo.modules.attention import attention, canonical_mode
-from ..wanvideo.modules.model import WanConfig, WanModel
+from ..wanvideo.modules.attention import canonical_mode, check_mode
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.runtime.compilation import CompileSettings, check_with_block_swap, compile_model
 from ..wanvideo.runtime.offload import BlockSwap
 from . import comfyui
@@ -101,7 +101,9 @@ class VideoModel:
         dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
         check_with_block_swap(compile_settings, swap)
-        _try_attention(attention_mode, inspect_dit(path, None if adapter is None else adapter.path), dtype)
+        shapes = inspect_dit(path, None if adapter is None else adapter.path)
+        with comfyui.ordinary_tensors():
+            check_mode(attention_mode, shapes.num_heads, shapes.head_dim, comfyui.device(), dtype)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
         unmerged = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
         key = (
@@ -178,13 +180,6 @@ class VideoModel:
         if tuple(active_loras(self.model)) != wanted:
             with comfyui.ordinary_tensors(), self.weights.resident.offloader.changing():
                 apply_loras(self.model, wanted)
-
-
-def _try_attention(mode: str, config: WanConfig, dtype: torch.dtype) -> None:
-    """One small call: a mode that cannot run here is rejected with its reasons before any weight is read."""
-    with comfyui.ordinary_tensors():
-        q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=comfyui.device())
-        attention(q, q.clone(), q.clone(), mode)
 
 
 def _load_weights(

@@ -70,9 +70,10 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         files = ["none", *comfyui.model_files("loras")]
-        slots: list[Any] = []
-        for i in MULTI_LORA_SLOTS:
-            slots += [
+        slots = [
+            widget
+            for i in MULTI_LORA_SLOTS
+            for widget in (
                 io.Combo.Input(f"lora_{i}", options=files, default="none", tooltip=f"LoRA {i + 1}, or none."),
                 io.Float.Input(
                     f"strength_{i}",
@@ -82,7 +83,8 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
                     step=0.0001,
                     tooltip=f"Strength of LoRA {i + 1}; 0 leaves it out.",
                 ),
-            ]
+            )
+        ]
         return node_schema(
             "WanVideoLoraSelectMulti",
             "WanVideo Lora Select Multi",

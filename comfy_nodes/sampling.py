@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import summary
 from ..media.masks import latent_masks, speaker_planes
 from ..pipeline.attention_policy import SAFER, bind
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, plan_schedule, plan_video
-from ..pipeline.sampling import Schedule, denoise
+from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
-from ..wanvideo.kernels.layout import count_guards
 from ..wanvideo.modules.attention import count_kernels
 from ..wanvideo.runtime.compilation import compile_limits
 from . import comfyui
@@ -101,7 +99,6 @@ def sample(
     begin = time.monotonic()
     with (
         comfyui.ordinary_tensors(),
-        count_guards() as guards,
         count_kernels() as kernels,
         _fast_fp16(model),
         compile_limits(model.compile_settings),
@@ -110,19 +107,8 @@ def sample(
             result = _long_video(model, what, settings, text, speech, start)
         else:
             result = _one_window(model, what, settings, text, speech, start)
-    logger.info(
-        "%s: attention %s (policy %s) by %s, linears %s, %s, guard copies %d of %d calls (%.1f MiB), %.1f s",
-        model.name,
-        model.attention_mode,
-        model.attention_policy,
-        ", ".join(f"{kernel} ({calls} calls)" for kernel, calls in kernels.most_common()) or "none",
-        summary(model.model.blocks),
-        model.precision,
-        guards.copies,
-        guards.calls,
-        guards.bytes / 2**20,
-        time.monotonic() - begin,
-    )
+    line = what_ran(model.model, model.attention_mode, model.attention_policy, kernels)
+    logger.info("%s, %s, %.1f s: %s", model.name, model.precision, time.monotonic() - begin, line)
     return result
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import Quantization, summary
+from ..fp8_optimization import Quantization
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -33,14 +33,15 @@ from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.text import TextEncoder
 from ..wanvideo.encoders.vae import WanVAE
 from ..wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
-from ..wanvideo.kernels.layout import GuardStats, count_guards
-from ..wanvideo.modules.attention import attention, canonical_mode, count_kernels
+from ..wanvideo.kernels.layout import GuardStats
+from ..wanvideo.modules.attention import check_mode, count_kernels
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
 from .conditioning import Conditioning, FrameSource
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
+from .sampling import what_ran
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
 
@@ -185,27 +186,15 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         windows = generate(model, vae, clip, conditioning, plan, callbacks)
         events.stage("Generating")
         sound, rate = _sound(job.audio)
-        with (
-            count_guards() as guards,
-            count_kernels() as kernels,
-            VideoWriter(job.out, FPS, sound, rate) as writer,
-        ):
+        with count_kernels() as kernels, VideoWriter(job.out, FPS, sound, rate) as writer:
             for window in windows:
                 writer.append(window.frames)
                 events.window_done(window.index + 1, window.count)
 
     # 5. Say what really ran.
-    logger.info(
-        "Attention %s (policy %s) by %s; linears %s; guard copies %d of %d calls (%.1f MiB)",
-        job.attention_mode,
-        job.attention_policy,
-        ", ".join(f"{name} ({calls} calls)" for name, calls in kernels.most_common()),
-        summary(model.blocks),
-        guards.copies,
-        guards.calls,
-        guards.bytes / 2**20,
-    )
-    return Result(Path(job.out), plan.total, plan.width, plan.height, time.monotonic() - begin, guards, kernels)
+    logger.info("%s", what_ran(model, job.attention_mode, job.attention_policy, kernels))
+    seconds = time.monotonic() - begin
+    return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels)
 
 
 def choose_device(name: str) -> torch.device:
@@ -262,7 +251,7 @@ def check(job: Job) -> Checked:
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter)
     _check_model_can_speak(dit, job.files)
-    _check_attention(job.attention_mode, dit, device, dtype)
+    check_mode(job.attention_mode, dit.num_heads, dit.head_dim, device, dtype)
 
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
@@ -335,13 +324,6 @@ def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
         raise CheckpointError(
             f"The model {name} has no audio layers; give the InfiniteTalk file as the adapter, or a merged model."
         )
-
-
-def _check_attention(mode: str, config: WanConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """One small call, so that a mode that cannot run here is rejected with its reasons before the weights are read."""
-    canonical_mode(mode)
-    q = torch.zeros(1, 32, config.num_heads, config.head_dim, dtype=dtype, device=device)
-    attention(q, q.clone(), q.clone(), mode)
 
 
 def _sound(recordings: Sequence[str | Path]) -> tuple[np.ndarray, int]:

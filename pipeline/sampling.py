@@ -21,12 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fp8_optimization import summary
 from ..wanvideo.errors import InputError
+from ..wanvideo.modules.attention import KernelCounts
+from ..wanvideo.modules.model import WanModel
 from .guidance import Formula, Pass, Projection
 from .nonfinite import FallbackModes, check_finite
 from .schedulers import Scheduler
 
-__all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw"]
+__all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw", "what_ran"]
 
 
 @dataclass(frozen=True)
@@ -181,3 +184,12 @@ def denoise(
         return latents, clean
 
     return modes.retry(attempt, generator, place)
+
+
+def what_ran(model: WanModel, mode: str, policy: str, kernels: KernelCounts) -> str:
+    """One line about a generation, for the log: what computed attention and linears, and what the guards copied."""
+    guards, calls = kernels.guards, [f"{name} ({count} calls)" for name, count in kernels.most_common()]
+    return (
+        f"Attention {mode} (policy {policy}) by {', '.join(calls) or 'none'}; linears {summary(model.blocks)}; "
+        f"guard copies {guards.copies} of {guards.calls} calls ({guards.bytes / 2**20:.1f} MiB)"
+    )

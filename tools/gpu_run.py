@@ -92,8 +92,8 @@ def _steps() -> dict[str, Step]:
             40,
             300,
             under=(
-                *(_sanitizer(), "--tool", "memcheck", "--report-api-errors", "no"),
-                *("--error-exitcode", "1"),
+                shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer",
+                *("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "1"),
             ),
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
@@ -112,10 +112,6 @@ def _steps() -> dict[str, Step]:
         ),
     ]
     return {step.name: step for step in steps}
-
-
-def _sanitizer() -> str:
-    return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
 STEPS = _steps()

@@ -88,7 +88,7 @@ def test_example_workflow_ends_in_a_video_with_sound(server: Server, tmp_path: P
 def test_one_line_says_what_ran(server: Server, prompt) -> None:
     server.run(prompt)
     assert re.search(
-        r"wan2\.1-i2v-tiny\.safetensors: attention auto.*, linears .* x bfloat16, .* guard copies \d+ of \d+ calls",
+        r"wan2\.1-i2v-tiny\.safetensors, .* s: Attention auto.*; linears .* x bfloat16; guard copies \d+ of \d+ calls",
         server.log,
     )
 

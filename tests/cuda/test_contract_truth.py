@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.repairs import repairable_reasons
 from support.truth import ABSENT, BAD, RIGHT, Raw, outcomes
 from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
 from wanvideo_infinitetalk.wanvideo.modules.attention import attention
 from wanvideo_infinitetalk.wanvideo.modules.backends import lookup, not_supported_reasons
-from wanvideo_infinitetalk.wanvideo.modules.backends.contract import repairable_reasons
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(600)]
 

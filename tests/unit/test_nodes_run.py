@@ -221,8 +221,8 @@ def test_one_line_says_what_ran(host: Host, prompt, caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"):
         host.run(prompt)
     (line,) = (r.getMessage() for r in caplog.records if "guard copies" in r.getMessage())
-    assert re.search(r"attention \w+ \(policy default\) by .*sdpa \([1-9]\d* calls\)", line), line
-    assert re.search(r"linears \d+ x \w+, .*guard copies 0 of [1-9]\d* calls \(0\.0 MiB\)", line), line
+    assert re.search(r"Attention \w+ \(policy default\) by .*sdpa \([1-9]\d* calls\)", line), line
+    assert re.search(r"linears \d+ x \w+; guard copies 0 of [1-9]\d* calls \(0\.0 MiB\)", line), line
 
 
 def one_window(prompt: dict[str, Any], image_embeds: dict[str, Any]) -> str:

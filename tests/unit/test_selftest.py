@@ -133,7 +133,7 @@ def test_a_damaged_cache_is_tested_again(backend):
 
 def test_the_verdict_depends_on_versions(monkeypatch):
     before = selftest.environment("torch", CPU)
-    monkeypatch.setattr(selftest.metadata, "version", lambda name: "99.0")
+    monkeypatch.setattr(selftest.packages, "installed_version", lambda name: "99.0")
     after = selftest.environment("torch", CPU)
     assert before != after
     assert after["package"] == "torch 99.0"

@@ -91,33 +91,11 @@ class Bank:
         generator = self.generator
         first = torch.rand(count, generator=generator) < 0.5  # begins with the image
         middles = [0.0] if self.people == 1 else [-1.0, 1.0]
-        faces: list[Faces] = []
-        motions: list[Motion] = []
-        images: list[Motion] = []
-        rows: list[Tensor] = []
-        openings: list[Tensor] = []
-        for middle in middles:
-            features, mouth = self.sounds.pick(count, generator)
-            opening, width = mouth.unbind(-1)
-            start = torch.where(
-                torch.rand(count, generator=generator) < 0.12, 0.4 * torch.rand(count, generator=generator), 0.0
-            )
-            ramp = (torch.arange(FRAMES) / 3).clamp(max=1)[None]
-            from_image = ramp * opening + (1 - ramp) * start[:, None]
-            opening = torch.where(first[:, None], from_image, opening)
-            width = torch.where(first[:, None], ramp * width + (1 - ramp) * 0.5, width)
-            still = random_motion(opening, width, generator, still_start=True)
-            moving = random_motion(opening, width, generator)
-            both = zip(_values(still), _values(moving), strict=True)
-            motion = Motion(*(torch.where(first[:, None], a, b) for a, b in both))
-            faces.append(random_faces(count, generator, middle))
-            motions.append(motion)
-            images.append(rest(count, start))
-            rows.append(features)
-            openings.append(opening)
+        people = [self._person(first, middle) for middle in middles]
+        faces = [face for face, _, _, _ in people]
         moved = [face.to(self.device) for face in faces]
-        video = draw(moved, [m.to(self.device) for m in motions], SIZE, self.width)
-        image = draw(moved, [m.to(self.device) for m in images], SIZE, self.width)  # [count, 3, 1, H, W]
+        video = draw(moved, [motion.to(self.device) for _, motion, _, _ in people], SIZE, self.width)
+        image = draw(moved, [still.to(self.device) for _, _, still, _ in people], SIZE, self.width)  # [N, 3, 1, H, W]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             x = encode(self.vae, video)
             y = encode(self.vae, F.pad(image, (0, 0, 0, 0, 0, FRAMES - 1)))
@@ -128,14 +106,31 @@ class Bank:
             x=x.half(),
             y=y.half(),
             image=self.clip.encode(image[:, :, 0]).half(),
-            rows=torch.stack(rows, dim=1),
+            rows=torch.stack([rows for _, _, _, rows in people], dim=1),
             front=torch.where(seven, 7, front),
             weight=_weights(boxes, self.width),
             masks=self._masks(faces),
-            mouth=torch.stack(openings, dim=1),
+            mouth=torch.stack([motion.opening for _, motion, _, _ in people], dim=1),
             boxes=boxes,
         )
         return Clips(*(tensor.to(self.device) for tensor in clips.fields()))
+
+    def _person(self, first: Tensor, middle: float) -> tuple[Faces, Motion, Motion, Tensor]:
+        """One person of each clip around x = `middle`: face, motion, what it does in the image, rows of features."""
+        count, generator = len(first), self.generator
+        rows, mouth = self.sounds.pick(count, generator)
+        opening, width = mouth.unbind(-1)
+        start = torch.where(
+            torch.rand(count, generator=generator) < 0.12, 0.4 * torch.rand(count, generator=generator), 0.0
+        )
+        ramp = (torch.arange(FRAMES) / 3).clamp(max=1)[None]
+        opening = torch.where(first[:, None], ramp * opening + (1 - ramp) * start[:, None], opening)
+        width = torch.where(first[:, None], ramp * width + (1 - ramp) * 0.5, width)
+        still = random_motion(opening, width, generator, still_start=True)
+        moving = random_motion(opening, width, generator)
+        both = zip(vars(still).values(), vars(moving).values(), strict=True)
+        motion = Motion(*(torch.where(first[:, None], a, b) for a, b in both))
+        return random_faces(count, generator, middle), motion, rest(count, start), rows
 
     def _masks(self, faces: list[Faces]) -> Tensor:
         """[N, people + 1, S]: for each clip the default halves, or boxes about the heads."""
@@ -169,10 +164,6 @@ def renew(clips: Clips, fresh: Clips, at: int) -> None:
     count = fresh.x.shape[0]
     for old, new in zip(clips.fields(), fresh.fields(), strict=True):
         old[at : at + count] = new
-
-
-def _values(motion: Motion) -> list[Tensor]:
-    return [*vars(motion).values()]
 
 
 def _weights(boxes: Tensor, width: int) -> Tensor:

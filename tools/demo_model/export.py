@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...cli.tiny_models import TALKING_BYTES, TALKING_PARTS
 from .dit import CONFIG, split_state
-from .train_dit import averaged_state
 from .train_vae import whitened_state
+from .training import averaged_state
 
 logger = logging.getLogger(__name__)
 

@@ -47,9 +47,6 @@ class Faces:
     def to(self, device: torch.device | str) -> Faces:
         return Faces(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def __getitem__(self, index: slice | Tensor) -> Faces:
-        return Faces(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
 
 @dataclass(frozen=True)
 class Motion:
@@ -64,9 +61,6 @@ class Motion:
 
     def to(self, device: torch.device | str) -> Motion:
         return Motion(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def __getitem__(self, index: slice | Tensor) -> Motion:
-        return Motion(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 # ------------------------------------------------------------------------------------------------------ random choices

@@ -26,7 +26,7 @@ from ...wanvideo.modules.model import WanModel
 from .bank import Bank, Clips, Sounds, join, renew
 from .dit import CONFIG, new_model, velocity
 from .train_vae import load_whitened
-from .training import Schedule, Trainer, load_shards
+from .training import Schedule, Trainer, training_parser
 
 logger = logging.getLogger(__name__)
 
@@ -155,25 +155,16 @@ def check(model: WanModel, vae: WanVAE, data: Data, text: Tensor, size: int = 16
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = training_parser(__doc__, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--vae-dim", type=int, default=8)
     parser.add_argument("--sounds", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--clips", type=int, default=3072)
-    parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--average", type=float, default=0.999)
     parser.add_argument("--resume", type=Path, default=None, help="folder of a checkpoint")
-    parser.add_argument("--finish", action="store_true")
-    parser.add_argument("--no-capture", action="store_true")
     parser.add_argument("--check-every", type=int, default=2000)
     parser.add_argument("--renew-every", type=int, default=24)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
 
@@ -248,12 +239,6 @@ def train(given: argparse.Namespace) -> None:
         logger.info("at the end, %d: %s", people, check(judged, vae, fresh[people], texts[0], 32))
     trainer.save(given.out)
     logger.info("%d steps, %.1f min", step, (time.monotonic() - began) / 60)
-
-
-def averaged_state(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint."""
-    state = load_shards(folder)
-    return {name.removeprefix("average/"): value for name, value in state.items() if name.startswith("average/")}
 
 
 if __name__ == "__main__":

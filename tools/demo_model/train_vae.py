@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...cli import tiny_models as tiny
 from ...wanvideo.encoders.vae import WanVAE, diffusers_names
 from .faces import Faces, Motion, draw, mouth_boxes, random_faces, random_motion
-from .training import Schedule, Trainer, load_shards
+from .training import Schedule, Trainer, averaged_state, training_parser
 from .whole_clip import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -140,21 +140,11 @@ def psnr(vae: WanVAE, generator: torch.Generator, device: torch.device | str) ->
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = training_parser(__doc__, lr=2e-3)
     parser.add_argument("--dim", type=int, default=8)
     parser.add_argument("--batch", type=int, default=162, help="frames of SIZE x SIZE in a batch")
-    parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--finish", action="store_true")
-    parser.add_argument("--no-capture", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    train(given)
+    train(parser.parse_args())
 
 
 def train(given: argparse.Namespace) -> None:
@@ -189,10 +179,8 @@ def train(given: argparse.Namespace) -> None:
 
 def load_trained(folder: Path, dim: int, device: torch.device | str) -> WanVAE:
     """The averaged weights of a checkpoint as a VAE."""
-    state = load_shards(folder)
-    weights = {name.removeprefix("average/"): value for name, value in state.items() if name.startswith("average/")}
     vae = new_vae(dim, device)
-    vae.model.load_state_dict(weights)
+    vae.model.load_state_dict(averaged_state(folder))
     vae.model.requires_grad_(False)
     return vae
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import time
@@ -15,12 +16,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Schedule", "Trainer", "load_shards", "save_shards"]
+__all__ = ["Schedule", "Trainer", "averaged_state", "load_shards", "save_shards", "training_parser"]
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 15 * 2**20
 """A checkpoint is cut into files below 16 MiB."""
+
+
+def training_parser(description: str | None, lr: float) -> argparse.ArgumentParser:
+    """A parser with the options of every training; its progress is logged."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--finish", action="store_true")
+    parser.add_argument("--no-capture", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 @dataclass(frozen=True)
@@ -183,3 +199,9 @@ def load_shards(folder: Path) -> dict[str, Tensor]:
     if not state:
         raise FileNotFoundError(f"there is no checkpoint in {folder}")
     return state
+
+
+def averaged_state(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint."""
+    state = load_shards(folder)
+    return {name.removeprefix("average/"): value for name, value in state.items() if name.startswith("average/")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from . import packages
-from .layout import ALIGNMENT, MAX_EXTENT, layout_violations
 
 __all__ = [
     "Contract",
@@ -31,7 +30,6 @@ __all__ = [
     "device_reasons",
     "dtype_reasons",
     "is_expanded",
-    "layout_reasons",
     "reasons",
 ]
 
@@ -96,8 +94,7 @@ def device_reasons(needs: Device, device: torch.device) -> list[str]:
     if needs.triton and not found and (missing := packages.triton_import_reason()):
         found.append(missing)
     if needs.package is not None:
-        package = needs.package
-        found += packages.package_reasons(package.name, package.versions, package.module, package.entry_points)
+        found += packages.package_reasons(*astuple(needs.package))
     return found
 
 
@@ -284,20 +281,6 @@ def _plain(value: Any) -> str:
 def dtype_reasons(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]) -> list[str]:
     """Why a dtype is not supported; empty when it is."""
     return [] if dtype in supported else [f"{name} is {_plain(dtype)}, it supports {', '.join(map(_plain, supported))}"]
-
-
-def layout_reasons(
-    x: torch.Tensor, layout: Layout, alignment: int = ALIGNMENT, max_extent: int = MAX_EXTENT, expanded: bool = True
-) -> list[str]:
-    """What one copy would repair: address, strides, extent, and where not `expanded` a stride of 0."""
-    if layout == "any":
-        return []
-    found = layout_violations(x, alignment, max_extent)
-    if layout == "aligned_contiguous" and not x.is_contiguous():
-        found.append("it is not contiguous")
-    if not expanded and is_expanded(x):
-        found.append("it is expanded with a stride of 0")
-    return found
 
 
 def is_expanded(x: torch.Tensor) -> bool:

@@ -58,9 +58,17 @@ def _batch_stride(m: torch.Tensor) -> int:
     return m.stride(0) if m.shape[0] > 1 else 0
 
 
-def _sizes(x: torch.Tensor) -> dict[str, int]:
-    block = next_power_of_two(x.shape[-1])
-    return {"C": x.shape[-1], "BLOCK": block, "num_warps": min(8, max(1, block // 2048))}
+def _launch(kernel: str, x: torch.Tensor, *arguments: object, programs: tuple[int, ...] = (), **constants: int) -> None:
+    """Launch a kernel of `_fused_triton` with one program per row of x, times `programs`."""
+    from . import _fused_triton as kernels
+
+    channels = x.shape[-1]
+    block = next_power_of_two(channels)
+    grid = (x.numel() // channels, *programs)
+    with on_device_of(x):
+        getattr(kernels, kernel)[grid](
+            *arguments, C=channels, BLOCK=block, num_warps=min(8, max(1, block // 2048)), **constants
+        )
 
 
 MODULATED_NORM = Contract(
@@ -69,13 +77,9 @@ MODULATED_NORM = Contract(
 
 
 def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    from . import _fused_triton as kernels
-
     out = torch.empty_like(x)
-    with on_device_of(x):
-        kernels.layer_norm[x.numel() // x.shape[-1],](
-            x, scale, shift, out, x.shape[1], _batch_stride(scale), _batch_stride(shift), eps, ADD_ONE=True, **_sizes(x)
-        )  # fmt: skip
+    strides = (_batch_stride(scale), _batch_stride(shift))
+    _launch("layer_norm", x, x, scale, shift, out, x.shape[1], *strides, eps, ADD_ONE=True)
     return out
 
 
@@ -83,12 +87,8 @@ AFFINE_NORM = Contract("affine_norm", TRITON, (_rows("x", "... C"), _weight("wei
 
 
 def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    from . import _fused_triton as kernels
-
     out = torch.empty_like(x)
-    rows = x.numel() // x.shape[-1]
-    with on_device_of(x):
-        kernels.layer_norm[rows,](x, weight, bias, out, rows, 0, 0, eps, ADD_ONE=False, **_sizes(x))
+    _launch("layer_norm", x, x, weight, bias, out, x.numel() // x.shape[-1], 0, 0, eps, ADD_ONE=False)
     return out
 
 
@@ -96,11 +96,8 @@ RMS_NORM = Contract("rms_norm", TRITON, (_rows("x", "... C"), _weight("weight"))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    from . import _fused_triton as kernels
-
     out = torch.empty_like(x)
-    with on_device_of(x):
-        kernels.rms_norm[x.numel() // x.shape[-1],](x, weight, out, eps, **_sizes(x))
+    _launch("rms_norm", x, x, weight, out, eps)
     return out
 
 
@@ -128,15 +125,9 @@ def qk_norm_rope(
     num_heads: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from . import _fused_triton as kernels
-
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    batch, length, _ = q.shape
-    with on_device_of(q):
-        kernels.qk_norm_rope[batch * length, 2](
-            q, k, q_weight, k_weight, rotation.cos, rotation.sin, q_out, k_out, length, eps,
-            HALF=rotation.cos.shape[-1], **_sizes(q),
-        )  # fmt: skip
+    tensors = (q, k, q_weight, k_weight, *rotation, q_out, k_out)
+    _launch("qk_norm_rope", q, *tensors, q.shape[1], eps, programs=(2,), HALF=rotation.cos.shape[-1])
     return q_out.unflatten(-1, (num_heads, -1)), k_out.unflatten(-1, (num_heads, -1))
 
 
@@ -146,11 +137,6 @@ GATED_RESIDUAL = Contract(
 
 
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    from . import _fused_triton as kernels
-
     out = torch.empty_like(x)
-    with on_device_of(x):
-        kernels.gated_residual[x.numel() // x.shape[-1],](
-            x, branch, gate, out, x.shape[1], _batch_stride(gate), **_sizes(x)
-        )
+    _launch("gated_residual", x, x, branch, gate, out, x.shape[1], _batch_stride(gate))
     return out

@@ -47,8 +47,7 @@ class Inputs:
         """The call, or InputError where shapes, dtypes or devices do not fit together. Reads host data only."""
         if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
             raise InputError(f"attention takes q, k, v of [B, L, H, D], not {q.ndim}, {k.ndim} and {v.ndim} dimensions")
-        same = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
-        if not same or k.shape != v.shape:
+        if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape != v.shape:
             raise InputError(
                 "attention takes q [B, Lq, H, D] and k, v [B, Lk, H, D], "
                 f"not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"

@@ -56,17 +56,13 @@ _stats: ContextVar[GuardStats | None] = ContextVar("guard_stats", default=None)
 @contextlib.contextmanager
 def count_guards() -> Iterator[GuardStats]:
     """Count guard calls and copies inside the `with` block. Nested blocks count for the inner one, then the outer."""
-    outer = _stats.get()
     stats = GuardStats()
     token = _stats.set(stats)
     try:
         yield stats
     finally:
         _stats.reset(token)
-        if outer is not None:
-            outer.calls += stats.calls
-            outer.copies += stats.copies
-            outer.bytes += stats.bytes
+        _count(stats.calls, stats.copies, stats.bytes)
 
 
 def _start_address(x: torch.Tensor) -> int:
@@ -104,26 +100,18 @@ def layout_violations(x: torch.Tensor, alignment: int = ALIGNMENT, max_extent: i
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-    _count_copy(out)
+    _count(copies=1, copied=out.nbytes)
     return out
 
 
-def _count_copy(out: torch.Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    stats = _stats.get()
-    if stats is not None:
-        stats.copies += 1
-        stats.bytes += out.numel() * out.element_size()
-
-
-def _count_call() -> None:
+def _count(calls: int = 0, copies: int = 0, copied: int = 0) -> None:
+    """Add to the statistics of the innermost `count_guards`, `copied` being bytes."""
     # A compiled graph holds no counter: what it copies is decided while it is traced.
-    if torch.compiler.is_compiling():
-        return
-    stats = _stats.get()
+    stats = None if torch.compiler.is_compiling() else _stats.get()
     if stats is not None:
-        stats.calls += 1
+        stats.calls += calls
+        stats.copies += copies
+        stats.bytes += copied
 
 
 def aligned_contiguous(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
@@ -132,7 +120,7 @@ def aligned_contiguous(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Ten
     Unlike `Tensor.contiguous`, this also repairs a contiguous view that starts at an odd storage offset.
     Gradients flow through the copy. Never synchronizes with the GPU.
     """
-    _count_call()
+    _count(calls=1)
     if x.is_contiguous() and _start_address(x) % alignment == 0:
         return x
     return _copy(x)
@@ -157,7 +145,7 @@ def aligned_strided(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor
 
     For kernels that take strides: q/k/v slices of one fused tensor, or K/V expanded with stride 0, pass untouched.
     """
-    _count_call()
+    _count(calls=1)
     if not layout_violations(x, alignment):
         return x
     return _copy(x)
@@ -169,7 +157,7 @@ def aligned_rows(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
     For tensors whose last size is no multiple of 16 bytes, as attention masks: the copy's rows are padded in memory, so
     its shape is that of `x`, and it need not be contiguous. Broadcast dimensions (stride 0) stay broadcast.
     """
-    _count_call()
+    _count(calls=1)
     if not layout_violations(x, alignment):
         return x
     elements = alignment // x.element_size()
@@ -182,11 +170,11 @@ def aligned_rows(x: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
     storage = torch.empty((*core.shape[:-1], padded), dtype=x.dtype, device=x.device)
     rows = storage[..., : core.shape[-1]]
     rows.copy_(core)
-    _count_copy(rows)
+    _count(copies=1, copied=rows.nbytes)
     return rows.expand(x.shape)
 
 
 def private_copy(x: torch.Tensor) -> torch.Tensor:
     """A contiguous, aligned copy of `x` that nobody else holds, for kernels that write to their input."""
-    _count_call()
+    _count(calls=1)
     return _copy(x)

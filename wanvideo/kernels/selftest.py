@@ -24,7 +24,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -111,6 +110,15 @@ def judge(name: str, comparisons: Iterable[Comparison], fault: Callable[[Any, An
     return Verdict(name, not wrong, reason, cases=right)
 
 
+def _reasons_of(verdict: Verdict, sentence: str, consequence: str) -> list[str]:
+    """`sentence` with the verdict's reason, which is logged together with its consequence; nothing where it is ok."""
+    if verdict.ok:
+        return []
+    reason = sentence.format(verdict.reason)
+    logger.warning("%s%s%s", reason[0].upper(), reason[1:], consequence)
+    return [reason]
+
+
 class _NotNowError(Exception):
     """A self-test that cannot be made at this moment."""
 
@@ -174,13 +182,11 @@ def _triton_build_reasons(device: torch.device) -> tuple[str, ...]:
                 _probe_triton.store_one[1,](torch.empty(1, dtype=torch.int32, device=device))
             yield "a launch", None, None
 
-        verdict = judge("Triton", launched(), lambda *_: "")
-        if verdict.ok:
-            return []
-        advice = "install a C compiler (gcc) and the headers of this Python"
-        reason = f"Triton cannot build a kernel here ({verdict.reason}); {advice}"
-        logger.warning("%s.", reason)
-        return [reason]
+        return _reasons_of(
+            judge("Triton", launched(), lambda *_: ""),
+            "Triton cannot build a kernel here ({}); install a C compiler (gcc) and the headers of this Python",
+            ".",
+        )
 
     return SELF_TESTS.reasons("triton build", device, ask)
 
@@ -203,12 +209,11 @@ def elementwise_reasons(needs: Device, device: torch.device) -> tuple[str, ...]:
         if packages.capability(device) in SUITE_RAN_ON:
             return []
         _not_while_capturing(device)
-        verdict = judge("elementwise", _elementwise_comparisons(device), _ulp_fault)
-        if verdict.ok:
-            return []
-        reason = f"the elementwise kernels do not give PyTorch's numbers on this GPU: {verdict.reason}"
-        logger.warning("%s. PyTorch's own run instead. Please report it.", reason[0].upper() + reason[1:])
-        return [reason]
+        return _reasons_of(
+            judge("elementwise", _elementwise_comparisons(device), _ulp_fault),
+            "the elementwise kernels do not give PyTorch's numbers on this GPU: {}",
+            ". PyTorch's own run instead. Please report it.",
+        )
 
     return device_reasons(needs, device) or SELF_TESTS.reasons("elementwise", device, ask)
 
@@ -297,12 +302,11 @@ def native_fp4_reasons(device: torch.device) -> tuple[str, ...]:
         if packages.triton_version() < sage_fp4.NATIVE_TRITON:
             return [f"Triton {packages.triton_version()} is older than {sage_fp4.NATIVE_TRITON}"]
         _not_while_capturing(device)
-        verdict = judge("FP4 tensor cores", comparison(), fault)
-        if verdict.ok:
-            return []
-        reason = f"the FP4 tensor-core kernel is wrong on this GPU: {verdict.reason}"
-        logger.warning("%s; the bf16 one runs instead", reason)
-        return [reason]
+        return _reasons_of(
+            judge("FP4 tensor cores", comparison(), fault),
+            "the FP4 tensor-core kernel is wrong on this GPU: {}",
+            "; the bf16 one runs instead",
+        )
 
     return SELF_TESTS.reasons("native FP4", device, ask)
 
@@ -343,10 +347,7 @@ def environment(package: str | None, device: torch.device) -> dict[str, str]:
             "cuda": torch.version.cuda or "",
         }
     if package is not None:
-        try:
-            facts["package"] = f"{package} {metadata.version(package)}"
-        except metadata.PackageNotFoundError:
-            facts["package"] = f"{package} of unknown version"
+        facts["package"] = f"{package} {packages.installed_version(package) or 'of unknown version'}"
     return facts
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import BackendUnavailableError
 from ..kernels.inputs import Inputs
+from ..kernels.layout import GuardStats, count_guards
 from . import auto
 from .backends import RUNTIME, Backend
 
@@ -29,6 +30,7 @@ __all__ = [
     "KernelCounts",
     "attention",
     "canonical_mode",
+    "check_mode",
     "count_kernels",
     "mode_for_role",
     "mode_reasons",
@@ -121,11 +123,13 @@ class KernelCounts(Counter[str]):
 
     Attributes:
         announced: (mode, kernel) whose line was logged in this generation.
+        guards: what the layout guards saw and copied meanwhile.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.announced: set[tuple[str, str]] = set()
+        self.guards = GuardStats()
 
 
 _generation: ContextVar[KernelCounts | None] = ContextVar("generation", default=None)
@@ -133,16 +137,19 @@ _generation: ContextVar[KernelCounts | None] = ContextVar("generation", default=
 
 @contextlib.contextmanager
 def count_kernels() -> Iterator[KernelCounts]:
-    """Count the calls of `attention` inside the `with` block, one generation, in which each kernel is announced once.
+    """Count the calls of `attention` and of the guards inside the `with` block: one generation.
 
-    Nested blocks: the inner one counts, and announces nothing that the outer one did.
+    In it each kernel is announced once.
+
+    Nested blocks: the inner one counts kernels, and announces nothing that the outer one did.
     """
     counts, outer = KernelCounts(), _generation.get()
     if outer is not None:
         counts.announced = outer.announced
     token = _generation.set(counts)
     try:
-        yield counts
+        with count_guards() as counts.guards:
+            yield counts
     finally:
         _generation.reset(token)
 
@@ -161,8 +168,7 @@ def _record(mode: str, backend: Backend, passed_over: dict[str, list[str]]) -> N
 
 def _candidates(mode: str, inputs: Inputs) -> tuple[str, ...]:
     """The backends that `mode` tries for a call, in order."""
-    names = MODE_BACKENDS[mode]
-    return (auto.choose(inputs), *names) if mode == "auto" else names
+    return (auto.choose(inputs), *MODE_BACKENDS[mode]) if mode == "auto" else MODE_BACKENDS[mode]
 
 
 def mode_reasons(device: torch.device) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -180,6 +186,15 @@ def mode_supported(mode: str, device: torch.device) -> bool:
         for name in MODE_BACKENDS[canonical_mode(mode)]
         if device.type == "cpu" or not RUNTIME.lookup(name).emulation
     )
+
+
+def check_mode(mode: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Reject a mode that cannot run here, by one small call, before any weights are read.
+
+    Raises BackendUnavailableError, as `attention` does.
+    """
+    q = torch.zeros(1, 32, heads, head_dim, dtype=dtype, device=device)
+    attention(q, q.clone(), q.clone(), mode)
 
 
 def attention(
@@ -237,8 +252,7 @@ def run_backend(
     causal: bool = False,
 ) -> torch.Tensor:
     """One backend by name instead of a mode, for self-tests, measurements and tests; otherwise as `attention`."""
-    inputs = Inputs.checked(q, k, v, attn_mask, softmax_scale, causal)
-    return RUNTIME.run(name, inputs)
+    return RUNTIME.run(name, Inputs.checked(q, k, v, attn_mask, softmax_scale, causal))
 
 
 # A compiled graph sees the entry point as one opaque call, so that addresses are checked, copies counted and kernels

@@ -14,7 +14,7 @@ import torch
 
 from ..kernels.inputs import Inputs
 from ..runtime.timing import milliseconds
-from .backends import RUNTIME, Backend
+from .backends import RUNTIME
 
 __all__ = ["MAX_RELATIVE_L2", "MIN_TOKENS", "Measurement", "choose", "measure"]
 
@@ -68,7 +68,11 @@ def choose(inputs: Inputs) -> str:
     plain = Inputs(q, k, inputs.v)
 
     def measured() -> str:
-        names = [b.name for b in RUNTIME.backends() if _is_candidate(b) and not RUNTIME.reasons(b, plain)]
+        names = [
+            backend.name
+            for backend in RUNTIME.backends()
+            if backend.name not in NOT_CANDIDATES and not backend.emulation and not RUNTIME.reasons(backend, plain)
+        ]
         results = measure(names, plain)
         name = fastest(results)
         table = ", ".join(f"{m.backend} {m.milliseconds:.2f} ms (error {m.relative_l2:.3f})" for m in results)
@@ -76,10 +80,6 @@ def choose(inputs: Inputs) -> str:
         return name
 
     return RUNTIME.chosen((q.device, q.dtype, q.shape, k.shape), measured)
-
-
-def _is_candidate(backend: Backend) -> bool:
-    return backend.name not in NOT_CANDIDATES and not backend.emulation
 
 
 def fastest(results: list[Measurement]) -> str:

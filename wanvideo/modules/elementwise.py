@@ -13,7 +13,6 @@ rounded copy.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import fused, reference
@@ -22,11 +21,9 @@ from ..kernels.selftest import eager_reasons
 
 __all__ = [
     "AffineNorm",
-    "GeluTanh",
     "RMSNorm",
     "affine_norm",
     "gated_residual",
-    "gelu_tanh",
     "modulated_norm",
     "qk_norm_rope",
     "rms_norm",
@@ -90,11 +87,6 @@ def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) ->
     return form.gated_residual(x, branch, gate)
 
 
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh approximation (arXiv 1606.08415, section 2)."""
-    return F.gelu(x, approximate="tanh")
-
-
 class AffineNorm(nn.LayerNorm):
     """LayerNorm with weight and bias, computed in float32 whatever their dtype. [..., C] -> [..., C]"""
 
@@ -112,10 +104,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class GeluTanh(nn.Module):
-    """`gelu_tanh` as a layer of a Sequential."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gelu_tanh(x)

@@ -234,11 +234,8 @@ class AudioCrossAttentionWrapper(nn.Module):
 
 
 def _single_grid(grid_sizes: torch.Tensor | Grid) -> Grid:
-    if not isinstance(grid_sizes, torch.Tensor):
-        frames, height, width = grid_sizes
-        return int(frames), int(height), int(width)
-    rows = [tuple(int(n) for n in row) for row in grid_sizes.reshape(-1, 3).tolist()]
+    grids = grid_sizes.reshape(-1, 3).tolist() if isinstance(grid_sizes, torch.Tensor) else [grid_sizes]
+    rows = [(int(frames), int(height), int(width)) for frames, height, width in grids]
     if any(row != rows[0] for row in rows):
         raise InputError(f"all videos of a batch share one grid, not {rows}")
-    frames, height, width = rows[0]
-    return frames, height, width
+    return rows[0]

@@ -28,7 +28,7 @@ from ...multitalk.multitalk import (
 from ..errors import InputError
 from ..kernels.rope import Grid, Rotation, RotationTables
 from .attention import AttentionMode, attention, resolve_mode
-from .elementwise import AffineNorm, GeluTanh, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
+from .elementwise import AffineNorm, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
 
 __all__ = [
@@ -188,8 +188,8 @@ class BlockModes(NamedTuple):
 # ------------------------------------------------------------------------------------------------ the block
 
 
-class WanSelfAttention(nn.Module):
-    """Attention of all tokens to all tokens, with RMS norm of q and k over all channels and 3-D rotary embedding."""
+class _Projections(nn.Module):
+    """The layers that self and cross attention have in common, with RMS norm of q and k over all channels."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -200,6 +200,13 @@ class WanSelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # [B, N, C] -> [B, N, H, D]
+
+
+class WanSelfAttention(_Projections):
+    """Attention of all tokens to all tokens, with 3-D rotary embedding of q and k."""
 
     def forward(
         self,
@@ -214,7 +221,7 @@ class WanSelfAttention(nn.Module):
         q, k = qk_norm_rope(
             self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.norm_q.eps
         )  # [B, L, H, D] each
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        v = self._heads(self.v(x))
         reference_map = None
         if speaker_masks is not None:
             reference_map = get_attn_map_with_target(q, k, grid, speaker_masks)
@@ -222,18 +229,11 @@ class WanSelfAttention(nn.Module):
         return self.o(out.flatten(2)), reference_map
 
 
-class WanCrossAttention(nn.Module):
+class WanCrossAttention(_Projections):
     """Attention to the text, and in I2V models to CLIP tokens with keys of their own; the two results are added."""
 
     def __init__(self, dim: int, num_heads: int, eps: float, with_image: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
+        super().__init__(dim, num_heads, eps)
         if with_image:
             self.k_img = nn.Linear(dim, dim)
             self.v_img = nn.Linear(dim, dim)
@@ -257,9 +257,6 @@ class WanCrossAttention(nn.Module):
             out = out + attention(q, k, v, attention_mode=image_mode)
         return self.o(out.flatten(2))
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # [B, N, C] -> [B, N, H, D]
-
 
 class WanBlock(nn.Module):
     """One transformer block. The audio layers exist where the configuration has them."""
@@ -272,7 +269,7 @@ class WanBlock(nn.Module):
         self.self_attn = WanSelfAttention(dim, heads, eps)
         self.norm3 = AffineNorm(dim, eps=eps)
         self.cross_attn = WanCrossAttention(dim, heads, eps, with_image=config.model_type == "i2v")
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), GeluTanh(), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         if config.audio is not None:
             self.norm_x = AffineNorm(dim, eps=eps)
             self.audio_cross_attn = SingleStreamMultiAttention(
@@ -406,7 +403,7 @@ class WanModel(nn.Module):
         dim = config.dim
 
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), GeluTanh(), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.model_type == "i2v":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -90,8 +89,7 @@ def compile_limits(settings: CompileSettings | None) -> Iterator[None]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    blocks: Any = getattr(model, "blocks", [])
-    return list(blocks)
+    return list(getattr(model, "blocks", []))
 
 
 def _targets(model: nn.Module, settings: CompileSettings) -> list[nn.Module]:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,8 +58,7 @@ def spread(swapped: int, total: int) -> list[int]:
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers of `module`, each once."""
-    found = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return list(found.values())
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -72,11 +72,8 @@ class _Unit:
         self.name = name
         self.module = module
         self.tensors = tensors_of(module)
-        self.offsets: list[int] = []
-        self.size = 0
-        for tensor in self.tensors:
-            self.offsets.append(self.size)
-            self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors]
+        *self.offsets, self.size = accumulate(sizes, initial=0)
         self.host = _host_buffer(self.size, pin)
         for tensor, home in zip(self.tensors, self._views(self.host), strict=True):
             home.copy_(_plain(tensor))
@@ -85,11 +82,10 @@ class _Unit:
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
         """`buffer` (uint8) seen as the tensors of this unit."""
-        views = []
-        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
-            piece = buffer[offset : offset + tensor.nbytes]
-            views.append(piece.view(tensor.dtype).view(tensor.shape))
-        return views
+        return [
+            buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, offset in zip(self.tensors, self.offsets, strict=True)
+        ]
 
     def point_at(self, buffer: Tensor) -> None:
         for tensor, view in zip(self.tensors, self._views(buffer), strict=True):
@@ -110,8 +106,7 @@ class _Slot:
 class _Waits:
     """How long the compute stream stood still for weights during one forward."""
 
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
+    def __init__(self) -> None:
         self.seconds = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -138,14 +133,12 @@ class BlockSwapper:
         self._slots: list[_Slot] = []
         self._hooks: list[Any] = []
         self._stream: torch.cuda.Stream | None = None
-        self._waits = _Waits(device.type == "cuda") if log_waits else None
+        self._waits = _Waits() if log_waits else None
 
     @property
     def slot_bytes(self) -> int:
         """Device memory that the slots take once installed."""
-        if not self.units:
-            return 0
-        return max(unit.size for unit in self.units) * min(self.prefetch + 1, len(self.units))
+        return max((unit.size for unit in self.units), default=0) * min(self.prefetch + 1, len(self.units))
 
     def install(self) -> None:
         if self._hooks or not self.units:
@@ -268,11 +261,6 @@ class Offloader:
     # --- what is where -------------------------------------------------------------------------------------------
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of all weights."""
-        return num_bytes(tensors_of(self.model))
-
-    @property
     def device_bytes(self) -> int:
         """Bytes on the device when loaded: resident weights and the slots of swapped ones."""
         return num_bytes(self._resident()) + self._swapper.slot_bytes
@@ -332,13 +320,10 @@ class Offloader:
         for i in spread(self.swap.blocks, len(blocks)):
             modules[f"blocks.{i}"] = blocks[i]
         pin = self.device.type == "cuda"
-        for name, module in modules.items():
-            if name not in self._packed:
-                self._packed[name] = _Unit(name, module, pin=pin)
         # What was packed for an earlier setting stays packed: it is ordinary host memory to everybody else.
-        self._packed = {name: unit for name, unit in self._packed.items() if name in modules}
-        units = [self._packed[name] for name in modules]
-        return BlockSwapper(units, self.device, self.swap.prefetch, self.swap.log_waits)
+        known = self._packed
+        self._packed = {name: known.get(name) or _Unit(name, module, pin=pin) for name, module in modules.items()}
+        return BlockSwapper(list(self._packed.values()), self.device, self.swap.prefetch, self.swap.log_waits)
 
     def _resident(self) -> list[Tensor]:
         swapped = {id(t) for unit in self._swapper.units for t in unit.tensors}

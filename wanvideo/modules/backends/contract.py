@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from ...kernels.contract import Device, Layout, Package, Size, dtype_reasons, is_expanded, layout_reasons
+from ...kernels.contract import Device, Layout, Package, Size, dtype_reasons, is_expanded
 from ...kernels.inputs import Inputs, Order
 from ...kernels.layout import ALIGNMENT, MAX_EXTENT, aligned_contiguous, aligned_rows, aligned_strided, private_copy
 
@@ -33,7 +33,6 @@ __all__ = [
     "head_dims",
     "keys",
     "not_supported_reasons",
-    "repairable_reasons",
     "repaired_mask",
     "scale_ratio",
 ]
@@ -70,8 +69,6 @@ class Contract:
             of two (multiplied into q, which is exact); "default".
         causal: "any"; "square": only with as many queries as keys (kernels disagree on the corner otherwise); "no".
         order: how the kernel reads tensors: "BLHD" or "BHLD"; the axes are exchanged (a view) before the guard copies.
-        workspace: bytes that the kernel allocates in addition to its output, by batch, heads, queries
-            and keys; None when it is negligible.
         expanded: whether tensors with a stride of 0 (K and V shared by a batch) are read rightly.
         writes_to_k: the kernel changes K in place; it then gets a K that nobody else holds.
         float32_as: what float32 tensors are cast to when `dtypes` lacks float32; None rejects them. Never float16,
@@ -89,7 +86,6 @@ class Contract:
     scales: Literal["any", "power_of_two", "default"] = "any"
     causal: Literal["any", "square", "no"] = "no"
     order: Order = "BLHD"
-    workspace: Callable[[int, int, int, int], int] | None = None
     expanded: bool = True
     writes_to_k: bool = False
     float32_as: torch.dtype | None = torch.bfloat16
@@ -162,25 +158,6 @@ def scale_ratio(inputs: Inputs) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- repair
-
-
-def repairable_reasons(contract: Contract, inputs: Inputs) -> list[str]:
-    """What `Backend.call` repairs by a cast or a copy before a kernel with this contract sees it."""
-    found = []
-    dtype = inputs.q.dtype
-    if dtype not in contract.dtypes and contract.kernel_dtype(dtype) in contract.dtypes:
-        found.append(f"q, k and v are {dtype}, to be cast to {contract.float32_as}")
-    tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
-    for name, x in tensors.items():
-        x = x.transpose(1, 2) if contract.order == "BHLD" else x
-        reasons = layout_reasons(x, contract.layout, contract.alignment, contract.max_extent, contract.expanded)
-        found += [f"{name}: {reason}" for reason in reasons]
-    if inputs.attn_mask is not None and contract.layout != "any":
-        reasons = layout_reasons(
-            inputs.attn_mask, "aligned_strided", contract.alignment, contract.max_extent, contract.expanded
-        )
-        found += [f"attn_mask: {reason}" for reason in reasons]
-    return found
 
 
 def _repaired(contract: Contract, x: torch.Tensor) -> torch.Tensor:

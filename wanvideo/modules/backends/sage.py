@@ -5,6 +5,7 @@ What each needs comes from its public interface and issue tracker; the limits th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,12 +64,15 @@ def unit_range(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (v.float() / peak).to(v.dtype), peak
 
 
-def _times(out: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
-    return (out.float() * peak).to(out.dtype)
-
-
 def _arguments(inputs: Inputs) -> dict[str, Any]:
     return {"tensor_layout": "NHD", "is_causal": inputs.causal, "sm_scale": inputs.scale}
+
+
+def _in_unit_range(kernel: Callable[..., torch.Tensor], inputs: Inputs, **options: str) -> torch.Tensor:
+    """What a kernel that multiplies P and V in fp16 gives, by `unit_range`."""
+    small, peak = unit_range(inputs.v)
+    out = kernel(inputs.q, inputs.k, small, smooth_k=True, **options, **_arguments(inputs))
+    return (out.float() * peak).to(out.dtype)
 
 
 # --- SageAttention 1: Triton, int8 QK, fp16 PV -----------------------------------------------------------------------
@@ -76,10 +80,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 def run_sage1(inputs: Inputs) -> torch.Tensor:
     """`sageattention.sageattn` of 1.0.x. It subtracts the mean from the K it is given."""
-    sageattn = packages.load("sageattention").sageattn
-    small, peak = unit_range(inputs.v)
-    out = sageattn(inputs.q, inputs.k, small, smooth_k=True, **_arguments(inputs))
-    return _times(out, peak)
+    return _in_unit_range(packages.load("sageattention").sageattn, inputs)
 
 
 SAGE1 = Backend(
@@ -106,9 +107,7 @@ SAGE1 = Backend(
 def run_sage2_fp16(inputs: Inputs) -> torch.Tensor:
     """Ampere: int8 QK, fp16 PV with a float32 accumulator."""
     kernel = packages.load("sageattention").sageattn_qk_int8_pv_fp16_cuda
-    small, peak = unit_range(inputs.v)
-    out = kernel(inputs.q, inputs.k, small, pv_accum_dtype="fp32", smooth_k=True, **_arguments(inputs))
-    return _times(out, peak)
+    return _in_unit_range(kernel, inputs, pv_accum_dtype="fp32")
 
 
 def run_sage2_fp8(inputs: Inputs, entry_point: str) -> torch.Tensor:
@@ -160,11 +159,6 @@ def delta_s_bytes(batch: int, heads: int, queries: int, keys: int) -> int:
     return 4 * batch * heads * -(-queries // SAGE3_QUERY_BLOCK) * keys
 
 
-def _workspace(batch: int, heads: int, queries: int, keys: int) -> int:
-    one_block = delta_s_bytes(batch, heads, 1, keys)
-    return min(delta_s_bytes(batch, heads, queries, keys), max(DELTA_S_BUDGET, one_block))
-
-
 def _rows_within_budget(q: torch.Tensor, keys: int) -> int:
     """How many queries of q [B, H, Lq, D] one call may take: whole blocks, at least one."""
     batch, heads, queries, _ = q.shape
@@ -202,7 +196,6 @@ SAGE3_CONTRACT = Contract(
     head_dim=head_dims(64, 128),
     scales="power_of_two",  # it ignores any scale given to it
     writes_to_k=True,
-    workspace=_workspace,
     device=Device(
         capabilities=((12, 0), (12, 1)), package=Package("sageattn3", ">=1.0,<2", "sageattn3", ("sageattn3_blackwell",))
     ),
