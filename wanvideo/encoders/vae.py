@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.state_dict import bare_tensors, fill_module, kind_of, read_with_config, renamed
 from ..errors import CheckpointError, InputError
+from ..kernels.frames import FRAMES
+from ..kernels.selftest import elementwise_reasons
 from .base import Encoder
+from .vae_frames import FrameDecoder, FrameEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +151,11 @@ class WanVAE(Encoder):
     The convolutions compute in `dtype` on `device`.
     """
 
-    def __init__(self, model: Any, config: VaeConfig) -> None:
+    def __init__(self, model: Any, config: VaeConfig, channels_last: bool | None = None) -> None:
+        """`channels_last`: whether the stacks run with channels last (`vae_frames`); None: where our kernels run."""
         super().__init__(model)
         self.config = config
+        self.channels_last = channels_last
         self.latents_mean = torch.tensor(model.config.latents_mean, dtype=torch.float32)
         self.latents_std = torch.tensor(model.config.latents_std, dtype=torch.float32)
 
@@ -274,13 +279,12 @@ class WanVAE(Encoder):
 
     def _encode_stream(self, video: Tensor, frames: int) -> Iterator[Tensor]:
         """The posterior's mean of one latent frame after the other, [B, z, 1, h, w]: pixels 0, then four at a time."""
-        cache = _empty_cache(self.model.encoder)
+        encoder = self._stack(self.model.encoder, FrameEncoder)
         step = self.config.temporal_ratio
         for frame in range(frames):
             begin, end = (0, 1) if frame == 0 else (1 + step * (frame - 1), 1 + step * frame)
             chunk = video[:, :, begin:end].to(self.device, self.dtype)
-            hidden = self.model.encoder(chunk, feat_cache=cache, feat_idx=[0])
-            yield self.model.quant_conv(hidden)[:, : self.z_dim]
+            yield self.model.quant_conv(encoder(chunk))[:, : self.z_dim]
 
     # --- latents -> pixels ---------------------------------------------------------------------------------------
 
@@ -333,14 +337,26 @@ class WanVAE(Encoder):
 
     def _decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames of one latent frame after the other, [B, 3, 1 or 4, 8 h, 8 w], not clamped."""
-        cache = _empty_cache(self.model.decoder)
+        decoder = self._stack(self.model.decoder, FrameDecoder)
         mean, std = self._constants(self.device)
         for frame in range(latents.shape[2]):
             z = latents[:, :, frame : frame + 1].to(self.device, torch.float32) * std + mean
-            hidden = self.model.post_quant_conv(z.to(self.dtype))
-            yield self.model.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=frame == 0)
+            yield decoder(self.model.post_quant_conv(z.to(self.dtype)))
 
     # --- shared --------------------------------------------------------------------------------------------------
+
+    def _stack(self, module: Any, frames: type[FrameDecoder] | type[FrameEncoder]) -> Callable[[Tensor], Tensor]:
+        """`module` for one video, chunk by chunk: with channels last where our kernels run, else diffusers' own way."""
+        if self._runs_channels_last(module):
+            return frames(module)
+        cache: list[Tensor | None] = [None] * sum(isinstance(layer, nn.Conv3d) for layer in module.modules())
+        return lambda chunk: module(chunk, feat_cache=cache, feat_idx=[0])
+
+    def _runs_channels_last(self, module: nn.Module) -> bool:
+        if self.channels_last is not None:
+            return self.channels_last
+        supported = self.dtype in FRAMES.operands[0].dtypes and not elementwise_reasons(FRAMES.device, self.device)
+        return supported and "forward" not in vars(module)  # where `compile_model` puts the compiled one
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, each [1, z, 1, 1, 1]."""
@@ -389,11 +405,6 @@ class WanVAE(Encoder):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             tile = smaller
-
-
-def _empty_cache(module: nn.Module) -> list[Tensor | None]:
-    """One slot for the history of each causal convolution."""
-    return [None] * sum(isinstance(layer, nn.Conv3d) for layer in module.modules())
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,68 @@ def scale_product(
 ) -> torch.Tensor:
     product = product * (rows * columns)
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def _sum(y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+    total = y.float()
+    if bias is not None:
+        total = total + bias.float()
+    if residual is not None:
+        total = total + residual.float()
+    return total.to(y.dtype)
+
+
+def pad_frames(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    history: torch.Tensor | None,
+    kept: int,
+    before: int,
+    after: int,
+    keep_sum: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The padded input of a causal convolution: s = y + bias + residual, then SiLU(s / |s| * sqrt(C) * gamma).
+
+    Args:
+        y: [B, T, H, W, C], frames with channels last. bias: [C]. residual: like y.
+        gamma: [C]; None leaves out norm and SiLU.
+        history: [B, kept, H, W, C], the frames before; None for zeros.
+        kept: frames of history that the convolution reads.
+        before, after: rows and columns of zeros above and left, below and right.
+        keep_sum: whether s is returned.
+
+    Returns:
+        the padded frames [B, kept + T, H + before + after, W + before + after, C]; s [B, T, H, W, C] or None; the
+        history for the next call, or None where `kept` is 0.
+    """
+    sums = _sum(y, bias, residual)
+    values = sums
+    if gamma is not None:
+        exact = sums.float()
+        normed = F.normalize(exact, dim=-1) * (y.shape[-1] ** 0.5) * gamma.float()
+        values = F.silu(normed).to(y.dtype)
+    new_history = None
+    if kept:
+        past = values.new_zeros(values.shape[0], kept, *values.shape[2:]) if history is None else history
+        values = torch.cat((past, values), dim=1)
+        new_history = values[:, -kept:].clone()
+    return F.pad(values, (0, 0, before, after, before, after)), sums if keep_sum else None, new_history
+
+
+def upsample_frames(
+    y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, split: int
+) -> torch.Tensor:
+    """s = y + bias + residual, every pixel four times, and a border of zeros one pixel wide.
+
+    Args:
+        y: [B, T, H, W, split * C]; the j-th group of C channels becomes frame split * t + j.
+
+    Returns:
+        [B, split * T, 2 H + 2, 2 W + 2, C]
+    """
+    sums = _sum(y, bias, residual)
+    sums = sums.unflatten(-1, (split, -1)).movedim(-2, 2).flatten(1, 2)
+    large = sums.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return F.pad(large, (0, 0, 1, 1, 1, 1))

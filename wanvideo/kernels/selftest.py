@@ -221,7 +221,7 @@ def elementwise_reasons(needs: Device, device: torch.device) -> tuple[str, ...]:
 @torch.no_grad()
 def _elementwise_comparisons(device: torch.device) -> Iterator[Comparison]:
     """Every kernel and its eager form, on small random inputs of a generator of their own."""
-    from . import fused, linear
+    from . import frames, fused, linear
 
     generator = torch.Generator(device).manual_seed(0)
 
@@ -246,6 +246,11 @@ def _elementwise_comparisons(device: torch.device) -> Iterator[Comparison]:
     if device.type != "cuda" or not contract.device_reasons(linear.QUANTIZE_ROWS.device, device):
         rows = x.flatten(0, 1)
         yield "quantize_rows", linear.quantize_rows(rows), reference.quantize_rows(rows)
+    video, past = random(1, 3, 4, 5, 96).to(DTYPE), random(1, 2, 4, 5, 96).to(DTYPE)
+    padding = (video, weight[:96], video.flip(1), bias[:96], past, 2, 1, 1, True)
+    yield "pad_frames", frames.pad_frames(*padding), reference.pad_frames(*padding)
+    doubling = (video, weight[:96], None, 2)
+    yield "upsample_frames", frames.upsample_frames(*doubling), reference.upsample_frames(*doubling)
 
 
 def _ulp_fault(actual: Any, expected: Any) -> str:
