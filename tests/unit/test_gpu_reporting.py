@@ -101,7 +101,8 @@ for name, rounds in runs.items():
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return measured(tmp_path_factory.mktemp("benchmarks"), guard_cost=2, block_swap=2, linear=1, fused=1, vram=0)
+    folder = tmp_path_factory.mktemp("benchmarks")
+    return measured(folder, guard_cost=2, block_swap=2, linear=1, fused=1, vram=0, vae=1, forward=1, window=0)
 
 
 @pytest.mark.slow
@@ -147,6 +148,29 @@ def test_elementwise_groups_are_measured_and_a_block_with_them(reports: dict[str
     assert len(groups) == 5
     assert all(row["form"] == "eager" and 0.5 < row["ulp, normal"] <= 1 for rows in groups for row in rows)
     assert [row["relative L2 between them"] for row in block] == [0.0, 0.0]  # no kernel of ours runs on a CPU
+
+
+def test_both_ways_through_the_vae_are_measured(reports: dict[str, dict]) -> None:
+    work, errors = (table["rows"] for table in reports["vae"]["tables"])
+    assert [row["way"] for row in work] == ["diffusers", "channels last"] * 3
+    assert all(row["ms"] > 0 for row in work)
+    assert errors[0]["decode"] == errors[0]["encode"] == 0.0  # float32 against itself on a CPU
+    assert max(errors[1]["decode"], errors[1]["encode"]) < 1e-5
+
+
+def test_a_forward_is_compared_with_16_bit_sdpa(reports: dict[str, dict]) -> None:
+    (table,) = reports["forward"]["tables"]
+    first, *others = table["rows"]
+    assert (first["variant"], first["relative L2"]) == ("sdpa, disabled", 0.0)
+    assert all(0 < row["relative L2"] < 0.15 for row in others)
+
+
+def test_the_parts_of_a_window_add_up(reports: dict[str, dict]) -> None:
+    (table,) = reports["window"]["tables"]
+    for frames in ("noise", "ordinary"):
+        *parts, total, rate = (row[frames] for row in table["rows"])
+        assert sum(parts) == pytest.approx(total)
+        assert rate == pytest.approx(total / (12 / 25))  # 17 frames, 5 of them carried over
 
 
 def test_the_vae_is_measured_whole_in_tiles_and_by_length(reports: dict[str, dict]) -> None:
