@@ -101,7 +101,7 @@ class VideoModel:
         dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
         check_with_block_swap(compile_settings, swap)
-        shapes = inspect_dit(path, None if adapter is None else adapter.path)
+        shapes = inspect_dit(path, None if adapter is None else adapter.path, quantization)
         with comfyui.ordinary_tensors():
             check_mode(attention_mode, shapes.num_heads, shapes.head_dim, comfyui.device(), dtype)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, some
 from ..kernels.layout import ALIGNMENT
-from .files import Stored, own_memory, read_metadata, read_state_dict
+from .files import Stored, own_memory
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "bare_names",
-    "bare_tensors",
     "check_complete",
     "check_heads",
     "check_shape",
@@ -33,7 +31,6 @@ __all__ = [
     "kind_of",
     "layers_of",
     "owns_aligned_memory",
-    "read_with_config",
     "renamed",
     "stated_config",
 ]
@@ -86,11 +83,6 @@ def bare_names(names: Iterable[str], anchor: str) -> dict[str, str]:
     return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
 
 
-def bare_tensors(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
-    """The tensors of `bare_names` under their names without the prefix."""
-    return {bare: state[name] for bare, name in bare_names(state, anchor).items()}
-
-
 def renamed(name: str, table: Mapping[str, str]) -> str:
     """`name` with its beginning replaced by the first entry of `table` (old beginning -> new) that fits."""
     for old, new in table.items():
@@ -131,11 +123,6 @@ def stated_config(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
     Our small test models state there what shapes do not (the number of heads, say). Public files have none.
     """
     return json_object(metadata.get("config") or None, f"{what}: the 'config' in its metadata")
-
-
-def read_with_config(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(all tensors of a file, its `stated_config`); raises as `read_state_dict`."""
-    return read_state_dict(path), stated_config(read_metadata(path), str(path))
 
 
 def check_heads(width: int, heads: int, what: str) -> None:
