@@ -15,6 +15,7 @@ from torch import Tensor
 from ..fp8_optimization import summary
 from ..media.masks import latent_masks, speaker_planes
 from ..pipeline.attention_policy import SAFER, bind
+from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
@@ -69,8 +70,14 @@ class SamplerSettings:
             )
         if self.riflex:
             raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
-        if self.denoise <= 0:
-            raise InputError("A denoise_strength of 0 makes nothing: set it above 0.")
+        check_numbers(denoise_strength=self.denoise)
+        check_numbers(steps=self.steps, cfg=self.cfg, shift=self.shift, seed=self.seed, sigmas=self.levels)
+        check_numbers(start_step=self.start_step, end_step=self.end_step)
+        if self.schedule_steps > BOUNDS["steps"].most:
+            raise InputError(
+                f"A denoise_strength of {self.denoise} makes a schedule of {self.schedule_steps:,} steps, of which the "
+                f"last {self.steps} run: set it higher, or fewer steps."
+            )
 
     @property
     def levels(self) -> list[float] | None:
@@ -323,7 +330,7 @@ def _one_window(
         cfg=settings.cfg,
         audio_cfg=1.0 if speech is None else speech.audio_cfg,
     )
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(int(settings.seed))
     shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
     x = _first_latents(start, settings, schedule, torch.randn(shape, generator=generator))
     model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
@@ -375,6 +382,7 @@ def _window_inputs(
         window = plan_windows(what.num_frames, what.num_frames, 1)[0]
         audio = window_audio(_features(model, speech), window, what.num_frames).to(device)
         masks = latent_masks(_planes(speech), len(audio), (what.width, what.height), what.width, what.height).to(device)
+        check_numbers(audio_scale=speech.audio_scale)
         audio_scale = speech.audio_scale
     return WindowInputs(
         context=text.positive.to(device),

@@ -79,9 +79,6 @@ def fit_size(
     Args:
         image: (width, height) of the image, pixels.
     """
-    for side in (width, height):
-        if side is not None and side < 1:
-            raise InputError(f"A side of {side} pixels makes no video: give a multiple of {SIZE_STEP}.")
     aspect = image[0] / image[1]
     if width is not None and height is not None:
         wanted = (float(width), float(height))

@@ -38,6 +38,7 @@ from ..wanvideo.modules.attention import attention, canonical_mode, count_kernel
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
+from .bounds import check_numbers
 from .conditioning import Conditioning, FrameSource
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
@@ -253,10 +254,7 @@ def check(job: Job) -> Checked:
     """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
     device = choose_device(job.device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if job.max_frames is not None and job.max_frames < 1:
-        raise InputError(f"A video of {job.max_frames} frames cannot be made: give at least 1.")
-    if job.blocks_to_swap < 0:
-        raise InputError(f"{job.blocks_to_swap} blocks cannot be swapped: give 0 or more.")
+    check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
     Quantization.parse(job.quantization)
     _check_out(Path(job.out))
     _check_kinds_of_files(job.files)

@@ -551,12 +551,12 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         (dict(frames=80), "4n \\+ 1"),
         (dict(motion_frames=9), "leave no room"),
         (dict(start_step=3), "leaves none of 3 steps"),
-        (dict(color_correction=2.0), "between 0 and 1"),
+        (dict(color_correction=2.0), "color_correction 2.0 cannot be used: give a number from 0 to 1"),
         (dict(guidance="other"), "additive, nested"),
         (dict(scheduler="other"), "There is no scheduler"),
         (dict(cfg=[]), "cfg schedule is empty"),
         (dict(total_frames=0), "shorter than one"),
-        (dict(width=0), "multiple of 16"),
+        (dict(width=0), "width 0 cannot be used"),
     ],
 )
 def test_settings_are_rejected_before_anything_runs(changes, message) -> None:
