@@ -155,8 +155,12 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_generate(args: argparse.Namespace) -> None:
+    from ..media.mixing import in_order
     from ..pipeline.make_video import ModelFiles
 
+    audio = in_order(
+        {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
+    )
     files = ModelFiles(
         model=args.model,
         adapter=args.adapter,
@@ -166,7 +170,6 @@ def _run_generate(args: argparse.Namespace) -> None:
         wav2vec=args.wav2vec,
         tokenizer=args.tokenizer,
     )
-    audio = [path for path in (args.audio, args.audio_2, args.audio_3, args.audio_4) if path is not None]
     _run_job(_job(args, files, audio))
 
 

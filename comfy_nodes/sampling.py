@@ -16,7 +16,7 @@ from ..fp8_optimization import summary
 from ..media.masks import latent_masks, speaker_planes
 from ..pipeline.attention_policy import SAFER, bind
 from ..pipeline.bounds import BOUNDS, check_numbers
-from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio
+from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, plan_schedule, plan_video
@@ -382,6 +382,7 @@ def _window_inputs(
         window = plan_windows(what.num_frames, what.num_frames, 1)[0]
         audio = window_audio(_features(model, speech), window, what.num_frames).to(device)
         masks = latent_masks(_planes(speech), len(audio), (what.width, what.height), what.width, what.height).to(device)
+        audio = with_silence(audio, masks)
         check_numbers(audio_scale=speech.audio_scale)
         audio_scale = speech.audio_scale
     return WindowInputs(
@@ -419,6 +420,6 @@ def _features(model: VideoModel, speech: SpeechEmbeds) -> tuple[Tensor, ...]:
 
 def _planes(speech: SpeechEmbeds) -> list[Tensor] | None:
     """Masks of the speakers, without the background that some workflows add behind them."""
-    if speech.masks is None or len(speech.speakers) < 2:
+    if speech.masks is None or not speech.speakers:
         return None
     return speaker_planes(speech.masks, len(speech.speakers))

@@ -83,7 +83,7 @@ class Job:
         audio: one recording per speaker, one to four.
         out: the video file to write (.mp4).
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
-        masks: one image per speaker, white where the speaker is; empty: speakers side by side.
+        masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
         prompt, negative: what to show, and what not.
         config: size, length of windows, steps, guidance, seed ...; its device and attention policy are set here.
         max_frames: where to stop although the recording goes on; None: nowhere.

@@ -111,7 +111,8 @@ class Plan:
         windows: that make them, in order.
         schedule: steps of every window.
         speakers: number of recordings.
-        masks: where each speaker is, then the background, [speakers + 1, height / 8, width / 8] of 0 and 1.
+        masks: where each speaker is, then the background, [speakers + 1, height / 8, width / 8] of 0 and 1; see
+            `latent_masks` for one speaker.
     """
 
     config: GenerateConfig
@@ -136,7 +137,7 @@ def plan_video(
     Args:
         image: (width, height) of the image, or of the source video's first frame, pixels.
         speech: for each speaker, the length of the recording in video frames.
-        masks: one plane [H, W] per speaker; None puts speakers side by side. Not read for one speaker.
+        masks: one plane [H, W] per speaker; None puts speakers side by side.
 
     Raises InputError for settings, lengths and masks that do not fit.
     """

@@ -413,6 +413,23 @@ def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, image: Pat
     assert_rejected(run(audio_2=speech, masks=[image, tmp_path / "black.png"]), "speaker 2 covers no part")
 
 
+@pytest.mark.usefixtures("unread")
+def test_recordings_with_a_gap(run: Callable[..., Ran], speech: Path) -> None:
+    assert_rejected(run(audio_3=speech), "--audio-3 is given without --audio-2")
+    assert_rejected(run(audio_2=speech, audio_4=speech), "--audio-4 is given without --audio-3")
+
+
+def test_a_mask_for_one_speaker_changes_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+    Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8), 20, 1)).save(tmp_path / "left.png")
+
+    def frames(**options: object) -> bytes:
+        assert run(out=tmp_path / "a.mp4", max_frames=5, **options).code == 0
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            return b"".join(frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0))
+
+    assert frames() != frames(masks=tmp_path / "left.png")
+
+
 def test_places_that_cannot_be_written_to(
     run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
