@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, options, sampler, text
+from .comfy_nodes.schema import check_numbers_of
 
 comfyui.register_folders()
 
@@ -40,6 +41,9 @@ NODES: list[Any] = [
     latents.WanVideoPassImagesFromSamples,
     sampler.WanVideoSampler,
 ]
+
+for _node in NODES:
+    check_numbers_of(_node)
 
 
 class InfiniteTalkExtension(comfyui.ComfyExtension):

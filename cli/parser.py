@@ -79,23 +79,37 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size and length")
     _add_config(
         size,
-        ("--width", int, "pixels, rounded to 16; default: from the image"),
-        ("--height", int, "pixels, rounded to 16; default: from the image"),
-        ("--frames", int, "frames per window, 4n + 1 (%(default)s)"),
-        ("--motion-frames", int, "frames carried over (%(default)s)"),
+        ("--width", "pixels, rounded to 16; default: from the image"),
+        ("--height", "pixels, rounded to 16; default: from the image"),
+        ("--frames", "frames per window, 4n + 1 (%(default)s)"),
+        ("--motion-frames", "frames carried over (%(default)s)"),
     )
-    size.add_argument("--max-frames", type=int, metavar="N", help="stop after so many frames, 25 per second")
+    _add_number(size, "--max-frames", None, "stop after so many frames, 25 per second")
     _add_sampling(parser)
     _add_machine(parser)
 
 
-def _add_config(group: Any, *options: tuple[str, Callable[[str], float], str]) -> None:
-    """Options (name, type, help) of the `GenerateConfig`, with its defaults."""
+def _add_config(group: Any, *options: tuple[str, str]) -> None:
+    """Numeric options (name, help) of the `GenerateConfig`, with its defaults."""
     from ..pipeline.plan import GenerateConfig
 
-    for name, kind, text in options:
-        default = getattr(GenerateConfig, name.removeprefix("--").replace("-", "_"))
-        group.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text)
+    for name, text in options:
+        _add_number(group, name, getattr(GenerateConfig, name.removeprefix("--").replace("-", "_")), text)
+
+
+def _add_number(group: Any, option: str, default: Any, text: str) -> None:
+    """An option for a number within its bounds."""
+    from ..pipeline.bounds import BOUNDS, parse_number
+
+    name = option.removeprefix("--").replace("-", "_")
+
+    def number(given: str) -> Any:
+        try:
+            return parse_number(name, given)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    group.add_argument(option, type=number, default=default, metavar="N" if BOUNDS[name].whole else "X", help=text)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -105,28 +119,20 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     _add_config(
         group,
-        ("--steps", int, "%(default)s; 4 to 8 with distilled models"),
-        ("--shift", float, "of the noise schedule (%(default)s)"),
-        ("--cfg", float, "text guidance, 1 is none (%(default)s)"),
-        ("--audio-cfg", float, "speech guidance (%(default)s)"),
-        ("--audio-scale", float, "weight of the speech (%(default)s)"),
-        ("--seed", int, "of the random numbers (%(default)s)"),
+        ("--steps", "%(default)s; 4 to 8 with distilled models"),
+        ("--shift", "of the noise schedule (%(default)s)"),
+        ("--cfg", "text guidance, 1 is none; 5,4,3: one for each step (%(default)s)"),
+        ("--audio-cfg", "speech guidance, likewise (%(default)s)"),
+        ("--audio-scale", "weight of the speech (%(default)s)"),
+        ("--seed", "of the random numbers (%(default)s)"),
     )
     group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
     group.add_argument("--mode", choices=tuple(MODES), default="infinitetalk", help="%(default)s")
     _add_config(
         group,
-        ("--start-step", int, "with --video: how many steps to leave out"),
-        ("--color-correction", _share, "0 to 1, towards the image's (%(default)s)"),
+        ("--start-step", "with --video: how many steps to leave out"),
+        ("--color-correction", "0 to 1, towards the image's (%(default)s)"),
     )
-
-
-def _share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -144,15 +150,17 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
-    group.add_argument(
-        "--blocks-to-swap", type=int, default=0, metavar="N", help="blocks that wait in host memory (%(default)s)"
-    )
+    _add_number(group, "--blocks-to-swap", 0, "blocks that wait in host memory (%(default)s)")
     group.add_argument("--tiled-vae", action="store_true", help="encode and decode in tiles, for small GPUs")
 
 
 def _run_generate(args: argparse.Namespace) -> None:
+    from ..media.mixing import in_order
     from ..pipeline.make_video import ModelFiles
 
+    audio = in_order(
+        {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
+    )
     files = ModelFiles(
         model=args.model,
         adapter=args.adapter,
@@ -162,7 +170,6 @@ def _run_generate(args: argparse.Namespace) -> None:
         wav2vec=args.wav2vec,
         tokenizer=args.tokenizer,
     )
-    audio = [path for path in (args.audio, args.audio_2, args.audio_3, args.audio_4) if path is not None]
     _run_job(_job(args, files, audio))
 
 

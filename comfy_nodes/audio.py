@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..media.mixing import in_order
 from .comfyui import io
 from .models import SpeechModel, normalized_audio
 from .schema import SpeechEmbedsType, Wav2VecType, node_schema
@@ -72,7 +73,8 @@ class MultiTalkWav2VecEmbeds(io.ComfyNode):
                     "ref_target_masks",
                     optional=True,
                     tooltip="Where each speaker is, one mask per speaker in a batch. "
-                    "Without it the speakers stand side by side, the first on the left.",
+                    "Without it the speakers stand side by side, the first on the left. "
+                    "With one speaker, nobody else in the image speaks.",
                 ),
                 io.Boolean.Input(
                     "add_noise_floor",
@@ -115,7 +117,7 @@ class MultiTalkWav2VecEmbeds(io.ComfyNode):
         smooth_transients: bool = False,
     ) -> Any:
         embeds = wav2vec_model.embed(
-            [audio for audio in (audio_1, audio_2, audio_3, audio_4) if audio is not None],
+            in_order({"audio_1": audio_1, "audio_2": audio_2, "audio_3": audio_3, "audio_4": audio_4}),
             normalize=normalize_loudness,
             max_frames=num_frames,
             fps=fps,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..pipeline.bounds import check_numbers
 from ..pipeline.windows import plan_windows
 from ..wanvideo.errors import InputError
 from .comfyui import advanced, io
@@ -210,6 +211,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
     ) -> Any:
         if colormatch not in COLOR_STRENGTH:
             raise InputError(f"colormatch {colormatch} is not part of this pack: choose reinhard.")
+        check_numbers(width=width, height=height)
         plan_windows(1, frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler
         plan = LongVideo(
             vae=vae,

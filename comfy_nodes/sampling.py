@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..media.masks import latent_masks, speaker_planes
 from ..pipeline.attention_policy import SAFER, bind
-from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio
+from ..pipeline.bounds import BOUNDS, check_numbers
+from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, plan_schedule, plan_video
@@ -67,8 +68,14 @@ class SamplerSettings:
             )
         if self.riflex:
             raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
-        if self.denoise <= 0:
-            raise InputError("A denoise_strength of 0 makes nothing: set it above 0.")
+        check_numbers(denoise_strength=self.denoise)
+        check_numbers(steps=self.steps, cfg=self.cfg, shift=self.shift, seed=self.seed, sigmas=self.levels)
+        check_numbers(start_step=self.start_step, end_step=self.end_step)
+        if self.schedule_steps > BOUNDS["steps"].most:
+            raise InputError(
+                f"A denoise_strength of {self.denoise} makes a schedule of {self.schedule_steps:,} steps, of which the "
+                f"last {self.steps} run: set it higher, or fewer steps."
+            )
 
     @property
     def levels(self) -> list[float] | None:
@@ -309,7 +316,7 @@ def _one_window(
         cfg=settings.cfg,
         audio_cfg=1.0 if speech is None else speech.audio_cfg,
     )
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(int(settings.seed))
     shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
     x = _first_latents(start, settings, schedule, torch.randn(shape, generator=generator))
     model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
@@ -361,6 +368,8 @@ def _window_inputs(
         window = plan_windows(what.num_frames, what.num_frames, 1)[0]
         audio = window_audio(_features(model, speech), window, what.num_frames).to(device)
         masks = latent_masks(_planes(speech), len(audio), (what.width, what.height), what.width, what.height).to(device)
+        audio = with_silence(audio, masks)
+        check_numbers(audio_scale=speech.audio_scale)
         audio_scale = speech.audio_scale
     return WindowInputs(
         context=text.positive.to(device),
@@ -397,6 +406,6 @@ def _features(model: VideoModel, speech: SpeechEmbeds) -> tuple[Tensor, ...]:
 
 def _planes(speech: SpeechEmbeds) -> list[Tensor] | None:
     """Masks of the speakers, without the background that some workflows add behind them."""
-    if speech.masks is None or len(speech.speakers) < 2:
+    if speech.masks is None or not speech.speakers:
         return None
     return speaker_planes(speech.masks, len(speech.speakers))

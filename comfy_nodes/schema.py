@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from ..pipeline.bounds import BOUNDS, Bound, shown
 from ..wanvideo.errors import InputError
 from .comfyui import io, make_schema
 
@@ -65,6 +67,36 @@ def reject_foreign(node: Any, sockets: dict[str, Any]) -> None:
             raise InputError(
                 f"{input_id} is for {FOREIGN[types[input_id]]}: not part of this pack, disconnect {input_id}."
             )
+
+
+def check_numbers_of(node: Any) -> None:
+    """Make `node.execute` reject numbers outside the range of their widget, and NaN, before it runs.
+
+    ComfyUI checks what is typed into a widget; NaN, and numbers that come by a link, pass it.
+    """
+    execute = node.execute.__func__
+
+    @functools.cache
+    def bounds() -> dict[str, Bound]:
+        found = {}
+        for widget in node.define_schema().inputs:
+            options = widget.as_dict()
+            if widget.get_io_type() in ("INT", "FLOAT") and {"min", "max"} <= options.keys():
+                lists = widget.id in BOUNDS and BOUNDS[widget.id].per_step
+                whole = widget.get_io_type() == "INT"
+                found[widget.id] = Bound(
+                    options["min"], options["max"], whole, optional=widget.optional, per_step=lists
+                )
+        return found
+
+    @functools.wraps(execute)
+    def checked(cls: Any, **given: Any) -> Any:
+        for name, bound in bounds().items():
+            if name in given and not bound.accepts(given[name]):
+                raise InputError(f"{name} {shown(given[name])} cannot be used: give {bound.words}.")
+        return execute(cls, **given)
+
+    node.execute = classmethod(checked)
 
 
 def node_schema(

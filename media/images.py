@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import os
+import stat
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,7 @@ from PIL import Image, ImageOps
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["SIZE_STEP", "cover_image", "cover_nearest", "fit_size", "load_image"]
+__all__ = ["SIZE_STEP", "cover_image", "cover_nearest", "fit_size", "load_image", "open_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +30,17 @@ DEFAULT_AREA = 640 * 640
 MAX_ASPECT = 4.0
 """Of a video whose sides are not given; narrower images show their middle."""
 
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
+"""What is read. Pillow's other formats start programs (EPS), or hold no picture of a person."""
+
+MAX_PIXELS = 2**27
+"""Of one image: 400 MB as RGB. Cameras make up to 10,000 x 10,000."""
+
+DRAFT_SIZE = (4096, 4096)
+"""Pixels that a JPEG file above `MAX_PIXELS` keeps at least, reduced by 2, 4 or 8."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 
 def load_image(source: str | Path | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
     """An upright RGB image from a file, a PIL image of any mode, or pixels [H, W, 3] (uint8, or float in [0, 1]).
@@ -35,27 +51,130 @@ def load_image(source: str | Path | Image.Image | np.ndarray | torch.Tensor) -> 
         source = (source if source.dtype == torch.uint8 else source.float()).cpu().numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    image = source if isinstance(source, Image.Image) else _open(source)
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I") or upright.mode == "F":
-        # 16 and 32 bit gray: Pillow would clip at 255 instead of scaling.
-        gray = np.asarray(upright, dtype=np.float32)
-        upright = Image.fromarray(np.clip(gray / (257 if gray.max() > 255 else 1), 0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright.convert("RGB")
+    image = upright(source, "The image") if isinstance(source, Image.Image) else open_image(source)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _open(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
+    """The image in a file, upright, as RGB, or as RGBA where it has transparency.
+
+    Of an animation it is the first frame. Metadata that cannot be read (EXIF, color profiles, texts) is left out, with
+    a line in the log. Raises InputError for what is no image, or one of too many pixels.
+    """
+    _check_is_file(path)
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, on metadata and on sizes, for which there is a limit below
+            try:
+                image = _decode(path)
+            except Exception:  # Pillow raises what parsing damaged metadata ends in: ValueError, struct.error ...
+                essential = _without_metadata(Path(path).read_bytes())
+                if essential is None:
+                    raise
+                image = _decode(io.BytesIO(essential))
+                logger.warning("%s: its metadata is damaged and left out", path)
+            return upright(image, str(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - as above; whatever it is, the file is at fault
+        raise InputError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG or WebP file.") from None
+
+
+def _check_is_file(path: str | Path) -> None:
+    """Reject what is no regular file: opening a FIFO or a device would wait, or never end."""
+    try:
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise InputError(f"There is no image at {path}: check the path.") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's ways to reject a file
-        raise InputError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG or WebP file.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error}): check the path.") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise InputError(f"{path} cannot be read as an image (it is {kind}): give a PNG, JPEG or WebP file.")
+
+
+def _decode(source: str | Path | io.BytesIO) -> Image.Image:
+    """The first image in the file; large JPEG files are reduced while they are read."""
+    Image.init()
+    with Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        if image.width * image.height > MAX_PIXELS:
+            image.draft(None, DRAFT_SIZE)  # of JPEG files alone
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(
+                f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} that are read: make the image "
+                "smaller."
+            )
+        image.load()
+        return image
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """A PNG or JPEG file without the parts that no pixel depends on; None for other files, and where it has none."""
+    try:
+        if content.startswith(_PNG):
+            kept = _png_pixels(content)
+        elif content.startswith(b"\xff\xd8"):
+            kept = _jpeg_pixels(content)
+        else:
+            return None
+    except (struct.error, IndexError):  # cut off
+        return None
+    return None if kept == content else kept
+
+
+def _png_pixels(content: bytes) -> bytes:
+    """The critical chunks (names with a capital first) and transparency. A chunk: length, name, data, checksum."""
+    kept, at = [_PNG], len(_PNG)
+    while at < len(content):
+        length, name = struct.unpack_from(">I4s", content, at)
+        if name[:1].isupper() or name == b"tRNS":
+            kept.append(content[at : at + length + 12])
+        at += length + 12
+    return b"".join(kept)
+
+
+def _jpeg_pixels(content: bytes) -> bytes:
+    """All segments but comments and application data; of that, JFIF's and Adobe's (the color space) are kept."""
+    kept, at = [content[:2]], 2
+    while True:
+        marker, length = struct.unpack_from(">HH", content, at)
+        if marker == 0xFFDA:  # the scan: all the rest
+            return b"".join([*kept, content[at:]])
+        shortest = {0xFFE0: 16, 0xFFEE: 14}.get(marker, 2**16 if 0xFFE0 < marker <= 0xFFEF or marker == 0xFFFE else 0)
+        if length >= shortest:
+            kept.append(content[at : at + length + 2])
+        at += length + 2
+
+
+def upright(image: Image.Image, what: str) -> Image.Image:
+    """A PIL image of any mode as RGB or, where it has transparency, RGBA, turned as its EXIF says."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - damaged EXIF ends in many errors, and is no reason to reject the image
+        logger.warning("%s: its EXIF data is damaged and left out", what)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    for name in ("exif", "xmp", "XML:com.adobe.xmp"):  # so that nobody turns it again
+        image.info.pop(name, None)
+    return image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Gray of 16 or 32 bits, or of floats, as 8 bits. Pillow would clip it at 255 instead of scaling."""
+    gray = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(gray).all():
+        raise InputError("The image holds NaN or infinite values: save it with 8 bits.")
+    largest = float(gray.max())
+    if image.mode == "F" and largest <= 1:
+        scale = 255.0
+    elif largest <= 255:
+        scale = 1.0
+    else:
+        scale = 255 / max(largest, 65535)
+    return Image.fromarray(np.clip(gray * scale, 0, 255).round().astype(np.uint8))
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -79,9 +198,6 @@ def fit_size(
     Args:
         image: (width, height) of the image, pixels.
     """
-    for side in (width, height):
-        if side is not None and side < 1:
-            raise InputError(f"A side of {side} pixels makes no video: give a multiple of {SIZE_STEP}.")
     aspect = image[0] / image[1]
     if width is not None and height is not None:
         wanted = (float(width), float(height))

@@ -5,7 +5,8 @@ Everything is NumPy on mono samples; recordings of one conversation share a rate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,22 @@ NOISE_FLOOR_DB = -60.0
 
 CLICK_FACTOR = 8.0
 """A sample whose step from the one before exceeds this many typical steps of its surroundings is a click."""
+
+
+T = TypeVar("T")
+
+
+def in_order(recordings: Mapping[str, T | None]) -> list[T]:
+    """The recordings that are given, by the names of their options: speaker 1, 2, 3 ...
+
+    Raises InputError for a gap, as everything after it would be another speaker's.
+    """
+    names = list(recordings)
+    given = [name for name in names if recordings[name] is not None]
+    gap = next((name for name in names[: len(given)] if recordings[name] is None), None)
+    if gap is not None:
+        raise InputError(f"{given[-1]} is given without {gap}: number the speakers without a gap.")
+    return [recording for recording in recordings.values() if recording is not None]
 
 
 def arrange(recordings: Sequence[Waveform], *, one_after_the_other: bool) -> list[Waveform]:

@@ -34,6 +34,7 @@ __all__ = [
     "WindowInputs",
     "keyframe_condition",
     "window_audio",
+    "with_silence",
 ]
 
 Stage = Callable[[str], AbstractContextManager[Any]]
@@ -107,6 +108,16 @@ def window_audio(speakers: Sequence[Tensor], window: Window, total: int) -> Tens
     """
     rows = torch.tensor(audio_rows(window, total))  # [frames, 5]
     return torch.stack([features[rows.clamp(max=len(features) - 1)] for features in speakers])
+
+
+def with_silence(audio: Tensor, masks: Tensor) -> Tensor:
+    """Audio [speakers, ...] as the masks [planes, h, w] need it.
+
+    A single speaker who is confined by a mask is followed by a silent one, who is everywhere else (`latent_masks`):
+    among the audio tokens of one speaker alone there is nothing that image tokens could turn away from.
+    """
+    confined = len(audio) == 1 and not bool(masks[0].all())
+    return torch.cat([audio, torch.zeros_like(audio)]) if confined else audio
 
 
 # --- windows of a long video -------------------------------------------------------------------------------------
@@ -204,7 +215,7 @@ class WindowConditioner:
 
     def audio(self, window: Window) -> Tensor:
         """Features of the speech in the window, [speakers, frames, 5, layers, hidden]."""
-        return window_audio(self.given.audio, window, self.plan.total)
+        return with_silence(window_audio(self.given.audio, window, self.plan.total), self.plan.masks)
 
     def image(self, index: int) -> Tensor:
         """Source frame [3, H, W] in [-1, 1]; beyond either end the nearest one."""

@@ -15,6 +15,7 @@ s_t = 1 it takes two passes, `full` and `prompt` (the prompt alone): v = v_promp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ import torch
 from ..wanvideo.errors import InputError
 
 __all__ = ["FORMULAS", "Formula", "Pass", "Projection", "Term", "cfg_schedule", "guide", "per_step"]
+
+logger = logging.getLogger(__name__)
 
 FORMULAS = ("additive", "nested")
 """`additive`: as above. `nested`: the text scale multiplies the audio term too, as older ComfyUI workflows expect:
@@ -146,11 +149,13 @@ def per_step(scale: float | Sequence[float], steps: int, what: str) -> list[floa
 
     Raises InputError for an empty list; `what` names the scale in the message.
     """
-    if isinstance(scale, (int, float)):
+    if not isinstance(scale, Sequence):
         return [float(scale)] * steps
     scales = [float(s) for s in scale]
     if not scales:
         raise InputError(f"The {what} schedule is empty: give one number, or one for each of the {steps} steps.")
+    if len(scales) > steps:
+        logger.warning("%d of the %d numbers in the %s schedule are used, one for each step", steps, len(scales), what)
     return (scales + [scales[-1]] * (steps - len(scales)))[:steps]
 
 

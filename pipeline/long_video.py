@@ -107,7 +107,7 @@ def generate_windows(
     """`generate` with a conditioner of the caller's."""
     config, schedule, count = plan.config, plan.schedule, len(plan.windows)
     device = torch.device(config.device)
-    generator = torch.Generator("cpu").manual_seed(config.seed)
+    generator = torch.Generator("cpu").manual_seed(int(config.seed))
     modes = FallbackModes(model, config.attention_policy, fallback, schedule.steps, device)
     carried: torch.Tensor | None = None  # [3, motion_frames, H, W], the end of the window before
 

@@ -37,6 +37,7 @@ from ..wanvideo.modules.attention import check_mode, count_kernels
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
+from .bounds import check_numbers
 from .conditioning import Conditioning, FrameSource
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
@@ -82,7 +83,7 @@ class Job:
         audio: one recording per speaker, one to four.
         out: the video file to write (.mp4).
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
-        masks: one image per speaker, white where the speaker is; empty: speakers side by side.
+        masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
         prompt, negative: what to show, and what not.
         config: size, length of windows, steps, guidance, seed ...; its device and attention policy are set here.
         max_frames: where to stop although the recording goes on; None: nowhere.
@@ -241,10 +242,7 @@ def check(job: Job) -> Checked:
     """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
     device = choose_device(job.device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if job.max_frames is not None and job.max_frames < 1:
-        raise InputError(f"A video of {job.max_frames} frames cannot be made: give at least 1.")
-    if job.blocks_to_swap < 0:
-        raise InputError(f"{job.blocks_to_swap} blocks cannot be swapped: give 0 or more.")
+    check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
     _check_out(Path(job.out))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)

@@ -14,6 +14,7 @@ import torch
 from ..media.images import DEFAULT_AREA, fit_size
 from ..media.masks import latent_masks
 from ..wanvideo.errors import InputError
+from .bounds import BOUNDS, MAX_WINDOW_PIXELS, check_numbers
 from .guidance import guide, per_step
 from .nonfinite import AttentionPolicy
 from .sampling import Schedule
@@ -49,7 +50,7 @@ MODES: dict[str, Mode] = {
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How to generate. Defaults are the public ones of InfiniteTalk at 480p.
+    """How to generate. Defaults are the public ones of InfiniteTalk at 480p, bounds of all numbers in `bounds.BOUNDS`.
 
     Attributes:
         width, height: of the video, pixels; rounded to multiples of 16. A missing one follows the image's aspect;
@@ -110,7 +111,8 @@ class Plan:
         windows: that make them, in order.
         schedule: steps of every window.
         speakers: number of recordings.
-        masks: where each speaker is, then the background, [speakers + 1, height / 8, width / 8] of 0 and 1.
+        masks: where each speaker is, then the background, [speakers + 1, height / 8, width / 8] of 0 and 1; see
+            `latent_masks` for one speaker.
     """
 
     config: GenerateConfig
@@ -135,15 +137,19 @@ def plan_video(
     Args:
         image: (width, height) of the image, or of the source video's first frame, pixels.
         speech: for each speaker, the length of the recording in video frames.
-        masks: one plane [H, W] per speaker; None puts speakers side by side. Not read for one speaker.
+        masks: one plane [H, W] per speaker; None puts speakers side by side.
 
     Raises InputError for settings, lengths and masks that do not fit.
     """
     if config.mode not in MODES:
         raise InputError(f"There is no mode '{config.mode}': choose one of {', '.join(MODES)}.")
-    if not 0 <= config.color_correction <= 1:
-        raise InputError(f"The color correction of {config.color_correction} is not between 0 and 1.")
+    check_numbers(**{name: value for name, value in vars(config).items() if name in BOUNDS})
     width, height = fit_size(image, config.width, config.height, config.area)
+    if width * height * config.frames > MAX_WINDOW_PIXELS:
+        raise InputError(
+            f"A window of {config.frames} frames of {width} x {height} pixels is too large for any GPU: choose a "
+            "smaller size, or fewer frames per window."
+        )
     planes = latent_masks(masks, len(speech), image, width, height)
     total = max(speech) if config.total_frames is None else config.total_frames
     windows = plan_windows(total, config.frames, config.motion_frames)
@@ -179,8 +185,12 @@ def plan_schedule(
     Args:
         end_step: the first step that is not run; None runs to the end.
 
-    Raises InputError for a scheduler, a start or a guidance that cannot be.
+    Raises InputError for numbers outside of `bounds.BOUNDS`, and for a scheduler, a start or a guidance that cannot be.
     """
+    check_numbers(
+        steps=steps, shift=shift, sigmas=sigmas, start_step=start_step, end_step=-1 if end_step is None else end_step
+    )
+    check_numbers(cfg=cfg, audio_cfg=audio_cfg)
     grid = make_scheduler(scheduler, steps, shift, sigmas)
     scales = zip(per_step(cfg, len(grid), "cfg"), per_step(audio_cfg, len(grid), "audio cfg"), strict=True)
     formulas = tuple(guide(text, audio, guidance, projected=apg is not None) for text, audio in scales)

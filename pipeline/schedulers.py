@@ -16,6 +16,7 @@ import torch
 from scipy.special import betaincinv
 
 from ..wanvideo.errors import InputError
+from .bounds import check_numbers
 
 __all__ = ["SCHEDULERS", "Scheduler", "make_scheduler"]
 
@@ -218,7 +219,7 @@ def _distill_grid(steps: int, shift: float) -> np.ndarray:
 
 def _res_grid(steps: int, shift: float) -> np.ndarray:
     training = _shifted(torch.linspace(1, 0.003 / 1.002, 1000), shift)
-    return training[[round(i * 1000 / steps) for i in range(steps)]].numpy()
+    return training[[min(round(i * 1000 / steps), 999) for i in range(steps)]].numpy()
 
 
 def _beta_spaced(sigmas: np.ndarray) -> np.ndarray:
@@ -251,8 +252,8 @@ def make_scheduler(name: str, steps: int, shift: float, sigmas: Sequence[float] 
 
     Args:
         name: one of `SCHEDULERS`.
-        steps: number of model evaluations, at least 1.
-        shift: resolution shift, above 0; larger spends more steps on the layout (InfiniteTalk: 7 at 480p, 11 at 720p).
+        steps: number of model evaluations.
+        shift: resolution shift; larger spends more steps on the layout (InfiniteTalk: 7 at 480p, 11 at 720p).
         sigmas: the grid itself in place of the one that `steps` and `shift` give: falling, within [0, 1], the final
             sigma included (0 to finish).
 
@@ -265,13 +266,16 @@ def make_scheduler(name: str, steps: int, shift: float, sigmas: Sequence[float] 
     if sigmas is not None:
         levels = _checked(sigmas)
     else:
-        if steps < 1:
-            raise InputError(f"{steps} steps are not enough: set steps to 1 or more.")
-        if not shift > 0 or not math.isfinite(shift):
-            raise InputError(f"The shift {shift} is not above 0: InfiniteTalk uses 7 at 480p and 11 at 720p.")
-        start = grid(steps, shift)
-        levels = np.append(_beta_spaced(start) if name.endswith("/beta") else start, start.dtype.type(0))
+        check_numbers(steps=steps, shift=shift)
+        with np.errstate(all="ignore"):  # a grid that does not fall is rejected below
+            start = grid(steps, shift)
+            levels = np.append(_beta_spaced(start) if name.endswith("/beta") else start, start.dtype.type(0))
     rounded = torch.from_numpy(levels).float()
+    if not bool((rounded.diff() < 0).all()):
+        raise InputError(
+            f"The scheduler {name} has no {steps} different noise levels at shift {shift}: set fewer steps, or a shift "
+            "nearer to 7."
+        )
     if grid in _WHOLE_TIMESTEPS:
         # Truncated before the rounding to float32, which could lift a sigma over the border.
         timesteps = torch.from_numpy((levels[:-1] * 1000).astype(np.int64))

@@ -291,6 +291,17 @@ def test_a_merged_model_needs_no_adapter(run: Callable[..., Ran], tiny_set: Tiny
     assert run(model=tmp_path / "merged.safetensors", adapter=None, max_frames=5).code == 0
 
 
+def test_each_step_has_its_own_guidance(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers for three steps: the last one goes on."""
+    plans: list[plan.Plan] = []
+    planned = generate.plan_video
+    monkeypatch.setattr(generate, "plan_video", lambda *a: plans.append(planned(*a)) or plans[0])
+    ran = run(steps=3, cfg="3,1", audio_cfg="1,2", max_frames=5)
+    assert ran.code == 0, ran.err
+    formulas = plans[0].schedule.formulas
+    assert [[(t.name, t.scale) for t in f.terms] for f in formulas] == [[("text", 3.0)], *[[("audio", 2.0)]] * 2]
+
+
 # --------------------------------------------------------------------------------------------------------- it rejects
 
 
@@ -364,16 +375,13 @@ def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
     [
         ({"frames": 6}, "4n + 1"),
         ({"motion_frames": 9}, "motion"),
-        ({"steps": 0}, "step"),
         ({"start_step": 1}, "start step 1 leaves none of 1"),
-        ({"width": 0}, "0 pixels"),
-        ({"max_frames": 0}, "0 frames"),
+        ({"width": 8192, "height": 8192, "frames": 81}, "too large for any GPU"),
         ({"attention_mode": "sageattn9"}, "no attention mode 'sageattn9'"),
         ({"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
         ({"attention_mode": "flash_attn_3"}, "does not support this call"),
         ({"device": "toaster"}, "no device 'toaster'"),
         ({"device": "meta"}, "not supported"),
-        ({"blocks_to_swap": -1}, "-1 blocks"),
     ],
 )
 @pytest.mark.usefixtures("unread")
@@ -403,6 +411,23 @@ def test_masks_that_do_not_fit(run: Callable[..., Ran], speech: Path, image: Pat
     Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
     assert_rejected(run(audio_2=speech, masks=[image]), "1 masks for 2 speakers")
     assert_rejected(run(audio_2=speech, masks=[image, tmp_path / "black.png"]), "speaker 2 covers no part")
+
+
+@pytest.mark.usefixtures("unread")
+def test_recordings_with_a_gap(run: Callable[..., Ran], speech: Path) -> None:
+    assert_rejected(run(audio_3=speech), "--audio-3 is given without --audio-2")
+    assert_rejected(run(audio_2=speech, audio_4=speech), "--audio-4 is given without --audio-3")
+
+
+def test_a_mask_for_one_speaker_changes_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+    Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8), 20, 1)).save(tmp_path / "left.png")
+
+    def frames(**options: object) -> bytes:
+        assert run(out=tmp_path / "a.mp4", max_frames=5, **options).code == 0
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            return b"".join(frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0))
+
+    assert frames() != frames(masks=tmp_path / "left.png")
 
 
 def test_places_that_cannot_be_written_to(
@@ -507,7 +532,7 @@ def test_an_interruption_before_the_first_window(
 
 def test_an_older_video_is_left_alone_until_there_is_a_new_one(run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "video.mp4").write_bytes(b"older work")
-    assert_rejected(run(steps=0))
+    assert_rejected(run(start_step=1))
     assert (tmp_path / "video.mp4").read_bytes() == b"older work"
 
 

@@ -103,9 +103,11 @@ def test_formulas_that_do_not_go_together() -> None:
         guide(5.0, 4.0, "nested", projected=True)
 
 
-def test_schedules() -> None:
+def test_schedules(caplog: pytest.LogCaptureFixture) -> None:
     assert per_step(5, 3, "cfg") == [5.0, 5.0, 5.0]
     assert per_step([5, 2], 4, "cfg") == [5.0, 2.0, 2.0, 2.0]
+    assert not caplog.messages
     assert per_step([5, 2, 1], 2, "cfg") == [5.0, 2.0]
+    assert "2 of the 3 numbers in the cfg schedule are used" in caplog.text
     with pytest.raises(InputError, match="audio cfg schedule is empty"):
         per_step([], 2, "audio cfg")

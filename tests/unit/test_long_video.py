@@ -242,6 +242,29 @@ def test_several_speakers(speakers) -> None:
     assert model.calls[2]["audio"].eq(0).all()
 
 
+def test_a_speaker_with_a_mask_is_routed_as_two_of_whom_one_is_silent() -> None:
+    config, mask = replace(CONFIG, width=128, height=64), torch.zeros(32, 48)
+    mask[:, :16] = 1
+    given = _conditioning()
+    silent = torch.zeros_like(given.audio[0])
+
+    def calls(conditioning: Conditioning, masks: list[torch.Tensor]) -> list[dict[str, Any]]:
+        model = FakeModel()
+        plan = plan_video(config, (48, 32), [len(rows) for rows in conditioning.audio], masks)
+        list(generate(model, FakeVae(), FakeClip(), conditioning, plan))
+        return model.calls
+
+    alone = calls(given, [mask])
+    pair = calls(replace(given, audio=[given.audio[0], silent]), [mask, 1 - mask])
+    assert len(alone) == len(pair) > 0
+    for one, two in zip(alone, pair, strict=True):
+        assert torch.equal(one["audio"], two["audio"])
+        assert torch.equal(one["masks"], two["masks"])
+        assert torch.equal(one["x"], two["x"])
+    assert alone[0]["audio"].shape[0] == 2
+    assert calls(given, [torch.ones(32, 48)])[0]["audio"].shape[0] == 1
+
+
 def test_the_longest_of_several_recordings_counts() -> None:
     given_audio = _conditioning(speakers=2)
     short = [given_audio.audio[0], given_audio.audio[1][:4]]
@@ -551,12 +574,12 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         (dict(frames=80), "4n \\+ 1"),
         (dict(motion_frames=9), "leave no room"),
         (dict(start_step=3), "leaves none of 3 steps"),
-        (dict(color_correction=2.0), "between 0 and 1"),
+        (dict(color_correction=2.0), "color_correction 2.0 cannot be used: give a number from 0 to 1"),
         (dict(guidance="other"), "additive, nested"),
         (dict(scheduler="other"), "There is no scheduler"),
         (dict(cfg=[]), "cfg schedule is empty"),
         (dict(total_frames=0), "shorter than one"),
-        (dict(width=0), "multiple of 16"),
+        (dict(width=0), "width 0 cannot be used"),
     ],
 )
 def test_settings_are_rejected_before_anything_runs(changes, message) -> None:

@@ -32,7 +32,68 @@ def test_default_masks_share_the_image_out(speakers) -> None:
 
 def test_one_speaker_is_everywhere() -> None:
     assert default_masks(1, 20, 30).eq(1).all()
-    assert latent_masks([_half(8, 8, True)], 1, (30, 20), 64, 48).eq(1).all()
+    assert latent_masks(None, 1, (30, 20), 64, 48).eq(1).all()
+
+
+def test_a_mask_confines_one_speaker(caplog: pytest.LogCaptureFixture) -> None:
+    """Its complement is the place of a second, silent speaker; nothing is left for the background."""
+    caplog.set_level("INFO")
+    speaker, silent, background = latent_masks([_half(48, 64, True)], 1, (64, 48), 64, 48)
+    assert speaker[:, :4].eq(1).all()
+    assert speaker[:, 4:].eq(0).all()
+    assert torch.equal(silent, 1 - speaker)
+    assert background.eq(0).all()
+    assert "second one, who is silent" in caplog.text
+    latent_masks([torch.ones(48, 64)], 1, (64, 48), 64, 48)
+    assert caplog.records[-1].levelname == "WARNING"
+    assert "covers the whole video" in caplog.text
+
+
+def _columns(first: int, last: int) -> torch.Tensor:
+    """[64, 96], 1 from column 16 * first to below 16 * last."""
+    plane = torch.zeros(64, 96)
+    plane[:, 16 * first : 16 * last] = 1
+    return plane
+
+
+@pytest.mark.parametrize(
+    ("planes", "words"),
+    [
+        ([(0, 3), (3, 6)], None),
+        ([(0, 2), (2, 4), (4, 6)], None),
+        (
+            [(0, 4), (2, 6)],
+            "speakers 1 and 2 overlap in 33 % of the video (50 % of the smaller one)",
+        ),
+        ([(0, 6), (4, 6)], "speakers 1 and 2 overlap in 33 % of the video (100 % of the smaller one)"),
+        ([(0, 2), (2, 5), (4, 6)], "speakers 2 and 3 overlap in 17 %"),
+    ],
+)
+def test_masks_that_overlap_are_named(planes, words, caplog: pytest.LogCaptureFixture) -> None:
+    latent_masks([_columns(*plane) for plane in planes], len(planes), (96, 64), 96, 64)
+    assert [record.levelname for record in caplog.records] == ([] if words is None else ["WARNING"])
+    assert (words or "") in caplog.text
+
+
+@pytest.mark.parametrize("planes", [[(0, 6), (0, 6)], [(0, 3), (0, 3)], [(0, 2), (3, 6), (3, 6)]])
+def test_masks_that_are_the_same_are_rejected(planes) -> None:
+    numbers = "2 and 3" if len(planes) == 3 else "1 and 2"
+    with pytest.raises(InputError, match=f"speakers {numbers} cover the same part"):
+        latent_masks([_columns(*plane) for plane in planes], len(planes), (96, 64), 96, 64)
+
+
+@pytest.mark.parametrize("white", [1 / 255, 0.01, 1, 3, 255])
+def test_the_largest_value_is_white(white) -> None:
+    """Masks saved as 0 and 1 arrive as 0 and 1/255."""
+    masks = latent_masks([_columns(0, 2) * white, _columns(3, 6) * white], 2, (96, 64), 96, 64)
+    assert masks[0].mean() == pytest.approx(2 / 6)
+    assert masks[1].mean() == pytest.approx(3 / 6)
+
+
+def test_without_masks_the_sentence_speaks_of_the_aspect() -> None:
+    with pytest.raises(InputError, match=r"96 x 160 video shows the middle of the 480 x 270 image") as caught:
+        latent_masks(None, 3, (480, 270), 96, 160)
+    assert "mask of speaker" not in str(caught.value)
 
 
 @pytest.mark.parametrize("speakers", [0, 5])
@@ -83,6 +144,10 @@ def test_masks_are_cut_like_the_image() -> None:
 
 def test_masks_that_do_not_fit() -> None:
     halves = [_half(60, 90, True), _half(60, 90, False)]
+    with pytest.raises(InputError, match="NaN or infinite"):
+        latent_masks([halves[0], halves[1] * float("nan")], 2, (90, 60), 96, 64)
+    with pytest.raises(InputError, match="2 masks for 1 speakers"):
+        latent_masks(halves, 1, (90, 60), 96, 64)
     with pytest.raises(InputError, match="2 masks for 3 speakers"):
         latent_masks(halves, 3, (90, 60), 96, 64)
     with pytest.raises(InputError, match="height, width"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import make_workflows, tiny_comfy
 from support.comfy_host import Host, NodeError, hosted
+from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 TINY = make_workflows.TINY
 
@@ -90,6 +91,11 @@ def test_scales_and_masks_travel_along(host: Host, wav2vec) -> None:
     embeds = embed(host, wav2vec, sound(), sound(), audio_scale=0.5, audio_cfg_scale=3.0, ref_target_masks=masks)[0]
     assert (embeds.audio_scale, embeds.audio_cfg) == (0.5, 3.0)
     assert embeds.masks is masks
+
+
+def test_recordings_without_a_gap(host: Host, wav2vec) -> None:
+    with pytest.raises(InputError, match="audio_3 is given without audio_2"):
+        embed(host, wav2vec, sound(), audio_3=sound())
 
 
 def test_loudness_is_brought_to_where_it_is_asked(host: Host) -> None:
@@ -189,8 +195,6 @@ def test_a_core_clip_vision_model_is_asked_for_its_penultimate_states(host: Host
 
 @pytest.mark.parametrize("change", [{"tiles": 4}, {"combine_embeds": "batch", "image_2": torch.rand(1, 8, 8, 3)}])
 def test_what_clip_does_not_do_is_said(host: Host, clip, change: dict[str, Any]) -> None:
-    from wanvideo_infinitetalk.wanvideo.errors import InputError
-
     with pytest.raises(InputError, match="not part of this pack"):
         look(host, clip, **change)
 
