@@ -8,11 +8,14 @@ then stays playable.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,6 +214,7 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
 
 def _run_job(job: Job) -> None:
     """Make the video with a progress bar, and say where it is."""
+    from ..media.video import OutputFiles
     from ..pipeline.make_video import make_video
     from .terminal import ProgressBar
 
@@ -218,12 +222,13 @@ def _run_job(job: Job) -> None:
         try:
             result = make_video(job, bar.events)
         except KeyboardInterrupt:
+            partial = OutputFiles.of(job.out).partial
             kept = (
-                f"{bar.windows_done} finished windows are in {job.out}" if bar.windows_done else "nothing is finished"
+                f"{bar.windows_done} finished windows are in {partial}" if bar.windows_done else "nothing is finished"
             )
             raise Stopped(f"Interrupted: {kept}.") from None
     logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
-    print(f"video: {result.path}")
+    _say(f"video: {result.path}")
 
 
 # -------------------------------------------------------------------------------------------------- make-tiny and demo
@@ -240,7 +245,7 @@ def _run_make_tiny(args: argparse.Namespace) -> None:
     from .tiny_models import make_tiny
 
     for name, path in vars(make_tiny(args.folder, random=args.random)).items():
-        print(f"{name}: {path}")
+        _say(f"{name}: {path}")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -291,10 +296,11 @@ def _run_doctor(args: argparse.Namespace) -> None:
         cache_file().unlink(missing_ok=True)
     report = examine(choose_device(args.device))
     out = Console(width=None if sys.stdout.isatty() else 160)
-    out.print(*doctor_tables(report), sep="\n")
+    with _stdout("the report"):
+        out.print(*doctor_tables(report), sep="\n")
     if args.report is not None:
         args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        print(f"report: {args.report}")
+        _say(f"report: {args.report}")
     if not report.healthy:
         lacking = ", ".join(name for name, supported in report.precisions.items() if not supported)
         raise BackendUnavailableError(f"No attention mode of {lacking} is supported here; the table says why.")
@@ -327,6 +333,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for what the user can correct, 130 when interrupted."""
+    _prepare_streams()
     args = parser().parse_args(argv)
     _log_to_stderr(args.verbose)
     try:
@@ -340,6 +347,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _end(_os_sentence(error), EXIT_USER_ERROR, args.verbose)
     return 0
+
+
+@contextlib.contextmanager
+def _stdout(what: str) -> Iterator[None]:
+    """Writes to stdout; where that takes nothing (a full disk, a closed pipe), it is said on stderr."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # What waits in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InfiniteTalkError(f"Standard output takes nothing ({error.strerror}); it was to say: {what}") from error
+
+
+def _say(line: str) -> None:
+    with _stdout(line):
+        print(line)
+
+
+def _prepare_streams() -> None:
+    """Keep files that are opened later from the numbers of closed streams; print any name in any encoding."""
+    with contextlib.suppress(OSError):
+        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(spare)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _os_sentence(error: OSError) -> str:

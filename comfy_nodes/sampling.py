@@ -287,13 +287,12 @@ def _collect(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechE
 
 
 def _write(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmbeds) -> Latent:
-    from ..media.video import VideoWriter
+    from ..media.video import OutputFiles, VideoWriter
 
     path = comfyui.output_file(what.output_path, ".mp4")
-    path.parent.mkdir(parents=True, exist_ok=True)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
     last: FinishedWindow | None = None
-    with VideoWriter(path, speech.fps, sound, rate) as writer:
+    with OutputFiles.of(path).locked(), VideoWriter(path, speech.fps, sound, rate) as writer:
         for window in windows:
             writer.append(window.frames)
             last = window

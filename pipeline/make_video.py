@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
-from ..media.video import VideoFrames, VideoWriter, check_path
+from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
@@ -54,6 +54,9 @@ DEFAULT_NEGATIVE = (
 FPS = 25
 """Video frames per second that InfiniteTalk was trained with."""
 
+FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
+"""Fields of a `Job` where a string is a path."""
+
 UNKNOWN_KIND = kind_of(())
 
 SOUND_RATE = 48000
@@ -80,7 +83,7 @@ class Job:
     Attributes:
         files: the checkpoints.
         audio: one recording per speaker, one to four.
-        out: the video file to write (.mp4).
+        out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
         masks: one image per speaker, white where the speaker is; empty: speakers side by side.
         prompt, negative: what to show, and what not.
@@ -153,7 +156,8 @@ class Events:
 def make_video(job: Job, events: Events | None = None) -> Result:
     """Make the video of `job` with its sound.
 
-    Finished windows are in the file already, playable, when a later one fails or is interrupted.
+    Finished windows are in `OutputFiles.of(job.out).partial`, playable, while later ones are made, and stay there when
+    one of those fails or is interrupted.
 
     Raises:
         InputError, CheckpointError, BackendUnavailableError: before anything is generated; the message says what to do.
@@ -167,7 +171,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 
-    with torch.inference_mode(), _explained_memory(device):
+    with OutputFiles.of(job.out).locked(), torch.inference_mode(), _explained_memory(device):
         # 2. Encode the conditions.
         audio = _speech_features(job, checked, events)
         context, negative = _encode_prompts(job, checked, events)
@@ -258,7 +262,7 @@ def check(job: Job) -> Checked:
     if job.blocks_to_swap < 0:
         raise InputError(f"{job.blocks_to_swap} blocks cannot be swapped: give 0 or more.")
     Quantization.parse(job.quantization)
-    _check_out(Path(job.out))
+    check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter)
     _check_model_can_speak(dit, job.files)
@@ -306,18 +310,24 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
             raise CheckpointError(f"{path}, given as the {option}, is {found}, not {kind}.")
 
 
-def _check_out(out: Path) -> None:
-    """Reject a place that cannot be written to now, not after an hour."""
-    check_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        existed = out.exists()
-        with out.open("ab"):
-            pass
-        if not existed:
-            out.unlink()
-    except OSError as error:
-        raise InputError(f"The video cannot be written to {out}: {error.strerror or error}.") from error
+def input_files(job: Job) -> Iterator[Path]:
+    """Every file that the job reads, those in folders of models included."""
+    for entry in fields(job):
+        if entry.name != "out":
+            for path in _paths(getattr(job, entry.name), entry.name in FILES_OF_A_JOB):
+                yield from path.iterdir() if path.is_dir() else (path,)
+
+
+def _paths(value: object, strings: bool) -> Iterator[Path]:
+    """The paths in a value, and in what it is made of; where `strings`, strings are paths too."""
+    if isinstance(value, Path) or (strings and isinstance(value, str)):
+        yield Path(value).expanduser()
+    elif is_dataclass(value):
+        for entry in fields(value):
+            yield from _paths(getattr(value, entry.name), strings)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _paths(item, strings)
 
 
 def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
