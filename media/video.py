@@ -73,7 +73,7 @@ class OutputFiles:
         return cls(video, *beside)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[OutputFiles]:
         """Keep other runs from writing this video. Raises InputError while one does."""
         lock = filelock.FileLock(self.lock, timeout=0)
         try:
@@ -87,7 +87,7 @@ class OutputFiles:
         except OSError as error:
             raise InputError(f"The video cannot be written to {self.video}: {error.strerror or error}.") from error
         try:
-            yield
+            yield self
         finally:
             # Removed while it is held, so that it is nobody else's; where an open file cannot be removed, it stays.
             with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ class VideoWriter:
         self._size = size
         if len(frames) == 0:
             return self.written
-        with self._explained():
+        with self.explained():
             data = self._encode(frames)
             boxes = _boxes(data)
             if self._resumed:
@@ -268,7 +268,7 @@ class VideoWriter:
         """End the video and put it in place; without frames there is none."""
         if self.written.frames == 0:
             return
-        with self._explained():
+        with self.explained():
             try:
                 self._copy_to(self.files.temporary)
                 _put_in_place(self.files.temporary, self.files.video)
@@ -380,7 +380,7 @@ class VideoWriter:
         return end + sound.finish()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Errors of the file system and of FFmpeg as one sentence that says where the video stands."""
         try:
             yield

@@ -39,6 +39,7 @@ from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
 from .conditioning import Conditioning, FrameSource
+from .journal import Journal, describe, describe_config, record
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
 
@@ -56,6 +57,9 @@ FPS = 25
 
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
 """Fields of a `Job` where a string is a path."""
+
+NOT_WHAT = ("out", "resume", "config", "device", "blocks_to_swap")
+"""Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 UNKNOWN_KIND = kind_of(())
 
@@ -94,6 +98,8 @@ class Job:
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
         blocks_to_swap: transformer blocks that wait in host memory while others run.
+        resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
+            must be the same; device, blocks_to_swap and tiled_vae may differ.
     """
 
     files: ModelFiles
@@ -112,6 +118,7 @@ class Job:
     base_dtype: torch.dtype | None = None
     device: str = "auto"
     blocks_to_swap: int = 0
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,17 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 
-    with OutputFiles.of(job.out).locked(), torch.inference_mode(), _explained_memory(device):
+    with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
+        journal = Journal(files, _what(job), _how(job, device))
+        start = journal.start(job.resume)
+        sound, rate = _sound(job.audio)
+        writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
+        if start is not None and start.state.windows == len(plan.windows):
+            writer.close()  # it ended while the video was put in place
+            return Result(
+                Path(job.out), plan.total, plan.width, plan.height, time.monotonic() - begin, GuardStats(), {}
+            )
+
         # 2. Encode the conditions.
         audio = _speech_features(job, checked, events)
         context, negative = _encode_prompts(job, checked, events)
@@ -186,16 +203,11 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         # 4. Generate, and write each window as it comes.
         conditioning = Conditioning(context, negative, audio, checked.source)
         callbacks = Callbacks(progress=events.step, check_interrupt=events.check_interrupt)
-        windows = generate(model, vae, clip, conditioning, plan, callbacks)
+        state = None if start is None else start.state
+        windows = generate(model, vae, clip, conditioning, plan, callbacks, start=state)
         events.stage("Generating")
-        sound, rate = _sound(job.audio)
-        with (
-            count_guards() as guards,
-            count_kernels() as kernels,
-            VideoWriter(job.out, FPS, sound, rate) as writer,
-        ):
-            for window in windows:
-                writer.append(window.frames)
+        with count_guards() as guards, count_kernels() as kernels, writer:
+            for window in record(windows, writer, journal, kernels):
                 events.window_done(window.index + 1, window.count)
 
     # 5. Say what really ran.
@@ -308,6 +320,26 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
         # What is of no known kind is left to the loader, which says what it lacks.
         if found not in (kind, UNKNOWN_KIND):
             raise CheckpointError(f"{path}, given as the {option}, is {found}, not {kind}.")
+
+
+def _what(job: Job) -> dict[str, str]:
+    """Name -> value, or digest of the file, of all that decides what the video is."""
+    parts = describe_config(job.config)
+    for name, value in vars(job).items():
+        if name not in NOT_WHAT:
+            parts |= describe(name.replace("_", " "), value, files=name in FILES_OF_A_JOB)
+    return parts
+
+
+def _how(job: Job, device: torch.device) -> dict[str, str]:
+    """Likewise of what decides where and when it is computed, and the last bits."""
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return {
+        "the device": f"{device.type}{gpu}",
+        "the number of swapped blocks": str(job.blocks_to_swap),
+        "tiling of the VAE": str(job.config.tiled_vae),
+        "torch": torch.__version__,
+    }
 
 
 def input_files(job: Job) -> Iterator[Path]:

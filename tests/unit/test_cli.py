@@ -504,7 +504,8 @@ def test_an_interrupted_video_keeps_its_finished_windows(
     ran = run()
     assert ran.code == 130
     assert ran.err.rstrip().splitlines()[-1] == (
-        f"infinitetalk: Interrupted: 2 finished windows are in {tmp_path / 'video.partial.mp4'}."
+        f"infinitetalk: Interrupted: 2 finished windows are in {tmp_path / 'video.partial.mp4'}; the same command with "
+        "--resume goes on from there."
     )
     assert not (tmp_path / "video.mp4").exists()
     media = probe(tmp_path / "video.partial.mp4")
