@@ -1,18 +1,23 @@
 """The command `infinitetalk`.
 
 COMMANDS lists the subcommands; each is a function that adds its options to a parser, and one that does the work. What a
-user can cause ends as one sentence on stderr and exit code 2; an interruption ends with 130, and what was finished by
-then stays playable.
+user can cause ends as one sentence on stderr and exit code 2; an interruption ends with 130 (SIGTERM: 143), and what
+was finished by then stays playable.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +37,19 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 class Stopped(Exception):
-    """Ended by the user; the message says what is left."""
+    """Ended from outside; the message says what is left."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Signaled(KeyboardInterrupt):
+    """A signal that asks the process to end, in the form of Ctrl-C, so that all clean up alike."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", metavar="T", help="what to show (default: a person talking to the camera)")
     what.add_argument("--negative-prompt", metavar="T", help="what not to show")
     what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
+    what.add_argument(
+        "--resume", action="store_true", help="go on after the last finished window of a run that was interrupted"
+    )
 
     files = parser.add_argument_group("model files")
     for option, required, text in (
@@ -170,7 +190,7 @@ def _run_generate(args: argparse.Namespace) -> None:
         wav2vec=args.wav2vec,
         tokenizer=args.tokenizer,
     )
-    _run_job(_job(args, files, audio))
+    _run_job(_job(args, files, audio), again="; the same command with --resume goes on from there")
 
 
 def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
@@ -213,24 +233,27 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
         base_dtype=dtypes[args.base_precision],
         device=args.device,
         blocks_to_swap=args.blocks_to_swap,
+        resume=args.resume,
     )
 
 
-def _run_job(job: Job) -> None:
-    """Make the video with a progress bar, and say where it is."""
+def _run_job(job: Job, again: str = "") -> None:
+    """Make the video with a progress bar, and say where it is; `again`: how to go on after an interruption."""
+    from ..media.video import OutputFiles
+    from ..pipeline.journal import finished_windows
     from ..pipeline.make_video import make_video
     from .terminal import ProgressBar
 
     with ProgressBar() as bar:
         try:
             result = make_video(job, bar.events)
-        except KeyboardInterrupt:
-            kept = (
-                f"{bar.windows_done} finished windows are in {job.out}" if bar.windows_done else "nothing is finished"
-            )
-            raise Stopped(f"Interrupted: {kept}.") from None
+        except KeyboardInterrupt as stop:
+            files = OutputFiles.of(job.out)
+            windows = finished_windows(files)
+            kept = f"{windows} finished windows are in {files.partial}{again}" if windows else "nothing is finished"
+            raise _stopped(stop, kept) from None
     logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
-    print(f"video: {result.path}")
+    _say(f"video: {result.path}")
 
 
 # -------------------------------------------------------------------------------------------------- make-tiny and demo
@@ -247,7 +270,7 @@ def _run_make_tiny(args: argparse.Namespace) -> None:
     from .tiny_models import make_tiny
 
     for name, path in vars(make_tiny(args.folder, random=args.random)).items():
-        print(f"{name}: {path}")
+        _say(f"{name}: {path}")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -298,10 +321,11 @@ def _run_doctor(args: argparse.Namespace) -> None:
         cache_file().unlink(missing_ok=True)
     report = examine(choose_device(args.device))
     out = Console(width=None if sys.stdout.isatty() else 160)
-    out.print(*doctor_tables(report), sep="\n")
+    with _stdout("the report"):
+        out.print(*doctor_tables(report), sep="\n")
     if args.report is not None:
         args.report.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        print(f"report: {args.report}")
+        _say(f"report: {args.report}")
     if not report.healthy:
         lacking = ", ".join(name for name, supported in report.precisions.items() if not supported)
         raise BackendUnavailableError(f"No attention mode of {lacking} is supported here; the table says why.")
@@ -333,20 +357,81 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for what the user can correct, 130 when interrupted."""
+    """Run the command; returns its exit code.
+
+    0; 2 for what the user can correct; 130 when interrupted, 143 when terminated.
+    """
+    _prepare_streams()
     args = parser().parse_args(argv)
-    _log_to_stderr(args.verbose)
     try:
-        args.run(args)
+        with _signals_as_interrupts():
+            _log_to_stderr(args.verbose)
+            args.run(args)
     except InfiniteTalkError as error:
         return _end(str(error), EXIT_USER_ERROR, args.verbose)
     except Stopped as stopped:
-        return _end(str(stopped), EXIT_INTERRUPTED, False)
-    except KeyboardInterrupt:
-        return _end("Interrupted.", EXIT_INTERRUPTED, False)
+        return _end(str(stopped), stopped.code, False)
+    except KeyboardInterrupt as stop:
+        ended = _stopped(stop)
+        return _end(str(ended), ended.code, False)
     except OSError as error:
         return _end(_os_sentence(error), EXIT_USER_ERROR, args.verbose)
     return 0
+
+
+@contextlib.contextmanager
+def _stdout(what: str) -> Iterator[None]:
+    """Writes to stdout; where that takes nothing (a full disk, a closed pipe), it is said on stderr."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # What waits in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InfiniteTalkError(f"Standard output takes nothing ({error.strerror}); it was to say: {what}") from error
+
+
+def _say(line: str) -> None:
+    with _stdout(line):
+        print(line)
+
+
+def _prepare_streams() -> None:
+    """Keep files that are opened later from the numbers of closed streams; print any name in any encoding."""
+    with contextlib.suppress(OSError):
+        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(spare)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Signaled` in the main thread, where nobody else has taken or ignored them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Signaled(number)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, stop)
+                taken.append(number)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stopped(stop: KeyboardInterrupt, kept: str = "") -> Stopped:
+    how, code = ("Terminated", stop.code) if isinstance(stop, Signaled) else ("Interrupted", EXIT_INTERRUPTED)
+    return Stopped(f"{how}{kept and ': '}{kept}.", code)
 
 
 def _os_sentence(error: OSError) -> str:

@@ -35,14 +35,9 @@ def log_handler(verbose: bool) -> logging.Handler:
 
 
 class ProgressBar:
-    """A context manager whose `events` go to `make_video`. Where stderr is no terminal, it logs a line per window.
-
-    Attributes:
-        windows_done: finished windows, which are in the file.
-    """
+    """A context manager whose `events` go to `make_video`. Where stderr is no terminal, it logs a line per window."""
 
     def __init__(self) -> None:
-        self.windows_done = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -75,7 +70,6 @@ class ProgressBar:
         self._bar.update(self._task, completed=window * steps + step, total=windows * steps, count=count)
 
     def _window_done(self, done: int, windows: int) -> None:
-        self.windows_done = done
         if self._bar.disable:
             logger.info("Window %d of %d is in the file.", done, windows)
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..media.masks import latent_masks, speaker_planes
+from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
-from ..pipeline.long_video import Callbacks, FinishedWindow, generate
+from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights, record
+from ..pipeline.long_video import Callbacks, FinishedWindow, RunState, generate
 from ..pipeline.nonfinite import FallbackModes
-from ..pipeline.plan import GenerateConfig, plan_schedule, plan_video
+from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
 from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
@@ -228,8 +230,14 @@ def _long_video(
         stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
     )
     clip = None if what.clip is None else _FixedClip(what.clip)
-    windows = generate(model.model, what.vae, clip, conditioning, plan, callbacks)
-    result = _collect(windows, what, speech)
+
+    def windows(start: RunState | None = None) -> Iterator[FinishedWindow]:
+        return generate(model.model, what.vae, clip, conditioning, plan, callbacks, start=start)
+
+    if what.output_path:
+        result = _write(windows, what, speech, len(plan.windows), _described(model, what, conditioning, plan, speech))
+    else:
+        result = _collect(windows(), speech)
     what.vae.unload()
     return result, result
 
@@ -262,10 +270,8 @@ def _stages(
     return stage
 
 
-def _collect(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmbeds) -> Latent:
-    """The frames of all windows, in memory or appended to a file as they come."""
-    if what.output_path:
-        return _write(windows, what, speech)
+def _collect(windows: Iterator[FinishedWindow], speech: SpeechEmbeds) -> Latent:
+    """The frames of all windows, in memory."""
     video: Tensor | None = None
     done = 0
     latents = torch.empty(0)
@@ -279,19 +285,59 @@ def _collect(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechE
     return {"samples": latents.cpu()[None], "video": video, "output_path": ""}
 
 
-def _write(windows: Iterator[FinishedWindow], what: LongVideo, speech: SpeechEmbeds) -> Latent:
-    from ..media.video import VideoWriter
-
+def _write(
+    windows: Callable[[RunState | None], Iterator[FinishedWindow]],
+    what: LongVideo,
+    speech: SpeechEmbeds,
+    count: int,
+    described: dict[str, str],
+) -> Latent:
+    """The windows appended to a file as they come, behind those of an interrupted run of the same video."""
     path = comfyui.output_file(what.output_path, ".mp4")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
-    last: FinishedWindow | None = None
-    with VideoWriter(path, speech.fps, sound, rate) as writer:
-        for window in windows:
-            writer.append(window.frames)
-            last = window
-    assert last is not None
-    return {"samples": last.latents.cpu()[None], "video": last.frames, "output_path": str(path)}
+    with OutputFiles.of(path).locked() as files, count_kernels() as kernels:
+        journal = Journal(files, described, {"torch": torch.__version__, "tiling of the VAE": str(what.tiled)})
+        start = None
+        try:
+            start = journal.start(resume=True)
+        except InputError as error:
+            logger.warning("The video begins anew. %s", error)
+        state = None if start is None else start.state
+        with VideoWriter(path, speech.fps, sound, rate, written=None if start is None else start.written) as writer:
+            if state is not None:
+                samples, frames = state.latents, ((state.carried + 1) / 2).permute(1, 2, 3, 0)
+            if state is None or state.windows < count:
+                for window in record(windows(state), writer, journal, kernels):
+                    samples, frames = window.latents, window.frames
+    return {"samples": samples.cpu()[None], "video": frames, "output_path": str(path)}
+
+
+def _described(
+    model: VideoModel, what: LongVideo, given: Conditioning, plan: Plan, speech: SpeechEmbeds
+) -> dict[str, str]:
+    """Name -> value, or digest, of all that decides what the video is."""
+    clip = what.clip
+    facts = {
+        "model": digest_of_weights(model.model),
+        "VAE": digest_of_weights(what.vae.vae.model),
+        "LoRAs": model.loras,
+        "precision": model.precision,
+        "attention mode": model.attention_mode,
+        "attention policy": model.attention_policy,
+        "prompt": given.context,
+        "negative prompt": given.negative,
+        "speech": given.audio,
+        "masks": plan.masks,
+        "image": [torch.as_tensor(given.source[index]) for index in range(len(given.source))],
+        "image tokens": None if clip is None else clip.positive,
+        "sound": None if speech.audio is None else speech.audio["waveform"],
+        "frames per second": speech.fps,
+    }
+    parts = describe_config(plan.config)
+    for name, value in facts.items():
+        parts |= describe(name, value)
+    return parts
 
 
 # --- one window --------------------------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
 """Video files: windows of frames appended with their sound as they come, and source videos read frame by frame.
 
-While it grows, the file is a fragmented MP4: every second of it plays from the moment it is on the disk, whatever
-happens to the process. When the writer is closed, the streams are copied once into an ordinary MP4 of the same name.
+While it grows, NAME.mp4 is a fragmented MP4 of the name NAME.partial.mp4. What has been appended is on the disk, whole:
+the encoder of the images is drained at each call, and the fragments come into force by one write. When the writer is
+closed, the streams are copied into an ordinary MP4 that takes the place of NAME.mp4 in one step; until then whatever
+had that name is as it was, and after an error the partial file stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
+import re
+import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +25,13 @@ from typing import Any
 
 import av
 import av.error
+import filelock
 import numpy as np
 import torch
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
 
-__all__ = ["VideoFrames", "VideoWriter", "check_path"]
+__all__ = ["OutputFiles", "VideoFrames", "VideoWriter", "Written", "check_output", "replace_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +41,162 @@ SOUND_RATES = (32000, 44100, 48000)
 BT709 = 1
 """The code of ITU-R BT.709 in the color fields of a stream (ITU-T H.273)."""
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-def check_path(path: Path) -> None:
-    """Raises InputError for a path that cannot be the name of a video, whether or not it can be written to."""
-    if path.is_dir():
+
+# --- the files of an output ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The video to make, and what stands beside it while it is made; all in the folder of the video itself.
+
+    Attributes:
+        video: the file to write, links followed.
+        partial: what is finished of it, a fragmented MP4.
+        journal: what a later run needs to go on from there.
+        lock: held by the run that writes.
+        temporary: what takes the place of one of them when it is whole.
+    """
+
+    video: Path
+    partial: Path
+    journal: Path
+    lock: Path
+    temporary: Path
+
+    @classmethod
+    def of(cls, path: str | Path) -> OutputFiles:
+        """For a path as a user gives it; a symbolic link stands for the file that it leads to."""
+        video = Path(os.path.realpath(path))
+        beside = [video.with_name(f"{video.stem}.partial{end}") for end in (".mp4", ".safetensors", ".lock", ".tmp")]
+        return cls(video, *beside)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[OutputFiles]:
+        """Keep other runs from writing this video. Raises InputError while one does."""
+        lock = filelock.FileLock(self.lock, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(
+                f"Another run is writing {self.video} at this moment: wait for its end, or name another video."
+            ) from None
+        except NotImplementedError:
+            logger.warning("The file system of %s has no locks: let no other run write this video.", self.video)
+        except OSError as error:
+            raise InputError(f"The video cannot be written to {self.video}: {error.strerror or error}.") from error
+        try:
+            yield self
+        finally:
+            # Removed while it is held, so that it is nobody else's; where an open file cannot be removed, it stays.
+            with contextlib.suppress(OSError):
+                self.lock.unlink()
+            lock.release()
+
+
+def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Reject a place where no video can be written now, not after an hour.
+
+    Args:
+        inputs: files that are read, which none of the files written may be, whatever links and names lead to them.
+
+    Raises InputError.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:$", path.parts[0] if path.parts else ""):
+        raise InputError(f"The video {path} would be an address, and only files are written: name a file.")
+    files = OutputFiles.of(path)
+    if files.video.is_dir():
         raise InputError(f"{path} is a folder; name the video file to write, such as {path / 'video.mp4'}.")
-    if path.suffix.lower() != ".mp4":
-        raise InputError(f"The video {path} would not be an MP4: let its name end in .mp4.")
+    if files.video.suffix.lower() != ".mp4":
+        raise InputError(f"The video {files.video} would not be an MP4: let its name end in .mp4.")
+    if files.video.stem.endswith(".partial"):
+        whole = f"{files.video.stem.removesuffix('.partial')}.mp4"
+        raise InputError(f"{path} is the name of an unfinished video: name the video itself, {whole}.")
+    try:
+        files.video.parent.mkdir(parents=True, exist_ok=True)
+        for file in (files.video, files.partial, files.journal):
+            if _exists(file) and not file.is_file():
+                raise InputError(f"{file} exists and is no file that can be replaced: name another video.")
+            if _exists(file) and not os.access(file, os.W_OK):
+                raise InputError(f"{file} is write-protected: name another video.")
+        with tempfile.TemporaryFile(dir=files.video.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"The video cannot be written to {path}: {error.strerror or error}.") from error
+    written = (files.video, files.partial, files.journal, files.lock, files.temporary)
+    for given in inputs:
+        for file in written:
+            if _same(given, file):
+                raise InputError(f"The video {path} would overwrite its own input {given}: name another video.")
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is anything of this name. Raises OSError for a name that cannot be, such as one too long."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return os.path.realpath(one) == str(other)
+
+
+def replace_file(path: Path, temporary: Path, data: bytes) -> None:
+    """Let `path` hold `data`, in one step and for good: after a crash it is the old file or the new one."""
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """How far a partial file has come, to go on from there: its frames, bytes and fragments."""
+
+    frames: int = 0
+    bytes: int = 0
+    fragments: int = 0
 
 
 class VideoWriter:
-    """Writes an H.264 (yuv420p) MP4 with AAC sound. Leaving its context, for whatever reason, ends the file well.
+    """Writes an H.264 (yuv420p) MP4 with AAC sound. Leaving its context without an error puts it in place.
 
     Args:
-        path: the file, ending in .mp4; overwritten. Nothing is made before the first frames come.
+        path: the file, ending in .mp4. What is there is replaced at the end, in one step; until then, and after an
+            error, what was appended plays from `files.partial`. Nothing is made before the first frames come.
         fps: frames a second.
         sound: the recording, float32 in [-1, 1], [samples] or [channels, samples] of one or two channels; or None. It
             begins with the first frame, and is cut where it would outlast the last one by a frame or more.
         rate: samples a second of the recording.
         crf: constant rate factor of x264; 0 is lossless, 18 looks so.
+        written: how far an earlier writer with the same arguments came, to go on behind it.
+
+    Attributes:
+        files: what is written where.
+        written: how far this one has come; it is on the disk.
 
     Raises:
         InputError: a path that cannot be written to, or sound of another form.
@@ -65,56 +209,73 @@ class VideoWriter:
         sound: np.ndarray | torch.Tensor | None = None,
         rate: int | None = None,
         crf: int = 18,
+        written: Written | None = None,
     ) -> None:
-        self.path = Path(path)
-        check_path(self.path)
+        check_output(Path(path))
+        self.files = OutputFiles.of(path)
         if not fps > 0:
             raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
         self.fps = Fraction(fps).limit_denominator(1001)
         self.crf = crf
-        self.frames = 0  # given to the encoder so far
+        self.written = written or Written()
+        self._resumed = self.written.frames > 0
         self._size: tuple[int, int] | None = None  # height, width as given
         self._sound = None if sound is None else _SoundTrack(sound, rate)
-        self._container: Any = None
-        self._video: Any = None
-        self._failed = False
+        if self._sound is not None:
+            # The encoder has a memory: it is brought to where it was by the same sound once more.
+            for frame in range(self.written.frames):
+                self._sound.encode(Fraction(frame + 1) / self.fps)
 
     @property
     def seconds(self) -> float:
         """Length of what has been appended."""
-        return float(self.frames / self.fps)
+        return float(self.written.frames / self.fps)
 
-    def append(self, frames: torch.Tensor) -> None:
+    def append(self, frames: torch.Tensor) -> Written:
         """Add frames [n, H, W, 3], uint8 or float in [0, 1], all of one size, and the sound that goes with them.
 
-        Raises InfiniteTalkError when the file cannot be written; what is on the disk by then stays playable.
+        When it returns they are on the disk. Raises InfiniteTalkError when the file cannot be written; what was
+        appended before stays.
         """
         if frames.ndim != 4 or frames.shape[-1] != 3:
             raise InputError(f"Frames of shape {tuple(frames.shape)} cannot be written: give [n, height, width, 3].")
         size = (int(frames.shape[1]), int(frames.shape[2]))
-        with self._explained():
-            if self._container is None:
-                self._open(size)
-            elif size != self._size:
-                raise InputError(f"Frames of {size[1]} x {size[0]} do not fit this video: all must be of one size.")
-            for frame in frames:
-                self._encode_frame(frame)
-                # Frame by frame, so that both streams are interleaved as players want them.
-                self._encode_sound(Fraction(self.frames) / self.fps)
+        if self._size not in (None, size):
+            raise InputError(f"Frames of {size[1]} x {size[0]} do not fit this video: all must be of one size.")
+        self._size = size
+        if len(frames) == 0:
+            return self.written
+        with self.explained():
+            data = self._encode(frames)
+            boxes = _boxes(data)
+            if self._resumed:
+                self._check_headers(data)
+            if self.written.frames == 0:
+                self.files.journal.unlink(missing_ok=True)  # of an earlier run, whose frames are replaced now
+                replace_file(self.files.partial, self.files.temporary, data)
+                size_now = len(data)
+            else:
+                fragments = data[next(begin for kind, begin in boxes if kind == b"moof") :]
+                _add_whole(self.files.partial, self.written.bytes, fragments)
+                size_now = self.written.bytes + len(fragments)
+        self._resumed = False
+        self.written = Written(
+            self.written.frames + len(frames), size_now, self.written.fragments + sum(k == b"moof" for k, _ in boxes)
+        )
+        return self.written
 
     def close(self) -> None:
-        """End the file. What was appended becomes an ordinary MP4; without frames there is no file."""
-        if self._container is None:
+        """End the video and put it in place; without frames there is none."""
+        if self.written.frames == 0:
             return
-        with self._explained():
-            container, self._container = self._container, None
+        with self.explained():
             try:
-                if not self._failed:
-                    self._finish_streams(container)
+                self._copy_to(self.files.temporary)
+                _put_in_place(self.files.temporary, self.files.video)
             finally:
-                container.close()
-            if not self._failed:
-                _make_ordinary(self.path)
+                self.files.temporary.unlink(missing_ok=True)
+            self.files.journal.unlink(missing_ok=True)
+            self.files.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -124,81 +285,173 @@ class VideoWriter:
     ) -> None:
         if error is None:
             self.close()
-            return
-        # The error under way says more than one of closing; what is on the disk plays either way.
-        try:
-            self.close()
-        except InfiniteTalkError as closing:
-            logger.warning("%s", closing)
+        elif self.written.frames and isinstance(error, InfiniteTalkError):
+            if str(self.files.partial) not in str(error):
+                error.args = (f"{error} {self.kept}",)
+        elif self.written.frames and isinstance(error, Exception):
+            logger.warning("%s", self.kept)
+
+    @property
+    def kept(self) -> str:
+        """What an error leaves, in a sentence."""
+        return f"What was finished is in {self.files.partial}, which plays ({self.seconds:.1f} s)."
 
     # --- encoding
 
-    def _open(self, size: tuple[int, int]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"movflags": "frag_keyframe+delay_moov+default_base_moof", "flush_packets": "1"}
-        self._container = av.open(str(self.path), "w", format="mp4", options=options)
-        self._size = size
-        # Looking further ahead would hold back more frames from the disk than it saves in bytes.
-        video = self._container.add_stream(
-            _h264(), rate=self.fps, options={"crf": str(self.crf), "preset": "medium", "rc-lookahead": "12"}
-        )
-        video.height, video.width = (side + side % 2 for side in size)  # 4:2:0 halves both
-        video.pix_fmt = "yuv420p"
-        video.codec_context.gop_size = max(1, round(self.fps))  # a fragment a second
-        video.codec_context.time_base = 1 / self.fps
-        video.codec_context.colorspace = video.codec_context.color_primaries = BT709
-        video.codec_context.color_trc = BT709
-        self._video = video
-        if self._sound is not None:
-            self._sound.open(self._container)
+    def _encode(self, frames: torch.Tensor) -> bytes:
+        """A fragmented MP4 of these frames and their sound, their times being those in the whole video."""
+        images = self._image_encoder()
+        buffer = io.BytesIO()
+        options = {
+            "movflags": "frag_keyframe+delay_moov+default_base_moof+skip_trailer",
+            "fragment_index": str(self.written.fragments + 1),
+        }
+        if self.written.frames:
+            options["movflags"] += "+frag_discont"  # times go on where those of the fragments before ended
+        with av.open(buffer, "w", format="mp4", options=options) as container:
+            shown = container.add_stream_from_template(images, opaque=True)
+            heard = None if self._sound is None else container.add_stream_from_template(self._sound.stream, opaque=True)
+            for index, frame in enumerate(frames, self.written.frames):
+                _mux(container, shown, images.encode(self._image(frame, index)))
+                # Frame by frame, so that both streams are interleaved as players want them.
+                if self._sound is not None:
+                    packets = self._sound.encode(Fraction(index + 1) / self.fps)
+                    _mux(container, heard, packets, self._sound.priming)
+            _mux(container, shown, images.encode(None))
+        return buffer.getvalue()
 
-    def _encode_frame(self, frame: torch.Tensor) -> None:
+    def _image_encoder(self) -> Any:
+        """A stream of a container that writes nothing; its packets go into others."""
+        assert self._size is not None
+        container: Any = av.open(io.BytesIO(), "w", format="null")
+        options = {"crf": str(self.crf), "preset": "medium"}
+        stream = container.add_stream(_h264(), rate=self.fps, options=options)
+        stream.height, stream.width = (side + side % 2 for side in self._size)  # 4:2:0 halves both
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = max(1, round(self.fps))  # a fragment a second
+        stream.codec_context.time_base = 1 / self.fps
+        stream.codec_context.colorspace = stream.codec_context.color_primaries = BT709
+        stream.codec_context.color_trc = BT709
+        stream.codec_context.flags |= int(av.codec.context.Flags.global_header)
+        container.start_encoding()
+        return stream
+
+    def _image(self, frame: torch.Tensor, index: int) -> Any:
         pixels = frame if frame.dtype == torch.uint8 else (frame.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         rgb = pixels.cpu().numpy()
         height, width = rgb.shape[:2]
         rgb = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-        encoded = encoded.reformat(format="yuv420p", dst_colorspace="ITU709")
-        encoded.pts, encoded.time_base = self.frames, 1 / self.fps
-        self._mux(self._container, self._video.encode(encoded))
-        self.frames += 1
+        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+        image = image.reformat(format="yuv420p", dst_colorspace="ITU709")
+        image.pts, image.time_base = index, 1 / self.fps
+        return image
 
-    def _encode_sound(self, until: Fraction) -> None:
-        if self._sound is not None:
-            self._mux(self._container, self._sound.encode(until))
+    def _check_headers(self, data: bytes) -> None:
+        """Reject frames of another encoder than that of the partial file, whose header holds for all of them."""
+        with av.open(_address(self.files.partial), format="mp4") as old, av.open(io.BytesIO(data), format="mp4") as new:
+            for before, now in zip(old.streams, new.streams, strict=True):
+                if before.codec_context.extradata != now.codec_context.extradata:
+                    raise InfiniteTalkError(
+                        f"{self.files.partial} was written by another version of PyAV, and cannot be gone on with by "
+                        f"this one ({av.__version__}): install that version, or begin the video anew."
+                    )
 
-    def _finish_streams(self, container: Any) -> None:
-        self._mux(container, self._video.encode(None))
-        if self._sound is not None:
-            # A recording that ends within a frame of the video is written whole.
-            if self._sound.seconds < Fraction(self.frames + 1) / self.fps:
-                self._mux(container, self._sound.encode(self._sound.seconds))
-            self._mux(container, self._sound.finish())
+    def _copy_to(self, path: Path) -> None:
+        """Copy what is finished into an ordinary MP4, its index in front, with the rest of the sound."""
+        with (
+            av.open(_address(self.files.partial), format="mp4") as source,
+            av.open(_address(path), "w", format="mp4", options={"movflags": "faststart"}) as target,
+        ):
+            streams = {s.index: target.add_stream_from_template(s, opaque=True) for s in source.streams}
+            for packet in source.demux():
+                if packet.dts is None:  # the empty packets that end each stream
+                    continue
+                if packet.stream.type == "audio" and self._sound is not None:
+                    packet.pts -= self._sound.priming
+                    packet.dts -= self._sound.priming
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+            if self._sound is not None:
+                _mux(target, target.streams.audio[0], self._rest_of_the_sound(self._sound))
 
-    @staticmethod
-    def _mux(container: Any, packets: list[Any]) -> None:
-        for packet in packets:
-            container.mux(packet)
+    def _rest_of_the_sound(self, sound: _SoundTrack) -> list[Any]:
+        # A recording that ends within a frame of the video is written whole.
+        end = sound.encode(sound.seconds) if sound.seconds < Fraction(self.written.frames + 1) / self.fps else []
+        return end + sound.finish()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Errors of the file system and of FFmpeg as one sentence that says where the video stands."""
         try:
             yield
         except InfiniteTalkError:
             raise
         except (OSError, av.error.FFmpegError) as error:
-            self._failed = True
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = getattr(error, "errno", None) in NO_SPACE
             why = "there is no space left for it" if full else str(error)
-            kept = f"; what was written before plays ({self.seconds:.1f} s were made)" if self.frames else ""
+            kept = f" {self.kept}" if self.written.frames else ""
             todo = "free some space, or write elsewhere" if full else "check the path and its permissions"
-            sentence = f"The video {self.path} could not be written: {why}{kept}. {todo.capitalize()}."
+            sentence = f"The video {self.files.video} could not be written: {why}.{kept} {todo.capitalize()}."
             raise InfiniteTalkError(sentence) from error
 
 
+def _mux(container: Any, stream: Any, packets: list[Any], later: int = 0) -> None:
+    """Write packets of another container's stream as those of `stream`, `later` ticks of their own time base."""
+    for packet in packets:
+        packet.pts, packet.dts = packet.pts + later, packet.dts + later
+        packet.stream = stream
+        container.mux(packet)
+
+
+def _boxes(data: bytes) -> list[tuple[bytes, int]]:
+    """(kind, offset) of the outermost boxes of an MP4 (ISO/IEC 14496-12, 4.2)."""
+    found, offset = [], 0
+    while offset < len(data):
+        size = int.from_bytes(data[offset : offset + 4], "big")
+        found.append((data[offset + 4 : offset + 8], offset))
+        offset += size if size > 1 else int.from_bytes(data[offset + 8 : offset + 16], "big")
+    return found
+
+
+def _add_whole(path: Path, size: int, data: bytes) -> None:
+    """Append boxes to a file of `size` bytes, all or none of them: readers skip them until the first header is there.
+
+    A header of zeros is that of a box of unknown kind which lasts until the end of the file. What stands behind `size`
+    is of a writer that was stopped, and goes.
+    """
+    with path.open("r+b") as file:
+        file.truncate(size)
+        try:
+            file.seek(size)
+            file.write(bytes(8))
+            file.write(data[8:])
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            # Closing would try once more to write what does not fit.
+            with contextlib.suppress(OSError):
+                file.flush()
+            os.truncate(path, size)
+            raise
+        file.seek(size)
+        file.write(data[:8])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _address(path: Path) -> str:
+    """The name of a file for FFmpeg, which would take some names for addresses."""
+    return f"file:{path.absolute()}"
+
+
 class _SoundTrack:
-    """A recording on its way into a container, piece by piece."""
+    """A recording on its way into a container, piece by piece.
+
+    Attributes:
+        stream: of a container that writes nothing; its packets go into others.
+        priming: ticks of the stream by which the encoder's first packet comes before the recording. Partial files hold
+            the sound so much later, since fragments cannot begin before zero.
+    """
 
     def __init__(self, sound: np.ndarray | torch.Tensor, rate: int | None) -> None:
         wave = sound.detach().cpu().numpy() if isinstance(sound, torch.Tensor) else np.asarray(sound)
@@ -212,15 +465,17 @@ class _SoundTrack:
         self.layout = "mono" if wave.shape[0] == 1 else "stereo"
         self.position = 0  # samples taken so far
         self._written = 0  # samples encoded so far, at the stream's rate
+        self._stream_rate = self.rate if self.rate in SOUND_RATES else SOUND_RATES[-1]
+        container: Any = av.open(io.BytesIO(), "w", format="null")
+        self.stream = container.add_stream("aac", rate=self._stream_rate, layout=self.layout)
+        self.stream.codec_context.flags |= int(av.codec.context.Flags.global_header)
+        container.start_encoding()
+        self._resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self._stream_rate)
+        self.priming = 0
 
     @property
     def seconds(self) -> Fraction:
         return Fraction(self.wave.shape[1], self.rate)
-
-    def open(self, container: Any) -> None:
-        self._stream_rate = self.rate if self.rate in SOUND_RATES else SOUND_RATES[-1]
-        self._stream = container.add_stream("aac", rate=self._stream_rate, layout=self.layout)
-        self._resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self._stream_rate)
 
     def encode(self, until: Fraction) -> list[Any]:
         """Packets of the sound up to `until` seconds."""
@@ -236,7 +491,7 @@ class _SoundTrack:
     def finish(self) -> list[Any]:
         """The packets that the resampler and the encoder still hold."""
         rest = [] if self._stream_rate == self.rate else self._encode_all(self._resampler.resample(None))
-        return rest + self._stream.encode(None)
+        return rest + self.stream.encode(None)
 
     def _encode_all(self, frames: list[Any]) -> list[Any]:
         packets = []
@@ -245,7 +500,9 @@ class _SoundTrack:
                 continue
             frame.pts, frame.time_base = self._written, Fraction(1, self._stream_rate)
             self._written += frame.samples
-            packets += self._stream.encode(frame)
+            packets += self.stream.encode(frame)
+        if packets and self.priming == 0:
+            self.priming = max(0, -packets[0].pts)
         return packets
 
 
@@ -261,22 +518,7 @@ def _h264() -> str:
     )
 
 
-def _make_ordinary(path: Path) -> None:
-    """Copy the streams of a fragmented MP4 into an ordinary one of the same name, its index in front."""
-    copy = path.with_name(f".{path.stem}.finishing.mp4")
-    try:
-        with (
-            av.open(str(path)) as source,
-            av.open(str(copy), "w", format="mp4", options={"movflags": "faststart"}) as target,
-        ):
-            streams = {s.index: target.add_stream_from_template(s, opaque=True) for s in source.streams}
-            for packet in source.demux():
-                if packet.dts is not None:  # the empty packets that end each stream
-                    packet.stream = streams[packet.stream.index]
-                    target.mux(packet)
-        os.replace(copy, path)
-    finally:
-        copy.unlink(missing_ok=True)
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 class VideoFrames:

@@ -33,7 +33,26 @@ from .plan import Plan
 from .sampling import denoise, draw
 from .windows import Window
 
-__all__ = ["Callbacks", "FinishedWindow", "generate", "generate_windows"]
+__all__ = ["Callbacks", "FinishedWindow", "RunState", "generate", "generate_windows"]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the windows to come need of those before: with it a run goes on as if it had not ended.
+
+    Attributes:
+        windows: finished ones, which is the index of the next.
+        generator: state of the random numbers, uint8.
+        carried: the last frames of the window before [3, motion_frames, H, W] in [-1, 1].
+        floor: attention mode that non-finite values led to (`FallbackModes.floor`), or None.
+        latents: of the window before, as in `FinishedWindow`.
+    """
+
+    windows: int
+    generator: torch.Tensor
+    carried: torch.Tensor
+    floor: str | None
+    latents: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -44,12 +63,14 @@ class FinishedWindow:
         index, count: which of how many windows.
         frames: new frames [n, H, W, 3], float32 in [0, 1], on the CPU.
         latents: the whole window's clean latents [16, T, H / 8, W / 8], the carried part included.
+        state: what the next one needs.
     """
 
     index: int
     count: int
     frames: torch.Tensor
     latents: torch.Tensor
+    state: RunState
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,7 @@ def generate(
     plan: Plan,
     callbacks: Callbacks | None = None,
     fallback: Mapping[str, str] = SAFER,
+    start: RunState | None = None,
 ) -> Iterator[FinishedWindow]:
     """Finished windows, in order; their frames make the video, exactly `plan.total` of them.
 
@@ -86,6 +108,8 @@ def generate(
         clip: None for models without image tokens.
         fallback: attention mode -> the next safer one. When a step gives non-finite values, its window starts over,
             with the same random numbers, in the next one that this device runs, and later windows stay there.
+        start: the state after the last window of an earlier run with the same arguments; the windows behind it are
+            made, as that run would have made them.
 
     Raises:
         InputError: at once, for inputs that do not fit.
@@ -93,7 +117,7 @@ def generate(
     """
     callbacks = callbacks or Callbacks()
     conditioner = WindowConditioner(vae, clip, conditioning, plan, callbacks.stage)
-    return generate_windows(model, vae, conditioner, plan, callbacks, fallback)
+    return generate_windows(model, vae, conditioner, plan, callbacks, fallback, start)
 
 
 def generate_windows(
@@ -103,6 +127,7 @@ def generate_windows(
     plan: Plan,
     callbacks: Callbacks,
     fallback: Mapping[str, str],
+    start: RunState | None = None,
 ) -> Iterator[FinishedWindow]:
     """`generate` with a conditioner of the caller's."""
     config, schedule, count = plan.config, plan.schedule, len(plan.windows)
@@ -110,8 +135,12 @@ def generate_windows(
     generator = torch.Generator("cpu").manual_seed(int(config.seed))
     modes = FallbackModes(model, config.attention_policy, fallback, schedule.steps, device)
     carried: torch.Tensor | None = None  # [3, motion_frames, H, W], the end of the window before
+    first = 0
+    if start is not None:
+        generator.set_state(start.generator)
+        first, carried, modes.floor = start.windows, start.carried.to(device), start.floor
 
-    for window in plan.windows:
+    for window in plan.windows[first:]:
 
         def report(step: int, clean: torch.Tensor, index: int = window.index) -> None:
             if callbacks.preview is not None:
@@ -143,7 +172,8 @@ def generate_windows(
         new = frames[:, window.overlap : window.overlap + window.new]
         pixels = ((new + 1) / 2).permute(1, 2, 3, 0).cpu()
         del frames, new
-        yield FinishedWindow(window.index, count, pixels, latents)
+        state = RunState(window.index + 1, generator.get_state(), carried, modes.floor, latents)
+        yield FinishedWindow(window.index, count, pixels, latents, state)
 
 
 @torch.no_grad()

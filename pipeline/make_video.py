@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
-from ..media.video import VideoFrames, VideoWriter, check_path
+from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
@@ -39,6 +39,7 @@ from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
 from .bounds import check_numbers
 from .conditioning import Conditioning, FrameSource
+from .journal import Journal, describe, describe_config, record
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
 from .sampling import what_ran
@@ -54,6 +55,12 @@ DEFAULT_NEGATIVE = (
 
 FPS = 25
 """Video frames per second that InfiniteTalk was trained with."""
+
+FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
+"""Fields of a `Job` where a string is a path."""
+
+NOT_WHAT = ("out", "resume", "config", "device", "blocks_to_swap")
+"""Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 UNKNOWN_KIND = kind_of(())
 
@@ -81,7 +88,7 @@ class Job:
     Attributes:
         files: the checkpoints.
         audio: one recording per speaker, one to four.
-        out: the video file to write (.mp4).
+        out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
         masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
         prompt, negative: what to show, and what not.
@@ -92,6 +99,8 @@ class Job:
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
         blocks_to_swap: transformer blocks that wait in host memory while others run.
+        resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
+            must be the same; device, blocks_to_swap and tiled_vae may differ.
     """
 
     files: ModelFiles
@@ -110,6 +119,7 @@ class Job:
     base_dtype: torch.dtype | None = None
     device: str = "auto"
     blocks_to_swap: int = 0
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,8 @@ class Events:
 def make_video(job: Job, events: Events | None = None) -> Result:
     """Make the video of `job` with its sound.
 
-    Finished windows are in the file already, playable, when a later one fails or is interrupted.
+    Finished windows are in `OutputFiles.of(job.out).partial`, playable, while later ones are made, and stay there when
+    one of those fails or is interrupted.
 
     Raises:
         InputError, CheckpointError, BackendUnavailableError: before anything is generated; the message says what to do.
@@ -168,7 +179,17 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 
-    with torch.inference_mode(), _explained_memory(device):
+    with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
+        journal = Journal(files, _what(job), _how(job, device))
+        start = journal.start(job.resume)
+        sound, rate = _sound(job.audio)
+        writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
+        if start is not None and start.state.windows == len(plan.windows):
+            writer.close()  # it ended while the video was put in place
+            return Result(
+                Path(job.out), plan.total, plan.width, plan.height, time.monotonic() - begin, GuardStats(), {}
+            )
+
         # 2. Encode the conditions.
         audio = _speech_features(job, checked, events)
         context, negative = _encode_prompts(job, checked, events)
@@ -183,12 +204,11 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         # 4. Generate, and write each window as it comes.
         conditioning = Conditioning(context, negative, audio, checked.source)
         callbacks = Callbacks(progress=events.step, check_interrupt=events.check_interrupt)
-        windows = generate(model, vae, clip, conditioning, plan, callbacks)
+        state = None if start is None else start.state
+        windows = generate(model, vae, clip, conditioning, plan, callbacks, start=state)
         events.stage("Generating")
-        sound, rate = _sound(job.audio)
-        with count_kernels() as kernels, VideoWriter(job.out, FPS, sound, rate) as writer:
-            for window in windows:
-                writer.append(window.frames)
+        with count_kernels() as kernels, writer:
+            for window in record(windows, writer, journal, kernels):
                 events.window_done(window.index + 1, window.count)
 
     # 5. Say what really ran.
@@ -243,7 +263,7 @@ def check(job: Job) -> Checked:
     device = choose_device(job.device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
-    _check_out(Path(job.out))
+    check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
     _check_model_can_speak(dit, job.files)
@@ -300,18 +320,44 @@ def _check_encoders(files: ModelFiles) -> None:
     Wav2Vec2Features.inspect(files.wav2vec)
 
 
-def _check_out(out: Path) -> None:
-    """Reject a place that cannot be written to now, not after an hour."""
-    check_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        existed = out.exists()
-        with out.open("ab"):
-            pass
-        if not existed:
-            out.unlink()
-    except OSError as error:
-        raise InputError(f"The video cannot be written to {out}: {error.strerror or error}.") from error
+def _what(job: Job) -> dict[str, str]:
+    """Name -> value, or digest of the file, of all that decides what the video is."""
+    parts = describe_config(job.config)
+    for name, value in vars(job).items():
+        if name not in NOT_WHAT:
+            parts |= describe(name.replace("_", " "), value, files=name in FILES_OF_A_JOB)
+    return parts
+
+
+def _how(job: Job, device: torch.device) -> dict[str, str]:
+    """Likewise of what decides where and when it is computed, and the last bits."""
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return {
+        "the device": f"{device.type}{gpu}",
+        "the number of swapped blocks": str(job.blocks_to_swap),
+        "tiling of the VAE": str(job.config.tiled_vae),
+        "torch": torch.__version__,
+    }
+
+
+def input_files(job: Job) -> Iterator[Path]:
+    """Every file that the job reads, those in folders of models included."""
+    for entry in fields(job):
+        if entry.name != "out":
+            for path in _paths(getattr(job, entry.name), entry.name in FILES_OF_A_JOB):
+                yield from path.iterdir() if path.is_dir() else (path,)
+
+
+def _paths(value: object, strings: bool) -> Iterator[Path]:
+    """The paths in a value, and in what it is made of; where `strings`, strings are paths too."""
+    if isinstance(value, Path) or (strings and isinstance(value, str)):
+        yield Path(value).expanduser()
+    elif is_dataclass(value):
+        for entry in fields(value):
+            yield from _paths(getattr(value, entry.name), strings)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _paths(item, strings)
 
 
 def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:

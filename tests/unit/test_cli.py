@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,10 +25,12 @@ from safetensors.torch import load_file, save_file
 from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
 from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
-from wanvideo_infinitetalk.media.video import VideoWriter
+from wanvideo_infinitetalk.media import video
+from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
 from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
+from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
 
 SECONDS = 0.52
 FRAMES = 13
@@ -440,10 +446,20 @@ def test_places_that_cannot_be_written_to(
     assert_rejected(run(out=tmp_path / "video.gif"), ".mp4")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
-def test_a_full_disk(run: Callable[..., Ran], tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device is needed")
+@pytest.mark.usefixtures("unread")
+def test_devices_are_no_outputs(run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "full.mp4").symlink_to("/dev/full")
-    assert_rejected(run(out=tmp_path / "full.mp4"), "could not be written")
+    assert_rejected(run(out=tmp_path / "full.mp4"), "/dev/full", "would not be an MP4")
+
+
+def test_a_full_disk(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(video, "_add_whole", full)
+    assert_rejected(run(), "could not be written: there is no space left", "video.partial.mp4, which plays")
+    assert probe(tmp_path / "video.partial.mp4").frames == 5
 
 
 @pytest.mark.parametrize(
@@ -513,11 +529,13 @@ def test_an_interrupted_video_keeps_its_finished_windows(
     ran = run()
     assert ran.code == 130
     assert ran.err.rstrip().splitlines()[-1] == (
-        f"infinitetalk: Interrupted: 2 finished windows are in {tmp_path / 'video.mp4'}."
+        f"infinitetalk: Interrupted: 2 finished windows are in {tmp_path / 'video.partial.mp4'}; the same command with "
+        "--resume goes on from there."
     )
-    media = probe(tmp_path / "video.mp4")
+    assert not (tmp_path / "video.mp4").exists()
+    media = probe(tmp_path / "video.partial.mp4")
     assert media.frames == 9
-    assert abs(media.sound_seconds - 9 / 25) < 0.06
+    assert abs(media.sound_seconds - 9 / 25) < 0.08
 
 
 def test_an_interruption_before_the_first_window(
@@ -530,10 +548,79 @@ def test_an_interruption_before_the_first_window(
     assert not (tmp_path / "video.mp4").exists()
 
 
-def test_an_older_video_is_left_alone_until_there_is_a_new_one(run: Callable[..., Ran], tmp_path: Path) -> None:
+def test_an_older_video_is_left_alone_until_there_is_a_new_one(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "video.mp4").write_bytes(b"older work")
     assert_rejected(run(start_step=1))
+    decode = long_video._decode
+
+    def fail_in_the_second_window(*given: object) -> torch.Tensor:
+        if given[3].index == 1:
+            raise InfiniteTalkError("The VAE gave nothing; try another.")
+        return decode(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(long_video, "_decode", fail_in_the_second_window)
+        assert_rejected(run(), "The VAE gave nothing", f"finished is in {tmp_path / 'video.partial.mp4'}")
+    assert probe(tmp_path / "video.partial.mp4").frames == 5
     assert (tmp_path / "video.mp4").read_bytes() == b"older work"
+    assert run().code == 0
+    assert probe(tmp_path / "video.mp4").frames == FRAMES
+    assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.parametrize(
+    "option", ["image", "audio", "audio_2", "masks", "video", "model", "adapter", "vae", "wav2vec", "tokenizer"]
+)
+@pytest.mark.usefixtures("unread")
+def test_an_output_that_is_one_of_the_inputs(run: Callable[..., Ran], tmp_path: Path, option: str) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "in.mp4"
+    path.write_bytes(b"an input")
+    (tmp_path / "link.mp4").symlink_to(path)
+    options = {option: path.parent if option in ("wav2vec", "tokenizer") else [path]}
+    if option == "video":
+        options["image"] = None
+    assert_rejected(run(out=tmp_path / "link.mp4", **options), "overwrite its own input", "in.mp4")
+    assert path.read_bytes() == b"an input"
+
+
+def test_a_second_run_to_one_output(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "load_dit", lambda *given, **options: pytest.fail("the model was read first"))
+    with OutputFiles.of(tmp_path / "video.mp4").locked():
+        assert_rejected(run(), "Another run is writing")
+
+
+# -------------------------------------------------------------------------------------------------------------- stdout
+
+
+SAYS = """
+import sys
+from wanvideo_infinitetalk.cli import parser
+parser.COMMANDS = (parser.Command("say", "", lambda p: None, lambda args: parser._say("video: f\\xfcr.mp4")),)
+sys.exit(parser.main(["say"]))
+"""
+"""A command of which only the last line is left, in a process of its own."""
+
+
+def say(**options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", SAYS], stderr=subprocess.PIPE, text=True, timeout=60, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_full_stdout_is_said() -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = say(stdout=full)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("infinitetalk: Standard output takes nothing (No space left on device); it was to say")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_narrow_or_closed_stdout() -> None:
+    ran = say(stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (ran.returncode, ran.stdout) == (0, "video: f\\xfcr.mp4\n"), ran.stderr
+    assert say(preexec_fn=lambda: os.close(1)).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- make-tiny

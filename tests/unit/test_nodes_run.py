@@ -13,6 +13,7 @@ from support.comfy_host import Host, NodeError, hosted
 from support.comfy_stubs import InterruptProcessingException, Progress
 from support.tiny_comfy import node_of, shrink
 from support.video import streams_of
+from wanvideo_infinitetalk.pipeline import long_video
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, CheckpointError, InputError
 
 
@@ -215,6 +216,46 @@ def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
     prompt[long]["inputs"]["output_path"] = "../../elsewhere.mp4"
     with pytest.raises(NodeError, match="leads outside ComfyUI's output folder"):
         host.run(prompt)
+
+
+def test_an_interrupted_video_in_a_file_is_gone_on_with(
+    host: Host, prompt, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long, images = node_of(prompt, "WanVideoImageToVideoMultiTalk"), node_of(prompt, "WanVideoPassImagesFromSamples")
+    sampler = node_of(prompt, "WanVideoSampler")
+    prompt[long]["inputs"]["output_path"] = "long/whole"
+    frames, whole = host.run(prompt)[images]
+    prompt[long]["inputs"]["output_path"] = "long/stopped"
+    decode, made = long_video._decode, []
+
+    def interrupted(*given: Any) -> torch.Tensor:
+        if given[3].index == 1:
+            raise InterruptProcessingException
+        return decode(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(long_video, "_decode", interrupted)
+        with pytest.raises(NodeError):
+            host.run(prompt)
+    partial = host.base / "output/long/stopped.partial.mp4"
+    assert streams_of(partial)[0] == 17
+    assert f"finished is in {partial.resolve()}" in caplog.text
+    monkeypatch.setattr(long_video, "_decode", lambda *given: made.append(given[3].index) or decode(*given))
+    again, path = host.run(prompt)[images]
+    assert made == [1]
+    assert torch.equal(again, frames)
+    assert Path(path).read_bytes() == Path(whole).read_bytes()
+    # Another seed is another video: nothing of the stopped one goes into it.
+    prompt[long]["inputs"]["output_path"] = "long/other"
+    with monkeypatch.context() as patch:
+        patch.setattr(long_video, "_decode", interrupted)
+        with pytest.raises(NodeError):
+            host.run(prompt)
+    prompt[sampler]["inputs"]["seed"] += 1
+    made.clear()
+    host.run(prompt)
+    assert made == [0, 1]
+    assert "begins anew" in caplog.text
 
 
 def test_one_line_says_what_ran(host: Host, prompt, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,6 @@ def test_a_terminal_shows_what_happens_window_step_and_remaining_time(monkeypatc
     assert "1.0 of 3.0 GiB" in text
     assert "window 2/3, step 4/4" in text
     assert ":" in text.split("step 4/4")[1]  # the remaining time stands behind
-    assert bar.windows_done == 2
 
 
 def test_a_pipe_gets_one_line_per_window(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

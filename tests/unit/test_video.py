@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 FPS = 25
@@ -146,10 +146,13 @@ def test_an_error_outside_leaves_what_was_appended(tmp_path) -> None:
             writer.append(_frames(40))
             raise KeyboardInterrupt
 
+    path.write_bytes(b"earlier work")
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert len(_decode(path)[0]) == 40
-    assert abs(_durations(path)["audio"] - 40 / FPS) <= 1 / FPS + 1e-6
+    images, sound, rate = _decode(tmp_path / "out.partial.mp4")
+    assert len(images) == 40
+    assert abs(len(sound) / rate - 40 / FPS) <= 1 / FPS + 2048 / 48000
+    assert path.read_bytes() == b"earlier work"
 
 
 def test_nothing_appended_makes_no_file(tmp_path) -> None:
@@ -173,16 +176,33 @@ def _child(path: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=120)
 
 
-def test_a_killed_process_leaves_a_file_that_plays(tmp_path) -> None:
-    path = tmp_path / "out.mp4"
-    result = _child(path, "for _ in range(2): writer.append(noise)\nos._exit(9)")
+def test_a_killed_process_leaves_every_appended_frame(tmp_path) -> None:
+    result = _child(tmp_path / "out.mp4", "for _ in range(2): writer.append(noise)\nos._exit(9)")
     assert result.returncode == 9, result.stderr
-    assert len(_decode(path)[0]) >= 144 - 72
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial.mp4"]
+    assert len(_decode(tmp_path / "out.partial.mp4")[0]) == 144
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_a_file_that_plays(tmp_path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.999])
+def test_a_write_that_was_stopped_half_way_leaves_what_came_before(tmp_path, share) -> None:
+    """What `_add_whole` has written at any moment before its last eight bytes."""
+    path, partial = tmp_path / "out.mp4", tmp_path / "out.partial.mp4"
+    writer = VideoWriter(path, FPS, _tone(3, 16000), 16000)
+    before = writer.append(_frames(30))
+    whole = partial.read_bytes()
+    writer.append(_frames(30, start=30))
+    more = partial.read_bytes()[len(whole) :]
+    partial.write_bytes(whole + bytes(8) + more[8 : round(share * len(more))])
+    assert len(_decode(partial)[0]) == 30
+    with VideoWriter(path, FPS, _tone(3, 16000), 16000, written=before) as second:
+        second.append(_frames(30, start=30))
+    assert np.abs(_decode(path)[0].mean((1, 2, 3)) - np.arange(60) * 8 % 240).max() < 6
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_video_and_what_was_finished(tmp_path) -> None:
     """A limit on the file's size stands in for the disk: both make writes fail half-way."""
     path = tmp_path / "out.mp4"
+    path.write_bytes(b"earlier work")
     result = _child(
         path,
         """
@@ -192,27 +212,142 @@ def test_a_full_disk_is_one_sentence_and_leaves_a_file_that_plays(tmp_path) -> N
                 for _ in range(8): writer.append(noise)
         except InfiniteTalkError as error:
             print(error)
+        print(writer.written.frames)
         """,
     )
     assert result.returncode == 0, result.stderr
     assert "could not be written: there is no space left for it" in result.stdout
+    assert f"finished is in {tmp_path / 'out.partial.mp4'}" in result.stdout
     assert "Free some space" in result.stdout
-    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
-    decoded = 0
-    # The last fragment may be torn; players stop there.
-    with contextlib.suppress(av.error.FFmpegError), av.open(str(path)) as container:
-        for _ in container.decode(video=0):
-            decoded += 1
-    assert decoded >= 25
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "out.partial.mp4"]
+    assert path.read_bytes() == b"earlier work"
+    frames = int(result.stdout.split()[-1])
+    assert 0 < frames == len(_decode(tmp_path / "out.partial.mp4")[0])
+
+
+def test_a_disk_that_fills_while_the_video_is_put_in_place(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    result = _child(
+        path,
+        """
+        try:
+            with writer:
+                writer.append(noise)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        except InfiniteTalkError as error:
+            print(error)
+        """,
+    )
+    assert "no space left" in result.stdout, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial.mp4"]
+    assert len(_decode(tmp_path / "out.partial.mp4")[0]) == 72
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_symbolic_link_as_output_leads_to_the_file(tmp_path, existing) -> None:
+    (tmp_path / "large disk").mkdir()
+    file = tmp_path / "large disk" / "file.mp4"
+    if existing:
+        file.write_bytes(b"earlier work")
+    (tmp_path / "out.mp4").symlink_to(file)
+    _write(tmp_path / "out.mp4", 0.4, 16000)
+    assert (tmp_path / "out.mp4").is_symlink()
+    assert len(_decode(file)[0]) == 10
+    assert [p.name for p in file.parent.iterdir()] == ["file.mp4"]
+
+
+def test_a_second_name_of_the_last_video_keeps_it(tmp_path) -> None:
+    (tmp_path / "out.mp4").write_bytes(b"earlier work")
+    (tmp_path / "kept.mp4").hardlink_to(tmp_path / "out.mp4")
+    _write(tmp_path / "out.mp4", 0.4, 16000)
+    assert (tmp_path / "kept.mp4").read_bytes() == b"earlier work"
+
+
+@pytest.mark.parametrize("name", ["pipe:1.mp4", "file:x.mp4", "concat:a|b.mp4", "a:b%03d.mp4", "-y.mp4", "é ü.mp4"])
+def test_names_that_look_like_addresses_are_names(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(Path(name), 0.4, 16000)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert len(_decode(tmp_path / name)[0]) == 10
+
+
+@pytest.mark.parametrize("name", ["http://x/out.mp4", "rtmp://x/out.mp4", "file:///tmp/out.mp4"])
+def test_addresses_are_no_outputs(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="address"):
+        check_output(Path(name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _other_ways_to(path: Path) -> dict[str, Path]:
+    """Paths that lead to an existing file."""
+    folder = path.parent
+    (folder / "soft.mp4").symlink_to(path)
+    (folder / "softer.mp4").symlink_to(folder / "soft.mp4")
+    (folder / "hard.mp4").hardlink_to(path)
+    (folder / "linked").symlink_to(folder, target_is_directory=True)
+    return {
+        "itself": path,
+        "relative": Path(os.path.relpath(path)),
+        "dots": folder / "linked" / ".." / folder.name / path.name,
+        "soft": folder / "soft.mp4",
+        "softer": folder / "softer.mp4",
+        "hard": folder / "hard.mp4",
+        "through a folder": folder / "linked" / path.name,
+    }
+
+
+@pytest.mark.parametrize("way", ["itself", "relative", "dots", "soft", "softer", "hard", "through a folder"])
+def test_an_output_that_is_an_input_is_rejected_whatever_leads_to_it(tmp_path, way) -> None:
+    path = tmp_path / "in.mp4"
+    path.write_bytes(b"a source")
+    ways = _other_ways_to(path)
+    before = sorted(tmp_path.iterdir())
+    for out, given in ((ways[way], path), (path, ways[way])):
+        with pytest.raises(InputError, match="overwrite its own input"):
+            check_output(out, [tmp_path / "other.wav", given])
+    assert path.read_bytes() == b"a source"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", ["partial", "journal", "lock", "temporary"])
+def test_what_stands_beside_the_output_is_no_input_either(tmp_path, file) -> None:
+    files = OutputFiles.of(tmp_path / "out.mp4")
+    with pytest.raises(InputError, match="overwrite its own input"):
+        check_output(files.video, [getattr(files, file)])
+
+
+def test_one_run_at_a_time_writes_a_video(tmp_path) -> None:
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "out.mp4")
+    first = OutputFiles.of(tmp_path / "out.mp4")
+    with first.locked():
+        for path in (first.video, tmp_path / "link.mp4", tmp_path / "x" / ".." / "out.mp4"):
+            with pytest.raises(InputError, match="Another run is writing"), OutputFiles.of(path).locked():
+                pass
+        with OutputFiles.of(tmp_path / "other.mp4").locked():
+            pass
+    with first.locked():
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["link.mp4"]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("out.avi", r"end in \.mp4"), ("folder.mp4", "is a folder"), ("file/out.mp4", "not be written")],
+    [
+        ("out.avi", r"end in \.mp4"),
+        ("folder.mp4", "is a folder"),
+        ("file/out.mp4", "not be written"),
+        ("fifo.mp4", "no file that can be replaced"),
+        ("loop.mp4", "not be written|no file"),
+        ("out.partial.mp4", "name the video itself, out.mp4"),
+        ("n" * 240 + ".mp4", "too long"),
+    ],
 )
 def test_paths_that_cannot_be_written(tmp_path, path, message) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    os.mkfifo(tmp_path / "fifo.mp4")
     with pytest.raises(InfiniteTalkError, match=message), VideoWriter(tmp_path / path) as writer:
         writer.append(_frames(1))
 

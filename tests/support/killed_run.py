@@ -1,0 +1,74 @@
+"""A run of the command that dies at a chosen moment, in a process of its own.
+
+`python killed_run.py MOMENT SIGNAL LATENTS ARGUMENT...` runs `infinitetalk ARGUMENT...` with a line "announced N" on
+stdout for each announced window, and writes the latents of each window to LATENTS. MOMENT is "never" or
+"WINDOW:PLACE[:MILLISECONDS]"; then the process sends itself SIGNAL.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from safetensors.torch import save_file
+from wanvideo_infinitetalk.cli import parser
+from wanvideo_infinitetalk.media import video
+from wanvideo_infinitetalk.pipeline import journal, make_video
+
+PLACES = ("encode", "append", "journal", "announced", "finish")
+
+
+def main(moment: str, signal_number: int, latents: Path, arguments: list[str]) -> int:
+    window, _, rest = moment.partition(":")
+    place, _, delay = rest.partition(":")
+    counts = dict.fromkeys(PLACES, 0)
+
+    def reach(where: str) -> None:
+        counts[where] += 1
+        if where != place or counts[where] != int(window):
+            return
+        if delay:
+            threading.Thread(target=lambda: (time.sleep(float(delay) / 1000), die()), daemon=True).start()
+        else:
+            die()
+
+    def die() -> None:
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal_number)
+
+    def before(target: Any, name: str, where: str) -> Any:
+        computed = getattr(target, name)
+
+        def reached(*args: Any, **options: Any) -> Any:
+            reach(where)
+            return computed(*args, **options)
+
+        return patch.object(target, name, reached)
+
+    record = make_video.record
+
+    def announce(*args: Any) -> Any:
+        for window in record(*args):
+            save_file({"latents": window.latents.cpu().contiguous()}, latents / f"{window.index}.safetensors")
+            sys.stdout.write(f"announced {window.index + 1}\n")
+            sys.stdout.flush()
+            reach("announced")
+            yield window
+
+    with (
+        before(video.VideoWriter, "append", "encode"),
+        before(video, "_put_in_place", "append"),
+        before(journal.Journal, "save", "journal"),
+        before(video.VideoWriter, "_copy_to", "finish"),
+        patch.object(make_video, "record", announce),
+    ):
+        return parser.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]))
