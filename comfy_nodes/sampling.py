@@ -116,7 +116,7 @@ def sample(
         model.attention_mode,
         model.attention_policy,
         ", ".join(f"{kernel} ({calls} calls)" for kernel, calls in kernels.most_common()) or "none",
-        summary(model.model.blocks),
+        summary(model.model.blocks, comfyui.device()),
         model.precision,
         guards.copies,
         guards.calls,

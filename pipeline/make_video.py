@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import summary
+from ..fp8_optimization import how_linears_run, listed
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -120,6 +120,7 @@ class Result:
         seconds: from the call on, loading included.
         guards: what the layout guards saw and copied while the frames were made.
         kernels: attention kernel -> its calls.
+        linears: how linear layers of the blocks ran, and why not as asked for -> how many.
     """
 
     path: Path
@@ -129,6 +130,7 @@ class Result:
     seconds: float
     guards: GuardStats
     kernels: Mapping[str, int]
+    linears: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -195,17 +197,19 @@ def make_video(job: Job, events: Events | None = None) -> Result:
                 events.window_done(window.index + 1, window.count)
 
     # 5. Say what really ran.
+    linears = how_linears_run(model.blocks, device)
     logger.info(
         "Attention %s (policy %s) by %s; linears %s; guard copies %d of %d calls (%.1f MiB)",
         job.attention_mode,
         job.attention_policy,
         ", ".join(f"{name} ({calls} calls)" for name, calls in kernels.most_common()),
-        summary(model.blocks),
+        listed(linears),
         guards.copies,
         guards.calls,
         guards.bytes / 2**20,
     )
-    return Result(Path(job.out), plan.total, plan.width, plan.height, time.monotonic() - begin, guards, kernels)
+    seconds = time.monotonic() - begin
+    return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, guards, kernels, linears)
 
 
 def choose_device(name: str) -> torch.device:

@@ -395,6 +395,13 @@ put(
     "comfy_quant",
     lambda w: bytes_of({"format": "int8_tensorwise", "convrot": True}),
 )
+put(
+    "mark: other groups",
+    "mxfp8",
+    "group_size 64",
+    "comfy_quant",
+    lambda w: bytes_of({"format": "mxfp8", "group_size": 64}),
+)
 put("mark: floats", "marked", "unreadable", "comfy_quant", lambda w: torch.ones(19))
 put("int8 without a mark", "int8", "takes no scale", "comfy_quant", lambda w: None)
 put("nvfp4 without a mark", "nvfp4", "does not state to be nvfp4", "comfy_quant", lambda w: None)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...fp8_optimization import Quantization, quantize_linear, reject_second_quantization, summary
+from ...fp8_optimization import Quantization, quantize_linear, reject_second_quantization, stored_summary
 from ..errors import CheckpointError, some
 from ..linear.base import store_buffers, store_weight, take_over
 from ..linear.gguf import GGUFLinear, GGUFTensor
@@ -348,7 +348,7 @@ def load_dit(
         files.config.dim,
         sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**30,
         time.monotonic() - begin,
-        summary(model),
+        stored_summary(model),
         f", unpacked from {unpacked}" if unpacked else "",
     )
     return model

@@ -310,7 +310,7 @@ class _Parts:
         form = marks[0]
         self._stated.add(name)
         if form not in FORMATS:
-            raise self._error(f"stores {name} as '{form}', which is not supported ({', '.join(FORMATS)} are)")
+            raise self._error(f"stores {name} as '{form[:40]}', which is not supported ({', '.join(FORMATS)} are)")
         if isinstance(stored, GGUFTensor) or stored.dtype != FORMATS[form]:
             kind = stored.quant_type if isinstance(stored, GGUFTensor) else _plain(stored.dtype)
             raise self._error(f"states the format {form} for {name}, but stores it as {kind}")
@@ -449,13 +449,11 @@ def _format_of(mark: Any, weight: str, what: str, fault: CheckpointError) -> str
     if not isinstance(mark, dict) or not isinstance(mark.get("format"), str):
         raise fault
     for key, value in mark.items():
-        if (
-            key not in _MARK_FIELDS
-            and value
-            and not (key.endswith("group_size") and mark["format"] in ("nvfp4", "mxfp8"))
-        ):
+        usual = key in _MARK_FIELDS or (key == "group_size" and value == _BLOCKS.get(mark["format"]))
+        if value and not usual:
             raise CheckpointError(
-                f"{what} stores {weight} as '{mark['format']}' with {key} {value}, which is not supported; {_ANOTHER}."
+                f"{what} stores {weight} as '{mark['format'][:40]}' with {key[:40]} {str(value)[:40]}, which is not "
+                f"supported; {_ANOTHER}."
             )
     return str(mark["format"])
 

@@ -11,6 +11,7 @@ activations quantized the same way per call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -155,8 +156,12 @@ def _weight_reasons(n: int, k: int, dtype: torch.dtype, device: torch.device) ->
 class NVFP4Linear(QuantizedLinear):
     """A linear layer with an NVFP4 weight; keys `weight`, `weight_scale`, `weight_scale_2`, `bias`."""
 
+    fast_way = "the FP4 matmul"
     weight_scale: Tensor
     weight_scale_2: Tensor
+
+    def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
+        return nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, device)
 
     @staticmethod
     def quantize(linear: nn.Linear, base_dtype: torch.dtype) -> NVFP4Linear:
