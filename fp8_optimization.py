@@ -296,7 +296,8 @@ class Fp8Linear(QuantizedLinear):
     def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
         if not self.fast or self.weight.dtype not in FP8_DTYPES.values():
             return ()
-        return fp8_matmul_reasons(self.weight, self.base_dtype, device, self.scale_weight)
+        found = fp8_matmul_reasons(self.weight, self.base_dtype, device, self.scale_weight)
+        return (*super().unpacked_reasons(device), *found)
 
     @staticmethod
     def quantize(linear: nn.Linear, dtype: torch.dtype, base_dtype: torch.dtype, *, scaled: bool, fast: bool) -> None:
@@ -316,7 +317,7 @@ class Fp8Linear(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features] in `base_dtype`, contiguous."""
-        if self.fast:
+        if self.fast and not self.full_precision:
             return fp8_linear_forward(self, self.base_dtype, input)
         return super().forward(input)
 

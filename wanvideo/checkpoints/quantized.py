@@ -67,12 +67,12 @@ _LEFTOVER = re.compile(
 )
 _HARMLESS = ("logit_scale", "log_scale", "scale_shift_table")
 
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ANOTHER = "use another version of the file, in 16 bits for instance"
 _LONGEST_MARK = 1 << 16
 """Bytes of a `comfy_quant`; real ones have some twenty."""
 
-# What a mark may say besides its format without changing what the weight is worth.
+# What a mark may say: nothing here but the format changes what the weight is worth.
 _MARK_FIELDS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")
 
 
@@ -90,6 +90,7 @@ class StoredWeight:
         name: in the file. stored: its shape and dtype there.
         format: one of FORMATS, "gguf", or None for a tensor that is worth what it holds.
         scale, scale_2: names of its scales in the file, None without.
+        full_precision: whether the file asks for a matmul with the unpacked weight, whatever the device has.
     """
 
     name: str
@@ -97,6 +98,7 @@ class StoredWeight:
     format: str | None = None
     scale: str | None = None
     scale_2: str | None = None
+    full_precision: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -273,13 +275,9 @@ class _Parts:
         scales = [parts[part] for part in _SCALES if part in parts]
         if len(scales) > 1:
             raise self._error(f"has two scales for {name}, {scales[0]} and {scales[1]}")
-        weight = StoredWeight(
-            name,
-            stored,
-            self._format(layer, name, parts) if last == "weight" else _plain_format(stored),
-            scales[0] if scales else None,
-            parts.get("weight_scale_2"),
-        )
+        form, full_precision = self._format(layer, name, parts)
+        scale = scales[0] if scales else None
+        weight = StoredWeight(name, stored, form, scale, parts.get("weight_scale_2"), full_precision)
         self._check_scales(weight)
         self._weights.append(weight)
         return weight
@@ -297,26 +295,26 @@ class _Parts:
 
     # ------------------------------------------------------------------------------------------------ the format
 
-    def _format(self, layer: str, name: str, parts: Mapping[str, str]) -> str | None:
-        """One of FORMATS, "gguf" or None: what the weight `name` is stored as, by its mark, the header or its dtype."""
-        marks = [self._header[layer]] if layer in self._header else []
+    def _format(self, layer: str, name: str, parts: Mapping[str, str]) -> tuple[str | None, bool]:
+        """(one of FORMATS, "gguf" or None, full precision): by the tensor's mark, the header or its dtype."""
+        marks = [self._header[layer]] if _split(name)[1] == "weight" and layer in self._header else []
         if "comfy_quant" in parts:
             marks.append(self._mark(parts["comfy_quant"], name))
         stored = self.shapes[name]
         if not marks:
-            return _plain_format(stored)
-        if marks[0] != marks[-1]:
-            raise self._error(f"states two formats for {name}, {marks[0]} in its header and {marks[1]} beside it")
-        form = marks[0]
+            return _plain_format(stored), False
+        form, full_precision = marks[0]
+        if form != marks[-1][0]:
+            raise self._error(f"states two formats for {name}, {form} in its header and {marks[1][0]} beside it")
         self._stated.add(name)
         if form not in FORMATS:
             raise self._error(f"stores {name} as '{form[:40]}', which is not supported ({', '.join(FORMATS)} are)")
         if isinstance(stored, GGUFTensor) or stored.dtype != FORMATS[form]:
             kind = stored.quant_type if isinstance(stored, GGUFTensor) else _plain(stored.dtype)
             raise self._error(f"states the format {form} for {name}, but stores it as {kind}")
-        return form
+        return form, full_precision
 
-    def _mark(self, name: str, weight: str) -> str:
+    def _mark(self, name: str, weight: str) -> tuple[str, bool]:
         content = self.shapes[name]
         try:
             if content.dtype not in (torch.uint8, torch.int8) or content.nbytes > _LONGEST_MARK:
@@ -420,8 +418,8 @@ class _Parts:
         )
 
 
-def _header_formats(metadata: Mapping[str, str], what: str) -> dict[str, str]:
-    """Layer -> format, as the header states it. Raises CheckpointError where it cannot be read."""
+def _header_formats(metadata: Mapping[str, str], what: str) -> dict[str, tuple[str, bool]]:
+    """Layer -> (format, full precision), as the header states it. Raises CheckpointError where it cannot be read."""
     if HEADER not in metadata:
         return {}
     fault = CheckpointError(
@@ -444,8 +442,8 @@ def _header_formats(metadata: Mapping[str, str], what: str) -> dict[str, str]:
     return {layer: _format_of(mark, f"{layer}.weight", what, fault) for layer, mark in layers.items()}
 
 
-def _format_of(mark: Any, weight: str, what: str, fault: CheckpointError) -> str:
-    """The format that a mark states; `fault` where it states none, and an error where it asks for more."""
+def _format_of(mark: Any, weight: str, what: str, fault: CheckpointError) -> tuple[str, bool]:
+    """(format, full precision) of a mark; `fault` where it states no format, an error where it asks for more."""
     if not isinstance(mark, dict) or not isinstance(mark.get("format"), str):
         raise fault
     for key, value in mark.items():
@@ -455,7 +453,7 @@ def _format_of(mark: Any, weight: str, what: str, fault: CheckpointError) -> str
                 f"{what} stores {weight} as '{mark['format'][:40]}' with {key[:40]} {str(value)[:40]}, which is not "
                 f"supported; {_ANOTHER}."
             )
-    return str(mark["format"])
+    return str(mark["format"]), bool(mark.get("full_precision_matrix_mult"))
 
 
 def _plain_format(stored: Stored) -> str | None:

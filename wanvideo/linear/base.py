@@ -37,15 +37,17 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         base_dtype: dtype of the computation and of the output (float32, bfloat16 or float16).
+        full_precision: whether the weight is unpacked per call whatever the device has.
     """
 
     base_dtype: torch.dtype
+    full_precision: bool = False
     fast_way: ClassVar[str] = ""
     """What is to run instead of unpacking the weight per call; empty where nothing is."""
 
     def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
         """Every reason why a call on `device` unpacks the weight although there is a `fast_way`; empty without one."""
-        return ()
+        return ("the file asks for full precision",) if self.full_precision else ()
 
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] in `base_dtype`, as a fresh tensor."""

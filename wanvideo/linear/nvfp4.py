@@ -161,7 +161,8 @@ class NVFP4Linear(QuantizedLinear):
     weight_scale_2: Tensor
 
     def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
-        return nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, device)
+        found = nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, device)
+        return [*super().unpacked_reasons(device), *found]
 
     @staticmethod
     def quantize(linear: nn.Linear, base_dtype: torch.dtype) -> NVFP4Linear:
@@ -181,7 +182,9 @@ class NVFP4Linear(QuantizedLinear):
         x = aligned_contiguous(input)
         leading = [int(n) for n in x.shape[:-1]]
         rows = x.reshape(-1, self.in_features)
-        if nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, x.device, rows.shape[0]):
+        if self.full_precision or nvfp4_matmul_reasons(
+            self.out_features, self.in_features, self.base_dtype, x.device, rows.shape[0]
+        ):
             return super().forward(x)
         return self._native(rows).reshape(*leading, self.out_features)
 
