@@ -290,8 +290,13 @@ def test_a_quantized_file_is_worth_its_dequantized_one(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", ["model.", "model.diffusion_model."])
-def test_the_header_names_layers_as_the_file_does(tmp_path: Path, kind: str, prefix: str) -> None:
-    stored, worth, metadata = file_of(kind, FORMS[2], prefix)
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_header_names_layers_as_the_file_does_or_bare(tmp_path: Path, kind: str, prefix: str, bare: bool) -> None:
+    form = Form("int8_tensorwise", "row", stated="header")  # without the header it cannot be read
+    stored, worth, metadata = file_of(kind, form, prefix)
+    if bare:
+        outer = prefix + ("vision_model." if kind == "CLIP" else "")
+        metadata = {HEADER: metadata[HEADER].replace(f'"{outer}', '"')}
     if kind == "text encoder":  # the tokenizer lies at the front
         for state in (stored, worth):
             state["spiece_model"] = state.pop(f"{prefix}spiece_model")

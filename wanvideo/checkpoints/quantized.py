@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -157,7 +157,7 @@ class Weights(Mapping[str, Tensor]):
         self._read = read
         self._shapes = shapes
         names = {name: name for name in shapes} if names is None else names
-        parts = _Parts(shapes, read, metadata or {}, names.values(), what)
+        parts = _Parts(shapes, read, metadata or {}, names, what)
         self.stored = {name: parts.weight(stored) for name, stored in names.items() if stored not in parts.parts}
         parts.check()
 
@@ -246,16 +246,22 @@ def _reader_of(state: Mapping[str, Tensor]) -> Reader:
 
 
 class _Parts:
-    """Which tensors of a file belong to which weight."""
+    """Which tensors of a file belong to which weight; `names` as `Weights` takes them."""
 
     def __init__(
-        self, shapes: Mapping[str, Stored], read: Reader, metadata: Mapping[str, str], scope: Collection[str], what: str
+        self,
+        shapes: Mapping[str, Stored],
+        read: Reader,
+        metadata: Mapping[str, str],
+        names: Mapping[str, str],
+        what: str,
     ) -> None:
-        self.shapes, self.read, self.scope, self.what = shapes, read, scope, what
+        self.shapes, self.read, self.what = shapes, read, what
+        self.bare = {stored: name for name, stored in names.items()}
         self.parts: set[str] = set()  # names of scales, marks and markers
         self._of: dict[str, dict[str, str]] = {}  # layer -> part -> name
         self._marked = _MARKER in shapes  # the marker may lie outside of the prefix
-        for name in scope:
+        for name in self.bare:
             layer, last = _split(name)
             if last == _MARKER:
                 self.parts.add(name)
@@ -284,11 +290,11 @@ class _Parts:
 
     def check(self) -> None:
         """Raise CheckpointError for what is left: parts without a weight, weights without a scale, unknown parts."""
-        layers = {layer for layer, last in map(_split, self.scope) if last == "weight"}
+        layers = {layer for layer, last in map(_split, self.bare) if last == "weight"}
         for layer, parts in self._of.items():
             if layer not in layers:
                 raise self._error(f"has {next(iter(parts.values()))}, but no {_joined(layer, 'weight')}")
-        for name in self.scope:
+        for name in self.bare:
             if name not in self.parts:
                 self._check_known(name, layers)
         self._check_all_scaled()
@@ -297,15 +303,18 @@ class _Parts:
 
     def _format(self, layer: str, name: str, parts: Mapping[str, str]) -> tuple[str | None, bool]:
         """(one of FORMATS, "gguf" or None, full precision): by the tensor's mark, the header or its dtype."""
-        marks = [self._header[layer]] if _split(name)[1] == "weight" and layer in self._header else []
+        # The header names layers as the file does, or without the prefix.
+        called = dict.fromkeys((layer, _split(self.bare[name])[0])) if _split(name)[1] == "weight" else ()
+        marks = [self._header[layer] for layer in called if layer in self._header]
         if "comfy_quant" in parts:
             marks.append(self._mark(parts["comfy_quant"], name))
         stored = self.shapes[name]
         if not marks:
             return _plain_format(stored), False
         form, full_precision = marks[0]
-        if form != marks[-1][0]:
-            raise self._error(f"states two formats for {name}, {form} in its header and {marks[1][0]} beside it")
+        other = next((other for other, _ in marks if other != form), None)
+        if other is not None:
+            raise self._error(f"states two formats for {name}, {form} and {other}")
         self._stated.add(name)
         if form not in FORMATS:
             raise self._error(f"stores {name} as '{form[:40]}', which is not supported ({', '.join(FORMATS)} are)")
