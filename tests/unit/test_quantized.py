@@ -17,6 +17,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.parts import official_clip_names
 from torch import Tensor, nn
 from wanvideo_infinitetalk.cli import tiny_models as tiny
 from wanvideo_infinitetalk.cli.demo import demo_job
@@ -356,6 +357,25 @@ def test_gguf_blocks_of_encoders_are_unpacked(tmp_path: Path, kind: str) -> None
         (tmp_path / "spiece.model").write_bytes(tiny.tokenizer_model())
     made = values_of(KINDS[kind].load(tmp_path / "x.gguf"))
     plain = values_of(KINDS[kind].load(save(tmp_path / "plain.safetensors", kind, worth)))
+    assert [name for name in plain if not torch.equal(made[name], plain[name])] == []
+
+
+@pytest.mark.parametrize(
+    "form", [FP8, Form("float8_e4m3fn", "row"), Form("int8_tensorwise", "row"), NVFP4, MXFP8], ids=str
+)
+def test_fused_weights_of_official_clip_names_are_scaled_before_they_are_split(tmp_path: Path, form: Form) -> None:
+    bare = {name.removeprefix("vision_model."): tensor for name, tensor in state_of("CLIP").items()}
+    stored = {f"visual.{name}": tensor for name, tensor in official_clip_names(bare).items()}
+    worth = dict(stored)
+    for name in [name for name in stored if name.endswith("to_qkv.weight")]:
+        layer = name.removesuffix(".weight")
+        parts, worth[name] = quantized(stored[name], form)
+        stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        stored[f"{layer}.comfy_quant"] = bytes_of({"format": form.format})
+    made, plain = (
+        values_of(ClipVision.load(save(tmp_path / f"{i}.safetensors", "CLIP", state)).model)
+        for i, state in enumerate((stored, worth))
+    )
     assert [name for name in plain if not torch.equal(made[name], plain[name])] == []
 
 
