@@ -15,7 +15,8 @@ its inputs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,17 @@ __all__ = [
     "convert_fp8_linear",
     "fp8_linear_forward",
     "fp8_matmul_reasons",
+    "how_it_runs",
+    "how_linears_run",
+    "listed",
     "quantize_linear",
     "quantize_linears",
     "quantize_rows_fp8",
     "quantize_weight_fp8",
     "reject_second_quantization",
+    "stored_as",
     "stored_format",
+    "stored_summary",
     "summary",
 ]
 
@@ -284,7 +290,14 @@ class Fp8Linear(QuantizedLinear):
     """
 
     fast: bool
+    fast_way = "the fp8 matmul"
     scale_weight: Tensor | None
+
+    def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
+        if not self.fast or self.weight.dtype not in FP8_DTYPES.values():
+            return ()
+        found = fp8_matmul_reasons(self.weight, self.base_dtype, device, self.scale_weight)
+        return (*super().unpacked_reasons(device), *found)
 
     @staticmethod
     def quantize(linear: nn.Linear, dtype: torch.dtype, base_dtype: torch.dtype, *, scaled: bool, fast: bool) -> None:
@@ -304,7 +317,7 @@ class Fp8Linear(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features] in `base_dtype`, contiguous."""
-        if self.fast:
+        if self.fast and not self.full_precision:
             return fp8_linear_forward(self, self.base_dtype, input)
         return super().forward(input)
 
@@ -365,7 +378,7 @@ def quantize_linears(model: nn.Module, quantization: str, base_dtype: torch.dtyp
     reject_second_quantization([stored_format(linear) for _, linear in linears], wanted)
     for _, linear in linears:
         quantize_linear(linear, wanted, base_dtype)
-    logger.info("Linear layers: %s", summary(model))
+    logger.info("Linear layers: %s", stored_summary(model))
 
 
 def quantize_linear(linear: nn.Linear, wanted: Quantization, base_dtype: torch.dtype) -> None:
@@ -408,16 +421,51 @@ def stored_format(linear: nn.Linear) -> str | None:
     return "gguf" if isinstance(linear, QuantizedLinear) and not isinstance(linear, Fp8Linear) else None
 
 
-def summary(model: nn.Module) -> str:
-    """One line for the log: how many linears are stored and run in which way."""
-    counts: dict[str, int] = {}
-    for _, linear in _linears(model):
-        form = stored_format(linear) or str(linear.weight.dtype).removeprefix("torch.")
-        if isinstance(linear, Fp8Linear) and form in FP8_DTYPES:
-            form += "_scaled" if linear.scale_weight is not None else ""
-            form += "_fast" if linear.fast else ""
-        counts[form] = counts.get(form, 0) + 1
-    return ", ".join(f"{count} x {form}" for form, count in sorted(counts.items(), key=lambda c: -c[1])) or "none"
+def stored_as(linear: nn.Linear) -> str:
+    """`stored_format` with "_scaled" where there is a scale, or the dtype: "fp8_e4m3fn_scaled", "gguf", "bfloat16"."""
+    form = stored_format(linear)
+    if form is None:
+        return str(linear.weight.dtype).removeprefix("torch.")
+    return f"{form}_scaled" if getattr(linear, "scale_weight", None) is not None else form
+
+
+def how_it_runs(linear: nn.Linear, device: str | torch.device | None = None) -> str:
+    """How the weight of `linear` is stored and multiplied on `device`, by default where it lies.
+
+    "fp8_e4m3fn_scaled_fast" is the fp8 matmul. Where it is asked for and does not run: "fp8_e4m3fn_scaled, unpacked per
+    call instead of the fp8 matmul (the GPU has compute capability 8.6, ...)", with the first reason.
+    """
+    device = linear.weight.device if device is None else torch.device(device)
+    form = stored_as(linear)
+    if isinstance(linear, QuantizedLinear) and (reasons := linear.unpacked_reasons(device)):
+        return f"{form}, unpacked per call instead of {linear.fast_way} ({reasons[0]})"
+    if isinstance(linear, Fp8Linear) and linear.fast and form.startswith("fp8"):
+        return f"{form}_fast" if device.type == "cuda" else f"{form}_fast (computed in float32)"
+    return form
+
+
+def how_linears_run(model: nn.Module, device: str | torch.device | None = None) -> Counter[str]:
+    """`how_it_runs` of every linear in `model` -> how many run so.
+
+    Args:
+        device: where they compute. Blocks that are swapped out lie elsewhere.
+    """
+    return Counter(how_it_runs(linear, device) for _, linear in _linears(model))
+
+
+def summary(model: nn.Module, device: str | torch.device | None = None) -> str:
+    """`how_linears_run` in one line for the log."""
+    return listed(how_linears_run(model, device))
+
+
+def listed(counts: Counter[str]) -> str:
+    """ "400 x fp8_e4m3fn_scaled, 12 x bfloat16", the most common first; "none" without any."""
+    return ", ".join(f"{count} x {name}" for name, count in counts.most_common()) or "none"
+
+
+def stored_summary(model: nn.Module) -> str:
+    """How the linears of `model` are stored, in one line; how they run depends on the device."""
+    return listed(Counter(stored_as(linear) for _, linear in _linears(model)))
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:

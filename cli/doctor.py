@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fp8_optimization import QUANTIZATIONS, Quantization, fp8_matmul_reasons, quantize_linear
+from ..fp8_optimization import QUANTIZATIONS, Quantization, how_it_runs, quantize_linear
 from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.kernels.packages import first_line, installed_version
 from ..wanvideo.kernels.selftest import environment
 from ..wanvideo.linear.base import relative_l2
-from ..wanvideo.linear.nvfp4 import nvfp4_matmul_reasons
 from ..wanvideo.modules.attention import MODE_BACKENDS, run_backend
 from ..wanvideo.modules.backends import lookup, unavailable_reasons
 from ..wanvideo.modules.backends.selftest import like_activations
@@ -158,21 +157,6 @@ def _examine_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> 
     return rows
 
 
-def _how(quantization: str, features: int, device: torch.device) -> str:
-    if quantization == "disabled":
-        return "16-bit weights and matmul"
-    if quantization == "fp4_scaled":
-        against = nvfp4_matmul_reasons(features, features, torch.bfloat16, device)
-        return "FP4 matmul" if not against else f"FP4 weights, unpacked per call: {'; '.join(against)}"
-    if not quantization.endswith("_fast"):
-        return "8-bit weights, unpacked per call"
-    weight = torch.empty(features, features, dtype=torch.float8_e4m3fn, device=device)
-    reasons = fp8_matmul_reasons(weight, torch.bfloat16, device)
-    if reasons:
-        return f"8-bit weights, unpacked per call: {'; '.join(reasons)}"
-    return "8-bit matmul" if device.type == "cuda" else "8-bit matmul, its numbers computed in float32"
-
-
 def _examine_linears(device: torch.device, rows: int, features: int) -> list[LinearRow]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -185,12 +169,11 @@ def _examine_linears(device: torch.device, rows: int, features: int) -> list[Lin
     for quantization in QUANTIZATIONS:
         linear = nn.Linear(features, features, device=device, dtype=torch.bfloat16).requires_grad_(False)
         linear.load_state_dict(reference.state_dict())
-        how = _how(quantization, features, device)
         try:
             quantize_linear(linear, Quantization.parse(quantization), torch.bfloat16)
             error = relative_l2(linear(x), expected)
             _, speedup = _in_turns(functools.partial(linear, x), plain, device)
-            found.append(LinearRow(quantization, how, error, speedup))
+            found.append(LinearRow(quantization, how_it_runs(linear, device), error, speedup))
         except InfiniteTalkError as failure:
             found.append(LinearRow(quantization, str(failure), None, None, supported=False))
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fp8_optimization import how_linears_run
 from ..media.masks import latent_masks, speaker_planes
 from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind
@@ -116,7 +117,8 @@ def sample(
             result = _long_video(model, what, settings, text, speech, start)
         else:
             result = _one_window(model, what, settings, text, speech, start)
-    line = what_ran(model.model, model.attention_mode, model.attention_policy, kernels)
+    linears = how_linears_run(model.model.blocks, comfyui.device())
+    line = what_ran(linears, model.attention_mode, model.attention_policy, kernels)
     logger.info("%s, %s, %.1f s: %s", model.name, model.precision, time.monotonic() - begin, line)
     return result
 

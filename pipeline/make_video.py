@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..fp8_optimization import how_linears_run
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -131,6 +132,7 @@ class Result:
         seconds: from the call on, loading included.
         guards: what the layout guards saw and copied while the frames were made.
         kernels: attention kernel -> its calls.
+        linears: how linear layers of the blocks ran, and why not as asked for -> how many.
     """
 
     path: Path
@@ -140,6 +142,7 @@ class Result:
     seconds: float
     guards: GuardStats
     kernels: Mapping[str, int]
+    linears: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,8 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
         if start is not None and start.state.windows == len(plan.windows):
             writer.close()  # it ended while the video was put in place
-            return Result(
-                Path(job.out), plan.total, plan.width, plan.height, time.monotonic() - begin, GuardStats(), {}
-            )
+            seconds = time.monotonic() - begin
+            return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, GuardStats(), {}, {})
 
         # 2. Encode the conditions.
         audio = _speech_features(job, checked, events)
@@ -212,9 +214,10 @@ def make_video(job: Job, events: Events | None = None) -> Result:
                 events.window_done(window.index + 1, window.count)
 
     # 5. Say what really ran.
-    logger.info("%s", what_ran(model, job.attention_mode, job.attention_policy, kernels))
+    linears = how_linears_run(model.blocks, device)
+    logger.info("%s", what_ran(linears, job.attention_mode, job.attention_policy, kernels))
     seconds = time.monotonic() - begin
-    return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels)
+    return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels, linears)
 
 
 def choose_device(name: str) -> torch.device:

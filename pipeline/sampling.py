@@ -15,16 +15,16 @@ where the scheduler needs it, and one of the overwrite's.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import summary
+from ..fp8_optimization import listed
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import KernelCounts
-from ..wanvideo.modules.model import WanModel
 from .guidance import Formula, Pass, Projection
 from .nonfinite import FallbackModes, check_finite
 from .schedulers import Scheduler
@@ -186,10 +186,14 @@ def denoise(
     return modes.retry(attempt, generator, place)
 
 
-def what_ran(model: WanModel, mode: str, policy: str, kernels: KernelCounts) -> str:
-    """One line about a generation, for the log: what computed attention and linears, and what the guards copied."""
+def what_ran(linears: Counter[str], mode: str, policy: str, kernels: KernelCounts) -> str:
+    """One line about a generation, for the log: what computed attention and linears, and what the guards copied.
+
+    Args:
+        linears: as `how_linears_run` counts them.
+    """
     guards, calls = kernels.guards, [f"{name} ({count} calls)" for name, count in kernels.most_common()]
     return (
-        f"Attention {mode} (policy {policy}) by {', '.join(calls) or 'none'}; linears {summary(model.blocks)}; "
+        f"Attention {mode} (policy {policy}) by {', '.join(calls) or 'none'}; linears {listed(linears)}; "
         f"guard copies {guards.copies} of {guards.calls} calls ({guards.bytes / 2**20:.1f} MiB)"
     )

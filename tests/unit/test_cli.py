@@ -174,10 +174,12 @@ def test_the_result_counts_what_the_guards_did(run: Callable[..., Ran], monkeypa
     results: list[generate.Result] = []
     make_video = generate.make_video
     monkeypatch.setattr(generate, "make_video", lambda *given: results.append(make_video(*given)) or results[0])
-    run(max_frames=5, attention_mode="eager")
+    run(max_frames=5, attention_mode="eager", quantization="fp4_scaled")
     assert results[0].guards.calls > 0
     assert results[0].guards.copies == results[0].guards.bytes == 0
     assert set(results[0].kernels) == {"eager"}
+    (how,) = results[0].linears
+    assert how.startswith("fp4, unpacked per call instead of the FP4 matmul (it runs on cuda")
 
 
 def test_the_seed_decides_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -23,6 +23,13 @@ def test_every_mode_and_backend_has_a_row(report):
     assert [row.quantization for row in report.linears] == list(QUANTIZATIONS)
 
 
+def test_each_quantization_says_how_it_runs_here(report):
+    how = {row.quantization: row.how for row in report.linears}
+    assert how.pop("fp4_scaled").startswith("fp4, unpacked per call instead of the FP4 matmul (it runs on cuda")
+    assert how.pop("disabled") == "bfloat16"
+    assert how == {name: f"{name} (computed in float32)" if name.endswith("_fast") else name for name in how}
+
+
 def test_each_precision_is_supported_without_a_gpu(report):
     assert report.precisions == {"16-bit": True, "8-bit": True, "4-bit": True}
     assert report.healthy

@@ -311,7 +311,8 @@ def test_an_adapter_in_16_bits_is_quantized_with_the_base_kept():
     kept = q(model, 0).weight.clone()
     fp8.quantize_linears(model, "fp8_e4m3fn_scaled_fast", torch.float32)
     assert torch.equal(q(model, 0).weight.float(), kept.float())
-    assert fp8.summary(model) == "4 x fp8_e4m3fn_scaled_fast, 2 x float32"
+    assert fp8.summary(model) == "4 x fp8_e4m3fn_scaled_fast (computed in float32), 2 x float32"
+    assert fp8.stored_summary(model) == "4 x fp8_e4m3fn_scaled, 2 x float32"
 
 
 def test_convert_takes_scales_keeps_words_and_works_before_loading():
@@ -391,3 +392,44 @@ def test_meta_device_gives_shapes():
     linear = stored_linear().to("meta")
     with mock.patch.object(fp8, "quantize_rows_fp8", side_effect=AssertionError("the fast way has no meta kernel")):
         assert linear(torch.empty(2, 3, 64, device="meta")).shape == (2, 3, 48)
+
+
+# --------------------------------------------------------------------------------------------- what runs, and why not
+
+
+TOO_OLD = "the GPU has compute capability 8.6, it supports 8.9 and newer (for fp8 tensor cores)"
+
+
+def test_the_summary_says_what_runs_and_why_not_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(SELF_TESTS, "_kept", {})
+    monkeypatch.setattr(packages, "capability", lambda device: (8, 6))
+    model = TinyModel()
+    fp8.quantize_linears(model, "fp8_e4m3fn_scaled_fast", torch.float32)
+    unpacked = f"4 x fp8_e4m3fn_scaled, unpacked per call instead of the fp8 matmul ({TOO_OLD}), 2 x float32"
+    assert fp8.summary(model, "cuda") == unpacked  # swapped blocks lie on the CPU
+    SELF_TESTS.reset()
+    monkeypatch.setattr(packages, "capability", lambda device: (8, 9))
+    assert fp8.summary(model, torch.device("cuda", 1)) == "4 x fp8_e4m3fn_scaled_fast, 2 x float32"
+    assert fp8.how_linears_run(model, "cuda") == {"fp8_e4m3fn_scaled_fast": 4, "float32": 2}
+
+
+@pytest.mark.parametrize("features", [(32, 32), (17, 32), (32, 24)])
+@pytest.mark.parametrize("quantization", [name for name in fp8.QUANTIZATIONS if name.startswith("fp8")])
+def test_the_record_of_a_layer_is_what_it_runs(monkeypatch, features, quantization):
+    wanted = fp8.Quantization.parse(quantization)
+    linear = nn.Linear(*reversed(features)).requires_grad_(False)
+    fp8.Fp8Linear.quantize(linear, fp8.FP8_DTYPES[wanted.format], torch.float32, scaled=wanted.scaled, fast=wanted.fast)
+    products = []
+    scaled_matmul = fp8._scaled_matmul
+    monkeypatch.setattr(fp8, "_scaled_matmul", lambda *args: products.append(1) or scaled_matmul(*args))
+    linear(torch.randn(3, features[1]))
+    how = fp8.how_it_runs(linear)
+    assert ("_fast" in how) == bool(products)
+    assert ("unpacked per call instead of the fp8 matmul (" in how) == (wanted.fast and not products)
+    assert how.startswith(quantization.removesuffix("_fast"))
+
+
+def test_a_16_bit_layer_that_was_converted_runs_in_16_bits():
+    linear = nn.Linear(32, 32).to(torch.bfloat16).requires_grad_(False)
+    fp8.convert_fp8_linear(linear, torch.bfloat16)
+    assert fp8.how_it_runs(linear) == "bfloat16"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
-from wanvideo_infinitetalk.wanvideo.kernels import _common, packages, reference, sage_fp4, sage_fp8, selftest
+from wanvideo_infinitetalk.wanvideo.kernels import _common, linear, packages, reference, sage_fp4, sage_fp8, selftest
 from wanvideo_infinitetalk.wanvideo.kernels.packages import triton_version
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
@@ -420,6 +420,32 @@ def test_a_machine_that_cannot_build_kernels_is_named_once(
     assert reasons[0][0].startswith("Triton cannot build a kernel here (")
     assert "install a C compiler" in reasons[0][0]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize(("platform", "package"), [("win32", "triton-windows"), ("linux", "triton")])
+def test_a_missing_triton_is_said_once_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, platform: str, package: str
+) -> None:
+    def missing(module: str) -> Any:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(packages, "load", missing)
+    monkeypatch.setattr(packages.sys, "platform", platform)
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(selftest.SELF_TESTS, "_kept", {})
+    packages.triton_import_reason.cache_clear()
+    try:
+        assert selftest.device_reasons(_common.TRITON, torch.device("cpu")) != ()
+        assert caplog.records == []
+        for needs in (_common.TRITON, linear.FP8):
+            for number in (0, 1):
+                (reason,) = selftest.device_reasons(needs, torch.device("cuda", number))
+                assert f"(No module named 'triton'); pip install {package}, in the version" in reason
+    finally:
+        packages.triton_import_reason.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"pip install {package}," in record.getMessage()
 
 
 def test_a_full_gpu_is_not_kept_as_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,22 @@ def test_the_matmul_contract_names_every_reason(monkeypatch):
     assert nvfp4.nvfp4_matmul_reasons(32, 32, torch.bfloat16, cuda) == []
 
 
+def test_the_record_says_that_fp4_is_unpacked_and_why(monkeypatch):
+    linear = nn.Linear(32, 32).requires_grad_(False)
+    nvfp4.NVFP4Linear.quantize(linear, torch.bfloat16)
+    monkeypatch.setattr(SELF_TESTS, "_kept", {})
+    monkeypatch.setattr(packages, "package_reasons", lambda *package: [])
+    monkeypatch.setattr(packages, "capability", lambda device: (9, 0))
+    assert fp8.how_it_runs(linear, "cuda") == (
+        "fp4, unpacked per call instead of the FP4 matmul (the GPU has compute capability 9.0, it supports 10.0 and "
+        "newer (for FP4 tensor cores))"
+    )
+    assert fp8.how_it_runs(linear).startswith("fp4, unpacked per call instead of the FP4 matmul (it runs on cuda")
+    SELF_TESTS.reset()
+    monkeypatch.setattr(packages, "capability", lambda device: (12, 0))
+    assert fp8.how_it_runs(linear, "cuda") == "fp4"
+
+
 @pytest.mark.parametrize(("version", "used"), [(None, False), ("0.2.9", False), ("0.2.30", True), ("0.3.0", True)])
 def test_old_releases_of_comfy_kitchen_are_left_alone(monkeypatch, version, used):
     def installed(name):

@@ -13,13 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.parts import official_clip_names
 from torch import Tensor, nn
 from wanvideo_infinitetalk.cli import tiny_models as tiny
 from wanvideo_infinitetalk.cli.demo import demo_job
-from wanvideo_infinitetalk.fp8_optimization import Fp8Linear
+from wanvideo_infinitetalk.fp8_optimization import Fp8Linear, how_it_runs
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.pipeline.make_video import check
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit, load_dit
@@ -30,6 +32,7 @@ from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError
 from wanvideo_infinitetalk.wanvideo.kernels import quantizers
+from wanvideo_infinitetalk.wanvideo.linear import nvfp4
 from wanvideo_infinitetalk.wanvideo.linear.base import QuantizedLinear
 from wanvideo_infinitetalk.wanvideo.linear.nvfp4 import NVFP4Linear, tile_padded, tiled
 
@@ -200,6 +203,13 @@ FORMS = [
 ]
 
 
+FP8 = Form("float8_e4m3fn", "tensor", "weight_scale", "dtype")
+MARKED = Form("float8_e4m3fn", "tensor")
+INT8 = Form("int8_tensorwise", "tensor")
+NVFP4 = Form("nvfp4", "e4m3")
+MXFP8 = Form("mxfp8", "tiled")
+
+
 def bytes_of(value: object) -> Tensor:
     text = value if isinstance(value, str) else json.dumps(value)
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
@@ -281,8 +291,13 @@ def test_a_quantized_file_is_worth_its_dequantized_one(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", ["model.", "model.diffusion_model."])
-def test_the_header_names_layers_as_the_file_does(tmp_path: Path, kind: str, prefix: str) -> None:
-    stored, worth, metadata = file_of(kind, FORMS[2], prefix)
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_header_names_layers_as_the_file_does_or_bare(tmp_path: Path, kind: str, prefix: str, bare: bool) -> None:
+    form = Form("int8_tensorwise", "row", stated="header")  # without the header it cannot be read
+    stored, worth, metadata = file_of(kind, form, prefix)
+    if bare:
+        outer = prefix + ("vision_model." if kind == "CLIP" else "")
+        metadata = {HEADER: metadata[HEADER].replace(f'"{outer}', '"')}
     if kind == "text encoder":  # the tokenizer lies at the front
         for state in (stored, worth):
             state["spiece_model"] = state.pop(f"{prefix}spiece_model")
@@ -305,6 +320,65 @@ def test_the_dit_keeps_what_a_layer_runs_and_says_what_it_unpacks(
     assert (f"unpacked from 4 x {form}" in caplog.text) == (layer_type is nn.Linear)
 
 
+@pytest.mark.parametrize(("base", "fast_way"), [(MARKED, "the fp8 matmul"), (NVFP4, "the FP4 matmul")])
+def test_a_file_may_ask_for_full_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Form, fast_way: str
+) -> None:
+    stored, worth, _ = file_of("DiT", base)
+    for name in [name for name in stored if name.endswith("comfy_quant")]:
+        stored[name] = bytes_of({"format": base.format, "full_precision_matrix_mult": True})
+    path = save(tmp_path / "x.safetensors", "DiT", stored)
+    quantization = "fp8_e4m3fn_fast" if base is MARKED else "disabled"
+    layer = load_dit(path, base_dtype=torch.float32, quantization=quantization).get_submodule("blocks.0.ffn.0")
+    assert isinstance(layer, QuantizedLinear)
+    monkeypatch.setattr(nvfp4, "nvfp4_matmul_reasons", lambda *given: [])  # as on a GPU with FP4 tensor cores
+    assert f"instead of {fast_way} (the file asks for full precision)" in how_it_runs(layer)
+    x = torch.randn(3, layer.in_features)
+    plain = nn.functional.linear(x, worth["blocks.0.ffn.0.weight"], layer.bias)
+    assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("kind", ["text encoder", "CLIP", "wav2vec2"])
+def test_gguf_blocks_of_encoders_are_unpacked(tmp_path: Path, kind: str) -> None:
+    state = {name: tensor.float() for name, tensor in state_of(kind).items() if name != "spiece_model"}
+    writer, worth = gguf.GGUFWriter(tmp_path / "x.gguf", "test"), dict(state)
+    for name, tensor in state.items():
+        if name.removesuffix(".weight") in layers_of(kind) and tensor.ndim == 2:
+            blocks = gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            worth[name] = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if kind == "text encoder":
+        (tmp_path / "spiece.model").write_bytes(tiny.tokenizer_model())
+    made = values_of(KINDS[kind].load(tmp_path / "x.gguf"))
+    plain = values_of(KINDS[kind].load(save(tmp_path / "plain.safetensors", kind, worth)))
+    assert [name for name in plain if not torch.equal(made[name], plain[name])] == []
+
+
+@pytest.mark.parametrize(
+    "form", [FP8, Form("float8_e4m3fn", "row"), Form("int8_tensorwise", "row"), NVFP4, MXFP8], ids=str
+)
+def test_fused_weights_of_official_clip_names_are_scaled_before_they_are_split(tmp_path: Path, form: Form) -> None:
+    bare = {name.removeprefix("vision_model."): tensor for name, tensor in state_of("CLIP").items()}
+    stored = {f"visual.{name}": tensor for name, tensor in official_clip_names(bare).items()}
+    worth = dict(stored)
+    for name in [name for name in stored if name.endswith("to_qkv.weight")]:
+        layer = name.removesuffix(".weight")
+        parts, worth[name] = quantized(stored[name], form)
+        stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        stored[f"{layer}.comfy_quant"] = bytes_of({"format": form.format})
+    made, plain = (
+        values_of(ClipVision.load(save(tmp_path / f"{i}.safetensors", "CLIP", state)).model)
+        for i, state in enumerate((stored, worth))
+    )
+    assert [name for name in plain if not torch.equal(made[name], plain[name])] == []
+
+
 def test_what_is_unpacked_can_be_quantized_while_it_is_loaded(tmp_path: Path) -> None:
     stored, worth, _ = file_of("DiT", Form("mxfp8", "tiled"))
     models = [
@@ -323,11 +397,6 @@ Fault = Callable[[State, str, dict[str, str]], None]
 FAULTS: dict[str, tuple[str, Fault, str]] = {}
 """Name -> (the form that is spoilt, how, what the sentence says)."""
 
-FP8 = Form("float8_e4m3fn", "tensor", "weight_scale", "dtype")
-MARKED = Form("float8_e4m3fn", "tensor")
-INT8 = Form("int8_tensorwise", "tensor")
-NVFP4 = Form("nvfp4", "e4m3")
-MXFP8 = Form("mxfp8", "tiled")
 BASES = {"fp8": FP8, "marked": MARKED, "int8": INT8, "nvfp4": NVFP4, "mxfp8": MXFP8, "header": FORMS[2]}
 
 
@@ -394,6 +463,13 @@ put(
     "convrot True",
     "comfy_quant",
     lambda w: bytes_of({"format": "int8_tensorwise", "convrot": True}),
+)
+put(
+    "mark: other groups",
+    "mxfp8",
+    "group_size 64",
+    "comfy_quant",
+    lambda w: bytes_of({"format": "mxfp8", "group_size": 64}),
 )
 put("mark: floats", "marked", "unreadable", "comfy_quant", lambda w: torch.ones(19))
 put("int8 without a mark", "int8", "takes no scale", "comfy_quant", lambda w: None)

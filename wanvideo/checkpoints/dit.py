@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...fp8_optimization import Quantization, quantize_linear, reject_second_quantization, summary
+from ...fp8_optimization import Quantization, quantize_linear, reject_second_quantization, stored_summary
 from ..errors import CheckpointError, some
-from ..linear.base import store_buffers, store_weight, take_over
+from ..linear.base import QuantizedLinear, store_buffers, store_weight, take_over
 from ..linear.gguf import GGUFLinear, GGUFTensor
 from ..linear.nvfp4 import NVFP4Linear
 from ..modules.attention import AttentionMode
@@ -348,7 +348,7 @@ def load_dit(
         files.config.dim,
         sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**30,
         time.monotonic() - begin,
-        summary(model),
+        stored_summary(model),
         f", unpacked from {unpacked}" if unpacked else "",
     )
     return model
@@ -409,6 +409,8 @@ class _Filler:
             if linear is not None and _in_blocks(layer):
                 # At once, so that no more than one layer is ever held in 16 bits.
                 quantize_linear(linear, self.wanted, self.base_dtype)
+            if isinstance(linear, QuantizedLinear):
+                linear.full_precision = self.stored[name].full_precision
             done += self.stored[name].nbytes
             if self.progress is not None:
                 self.progress(done, total)

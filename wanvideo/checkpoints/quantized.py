@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,12 +67,12 @@ _LEFTOVER = re.compile(
 )
 _HARMLESS = ("logit_scale", "log_scale", "scale_shift_table")
 
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ANOTHER = "use another version of the file, in 16 bits for instance"
 _LONGEST_MARK = 1 << 16
 """Bytes of a `comfy_quant`; real ones have some twenty."""
 
-# What a mark may say besides its format without changing what the weight is worth.
+# What a mark may say: nothing here but the format changes what the weight is worth.
 _MARK_FIELDS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")
 
 
@@ -90,6 +90,7 @@ class StoredWeight:
         name: in the file. stored: its shape and dtype there.
         format: one of FORMATS, "gguf", or None for a tensor that is worth what it holds.
         scale, scale_2: names of its scales in the file, None without.
+        full_precision: whether the file asks for a matmul with the unpacked weight, whatever the device has.
     """
 
     name: str
@@ -97,6 +98,7 @@ class StoredWeight:
     format: str | None = None
     scale: str | None = None
     scale_2: str | None = None
+    full_precision: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -155,7 +157,7 @@ class Weights(Mapping[str, Tensor]):
         self._read = read
         self._shapes = shapes
         names = {name: name for name in shapes} if names is None else names
-        parts = _Parts(shapes, read, metadata or {}, names.values(), what)
+        parts = _Parts(shapes, read, metadata or {}, names, what)
         self.stored = {name: parts.weight(stored) for name, stored in names.items() if stored not in parts.parts}
         parts.check()
 
@@ -244,16 +246,22 @@ def _reader_of(state: Mapping[str, Tensor]) -> Reader:
 
 
 class _Parts:
-    """Which tensors of a file belong to which weight."""
+    """Which tensors of a file belong to which weight; `names` as `Weights` takes them."""
 
     def __init__(
-        self, shapes: Mapping[str, Stored], read: Reader, metadata: Mapping[str, str], scope: Collection[str], what: str
+        self,
+        shapes: Mapping[str, Stored],
+        read: Reader,
+        metadata: Mapping[str, str],
+        names: Mapping[str, str],
+        what: str,
     ) -> None:
-        self.shapes, self.read, self.scope, self.what = shapes, read, scope, what
+        self.shapes, self.read, self.what = shapes, read, what
+        self.bare = {stored: name for name, stored in names.items()}
         self.parts: set[str] = set()  # names of scales, marks and markers
         self._of: dict[str, dict[str, str]] = {}  # layer -> part -> name
         self._marked = _MARKER in shapes  # the marker may lie outside of the prefix
-        for name in scope:
+        for name in self.bare:
             layer, last = _split(name)
             if last == _MARKER:
                 self.parts.add(name)
@@ -273,50 +281,49 @@ class _Parts:
         scales = [parts[part] for part in _SCALES if part in parts]
         if len(scales) > 1:
             raise self._error(f"has two scales for {name}, {scales[0]} and {scales[1]}")
-        weight = StoredWeight(
-            name,
-            stored,
-            self._format(layer, name, parts) if last == "weight" else _plain_format(stored),
-            scales[0] if scales else None,
-            parts.get("weight_scale_2"),
-        )
+        form, full_precision = self._format(layer, name, parts)
+        scale = scales[0] if scales else None
+        weight = StoredWeight(name, stored, form, scale, parts.get("weight_scale_2"), full_precision)
         self._check_scales(weight)
         self._weights.append(weight)
         return weight
 
     def check(self) -> None:
         """Raise CheckpointError for what is left: parts without a weight, weights without a scale, unknown parts."""
-        layers = {layer for layer, last in map(_split, self.scope) if last == "weight"}
+        layers = {layer for layer, last in map(_split, self.bare) if last == "weight"}
         for layer, parts in self._of.items():
             if layer not in layers:
                 raise self._error(f"has {next(iter(parts.values()))}, but no {_joined(layer, 'weight')}")
-        for name in self.scope:
+        for name in self.bare:
             if name not in self.parts:
                 self._check_known(name, layers)
         self._check_all_scaled()
 
     # ------------------------------------------------------------------------------------------------ the format
 
-    def _format(self, layer: str, name: str, parts: Mapping[str, str]) -> str | None:
-        """One of FORMATS, "gguf" or None: what the weight `name` is stored as, by its mark, the header or its dtype."""
-        marks = [self._header[layer]] if layer in self._header else []
+    def _format(self, layer: str, name: str, parts: Mapping[str, str]) -> tuple[str | None, bool]:
+        """(one of FORMATS, "gguf" or None, full precision): by the tensor's mark, the header or its dtype."""
+        # The header names layers as the file does, or without the prefix.
+        called = dict.fromkeys((layer, _split(self.bare[name])[0])) if _split(name)[1] == "weight" else ()
+        marks = [self._header[layer] for layer in called if layer in self._header]
         if "comfy_quant" in parts:
             marks.append(self._mark(parts["comfy_quant"], name))
         stored = self.shapes[name]
         if not marks:
-            return _plain_format(stored)
-        if marks[0] != marks[-1]:
-            raise self._error(f"states two formats for {name}, {marks[0]} in its header and {marks[1]} beside it")
-        form = marks[0]
+            return _plain_format(stored), False
+        form, full_precision = marks[0]
+        other = next((other for other, _ in marks if other != form), None)
+        if other is not None:
+            raise self._error(f"states two formats for {name}, {form} and {other}")
         self._stated.add(name)
         if form not in FORMATS:
-            raise self._error(f"stores {name} as '{form}', which is not supported ({', '.join(FORMATS)} are)")
+            raise self._error(f"stores {name} as '{form[:40]}', which is not supported ({', '.join(FORMATS)} are)")
         if isinstance(stored, GGUFTensor) or stored.dtype != FORMATS[form]:
             kind = stored.quant_type if isinstance(stored, GGUFTensor) else _plain(stored.dtype)
             raise self._error(f"states the format {form} for {name}, but stores it as {kind}")
-        return form
+        return form, full_precision
 
-    def _mark(self, name: str, weight: str) -> str:
+    def _mark(self, name: str, weight: str) -> tuple[str, bool]:
         content = self.shapes[name]
         try:
             if content.dtype not in (torch.uint8, torch.int8) or content.nbytes > _LONGEST_MARK:
@@ -420,8 +427,8 @@ class _Parts:
         )
 
 
-def _header_formats(metadata: Mapping[str, str], what: str) -> dict[str, str]:
-    """Layer -> format, as the header states it. Raises CheckpointError where it cannot be read."""
+def _header_formats(metadata: Mapping[str, str], what: str) -> dict[str, tuple[str, bool]]:
+    """Layer -> (format, full precision), as the header states it. Raises CheckpointError where it cannot be read."""
     if HEADER not in metadata:
         return {}
     fault = CheckpointError(
@@ -444,20 +451,18 @@ def _header_formats(metadata: Mapping[str, str], what: str) -> dict[str, str]:
     return {layer: _format_of(mark, f"{layer}.weight", what, fault) for layer, mark in layers.items()}
 
 
-def _format_of(mark: Any, weight: str, what: str, fault: CheckpointError) -> str:
-    """The format that a mark states; `fault` where it states none, and an error where it asks for more."""
+def _format_of(mark: Any, weight: str, what: str, fault: CheckpointError) -> tuple[str, bool]:
+    """(format, full precision) of a mark; `fault` where it states no format, an error where it asks for more."""
     if not isinstance(mark, dict) or not isinstance(mark.get("format"), str):
         raise fault
     for key, value in mark.items():
-        if (
-            key not in _MARK_FIELDS
-            and value
-            and not (key.endswith("group_size") and mark["format"] in ("nvfp4", "mxfp8"))
-        ):
+        usual = key in _MARK_FIELDS or (key == "group_size" and value == _BLOCKS.get(mark["format"]))
+        if value and not usual:
             raise CheckpointError(
-                f"{what} stores {weight} as '{mark['format']}' with {key} {value}, which is not supported; {_ANOTHER}."
+                f"{what} stores {weight} as '{mark['format'][:40]}' with {key[:40]} {str(value)[:40]}, which is not "
+                f"supported; {_ANOTHER}."
             )
-    return str(mark["format"])
+    return str(mark["format"]), bool(mark.get("full_precision_matrix_mult"))
 
 
 def _plain_format(stored: Stored) -> str | None:

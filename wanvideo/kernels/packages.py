@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from functools import cache
 from types import ModuleType
 
@@ -88,7 +89,9 @@ def triton_import_reason() -> str | None:
     try:
         load("triton.language")
     except ImportError as error:
-        return f"Triton cannot be imported ({error}); install the triton package that fits this PyTorch"
+        name = "triton-windows" if sys.platform == "win32" else "triton"
+        why = f"Triton cannot be imported ({first_line(error)})"
+        return f"{why}; pip install {name}, in the version that fits this PyTorch"
     return None
 
 

@@ -166,9 +166,22 @@ def device_reasons(needs: Device, device: torch.device) -> tuple[str, ...]:
     """Every reason why no kernel that needs this can run on `device`, that Triton builds none among them. Kept."""
 
     def ask() -> Sequence[str]:
-        return contract.device_reasons(needs, device) or (_triton_build_reasons(device) if needs.triton else ())
+        found = contract.device_reasons(needs, device)
+        if needs.triton and device.type == "cuda" and found == [packages.triton_import_reason()]:
+            _warn_without_triton(found[0])
+        return found or (_triton_build_reasons(device) if needs.triton else ())
 
     return SELF_TESTS.reasons(needs, device, ask)
+
+
+def _warn_without_triton(reason: str) -> None:
+    """Say once per process what is missing where a Triton kernel would otherwise run."""
+
+    def ask() -> list[str]:
+        logger.warning("%s. Until then PyTorch runs what Triton kernels would, slower.", reason)
+        return [reason]
+
+    SELF_TESTS.reasons("triton import", torch.device("cuda"), ask)
 
 
 def _triton_build_reasons(device: torch.device) -> tuple[str, ...]:

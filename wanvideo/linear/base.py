@@ -8,8 +8,8 @@ weight, then `F.linear`. A format adds a faster way where the device has one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,17 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         base_dtype: dtype of the computation and of the output (float32, bfloat16 or float16).
+        full_precision: whether the weight is unpacked per call whatever the device has.
     """
 
     base_dtype: torch.dtype
+    full_precision: bool = False
+    fast_way: ClassVar[str] = ""
+    """What is to run instead of unpacking the weight per call; empty where nothing is."""
+
+    def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
+        """Every reason why a call on `device` unpacks the weight although there is a `fast_way`; empty without one."""
+        return ("the file asks for full precision",) if self.full_precision else ()
 
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] in `base_dtype`, as a fresh tensor."""

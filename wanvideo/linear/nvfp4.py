@@ -11,6 +11,7 @@ activations quantized the same way per call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -155,8 +156,13 @@ def _weight_reasons(n: int, k: int, dtype: torch.dtype, device: torch.device) ->
 class NVFP4Linear(QuantizedLinear):
     """A linear layer with an NVFP4 weight; keys `weight`, `weight_scale`, `weight_scale_2`, `bias`."""
 
+    fast_way = "the FP4 matmul"
     weight_scale: Tensor
     weight_scale_2: Tensor
+
+    def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
+        found = nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, device)
+        return [*super().unpacked_reasons(device), *found]
 
     @staticmethod
     def quantize(linear: nn.Linear, base_dtype: torch.dtype) -> NVFP4Linear:
@@ -176,7 +182,9 @@ class NVFP4Linear(QuantizedLinear):
         x = aligned_contiguous(input)
         leading = [int(n) for n in x.shape[:-1]]
         rows = x.reshape(-1, self.in_features)
-        if nvfp4_matmul_reasons(self.out_features, self.in_features, self.base_dtype, x.device, rows.shape[0]):
+        if self.full_precision or nvfp4_matmul_reasons(
+            self.out_features, self.in_features, self.base_dtype, x.device, rows.shape[0]
+        ):
             return super().forward(x)
         return self._native(rows).reshape(*leading, self.out_features)
 
