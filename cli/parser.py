@@ -76,7 +76,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--masks", type=Path, nargs="+", default=[], metavar="M", help="one image per speaker, white where they are"
     )
-    what.add_argument("--prompt", metavar="T", help="what to show (default: a person talking to the camera)")
+    what.add_argument("--prompt", metavar="T", help="what to show; a | b: one for each window (a person talking)")
     what.add_argument("--negative-prompt", metavar="T", help="what not to show")
     what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
     what.add_argument(

@@ -19,6 +19,7 @@ from ..fp8_optimization import Fp8Linear, quantize_linears
 from ..media.audio import load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
+from ..pipeline.prompts import encode_pieces, parse_prompt
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
 from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras
@@ -312,7 +313,7 @@ class TextModel:
                 )
             return model.encode(prompt, device)
 
-        return TextEmbeds(*(_cached(prompt, identity, cache, encode) for prompt in (positive, negative)))
+        return _embeds(positive, negative, lambda prompt: _cached(prompt, identity, cache, encode))
 
     @classmethod
     def encode_once(
@@ -335,10 +336,16 @@ class TextModel:
             return loaded[0].encode(prompt, device)
 
         identity = f"{_stamp(path)} {precision} {quantization}"
-        embeds = TextEmbeds(*(_cached(prompt, identity, cache, encode) for prompt in (positive, negative)))
+        embeds = _embeds(positive, negative, lambda prompt: _cached(prompt, identity, cache, encode))
         for model in loaded:
             model.resident.unload()
         return embeds
+
+
+def _embeds(positive: str, negative: str, encode: Callable[[str], Tensor]) -> TextEmbeds:
+    """Both prompts. Factors are applied behind the cache, which holds what the encoder gives for a text in any role."""
+    pieces = encode_pieces(parse_prompt(positive), lambda texts: [encode(text) for text in texts])
+    return TextEmbeds(pieces, encode(negative))
 
 
 def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Callable[[str], Tensor]) -> Tensor:
@@ -348,6 +355,8 @@ def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Call
     words = hashlib.sha256(prompt.encode()).hexdigest()[:32]
     if identity is None:
         found = sorted(folder.glob(f"{words}-*.safetensors"), key=lambda path: path.stat().st_mtime)
+        if len(found) > 1:
+            logger.warning("The disk cache has a prompt from %d text encoders: the latest is used", len(found))
         return load_file(found[-1])["features"] if found else encode(prompt)
     file = folder / f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     if file.is_file():

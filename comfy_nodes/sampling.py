@@ -420,7 +420,7 @@ def _window_inputs(
         check_numbers(audio_scale=speech.audio_scale)
         audio_scale = speech.audio_scale
     return WindowInputs(
-        context=text.positive.to(device),
+        context=_only(text.positive).to(device),
         negative=_negative(text, settings).to(device),
         y=None if what.condition is None else what.condition.to(device),
         clip=None if clip is None else clip.positive.to(device),
@@ -439,7 +439,17 @@ def _negative(text: TextEmbeds, settings: SamplerSettings) -> Tensor:
         return text.negative
     if settings.cfg != 1:
         raise InputError("A cfg above 1 needs a negative prompt: connect one, or set cfg to 1.")
-    return text.positive
+    return text.positive[0]
+
+
+def _only(pieces: Sequence[Tensor]) -> Tensor:
+    """The prompt of a single window."""
+    if len(pieces) > 1:
+        raise InputError(
+            f"The prompt has {len(pieces)} pieces for a video of one window: remove the | from it, or make a long "
+            "video with WanVideo Long I2V Multi/InfiniteTalk."
+        )
+    return pieces[0]
 
 
 def _features(model: VideoModel, speech: SpeechEmbeds) -> tuple[Tensor, ...]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..wanvideo.errors import InputError
 from . import comfyui
 from .comfyui import io
 from .models import TextModel
 from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, reject_foreign
 from .types import TextEmbeds
 
-_POSITIVE_TIP = "What the video shows."
-_NEGATIVE_TIP = "What the video should not show; used where cfg is above 1."
+_POSITIVE_TIP = (
+    "What the video shows. Texts between vertical bars are for one window of a long video each; the last one stays. "
+    "(text:1.2) multiplies the embedding of the whole text that it stands in, not of single words. "
+    "[1] and [2] are plain text."
+)
+_NEGATIVE_TIP = "What the video should not show, encoded as it stands; used where cfg is above 1."
 _DISK_CACHE_TIP = "Keep the result in ComfyUI's user folder, so that this prompt never needs the encoder again."
 _DEVICE_TIP = "Where the text encoder runs."
 
@@ -136,7 +141,7 @@ class WanVideoTextEncodeCached(io.ComfyNode):
             cache=comfyui.cache_folder("prompts") if use_disk_cache else None,
         )
         assert embeds.negative is not None
-        negative = TextEmbeds(embeds.negative, embeds.negative)
+        negative = TextEmbeds((embeds.negative,), embeds.negative)
         return io.NodeOutput(embeds, negative, positive_prompt)
 
 
@@ -158,5 +163,11 @@ class WanVideoTextEmbedBridge(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive: Any, negative: Any = None) -> Any:
-        # CONDITIONING is a list of [embeddings [1, tokens, width], options].
-        return io.NodeOutput(TextEmbeds(positive[0][0][0], None if not negative else negative[0][0][0]))
+        return io.NodeOutput(TextEmbeds((_only(positive),), None if not negative else _only(negative)))
+
+
+def _only(conditioning: Any) -> Any:
+    """The embedding of a CONDITIONING: a list of [embeddings [1, tokens, width], options], here of one."""
+    if len(conditioning) != 1 or len(conditioning[0][0]) != 1:
+        raise InputError("Combined or batched conditionings are not supported: connect one CLIP Text Encode.")
+    return conditioning[0][0][0]

@@ -23,9 +23,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Prompt embeddings [tokens, text_dim]; the negative one is used where cfg is not 1."""
+    """Prompt embeddings [tokens, text_dim], one for each window; the negative one is used where cfg is not 1."""
 
-    positive: torch.Tensor
+    positive: tuple[torch.Tensor, ...]
     negative: torch.Tensor | None = None
 
 

@@ -6,6 +6,7 @@ up to four) and 16 channels of latents of a video of the given frames, gray else
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..media.images import cover_image, load_image
 from ..wanvideo.errors import InputError
 from .guidance import Pass
 from .plan import Plan
+from .prompts import piece_of
 from .sampling import ModelInputs, Overwrite
 from .windows import Window, audio_rows, latent_frames
 
@@ -36,6 +38,8 @@ __all__ = [
     "window_audio",
     "with_silence",
 ]
+
+logger = logging.getLogger(__name__)
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 """Name of a part, "model", "vae" or "clip" -> a context in which it is used."""
@@ -128,7 +132,7 @@ class Conditioning:
     """What to generate from.
 
     Attributes:
-        context: prompt embedding [n, text_dim].
+        context: prompt embeddings [n, text_dim], one for each window; the last one goes on (see `prompts`).
         negative: embedding of the negative prompt [m, text_dim]; not read where every cfg is 1.
         audio: for each speaker, one row of speech features per video frame [rows, layers, hidden]. Speakers may differ
             in length: the longest one counts, the others hold their last row.
@@ -136,7 +140,7 @@ class Conditioning:
             A source shorter than the video goes on with its last frame.
     """
 
-    context: Tensor
+    context: Sequence[Tensor]
     negative: Tensor
     audio: Sequence[Tensor]
     source: FrameSource
@@ -176,7 +180,7 @@ class WindowConditioner:
         _check_conditioning(given, plan)
         self.vae, self.clip, self.given, self.plan, self.stage = vae, clip, given, plan, stage
         self.device = torch.device(plan.config.device)
-        self.context = given.context.to(self.device)
+        self.context = [piece.to(self.device) for piece in given.context]
         self.negative = given.negative.to(self.device)
         self.masks = plan.masks.to(self.device)
         self.reference = self.image(0)
@@ -200,7 +204,7 @@ class WindowConditioner:
             elif mode.first_motion:
                 motion = y[0, 4:, :1]  # the VAE is causal: these are the latents of the image alone
         inputs = WindowInputs(
-            self.context,
+            piece_of(self.context, window.index),
             self.negative,
             y=y,
             clip=clip,
@@ -264,7 +268,15 @@ def _check_conditioning(given: Conditioning, plan: Plan) -> None:
     shapes = {tuple(features.shape[1:]) for features in given.audio}
     if len(shapes) != 1 or any(features.ndim != 3 or len(features) == 0 for features in given.audio):
         raise InputError(f"Speech features {sorted(shapes)} do not fit: give [rows, layers, hidden], alike for all.")
-    named = [("speech features", f) for f in given.audio] + [("prompt", given.context), ("negative", given.negative)]
+    if not isinstance(given.context, Sequence) or not given.context:
+        raise InputError("The prompt is a sequence of embeddings [n, text_dim], one or more: put one into a list.")
+    windows = len(plan.windows)
+    if len(given.context) > windows:
+        logger.warning(
+            "The prompt has %d pieces, the video %d windows: the rest is not used", len(given.context), windows
+        )
+    named = [("speech features", f) for f in given.audio] + [("prompt", piece) for piece in given.context]
+    named.append(("negative", given.negative))
     for name, tensor in named:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"The {name} embedding holds NaN or infinite values: check the encoder and its input.")

@@ -43,6 +43,7 @@ from .conditioning import Conditioning, FrameSource
 from .journal import Journal, describe, describe_config, record
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
+from .prompts import Piece, encode_pieces, parse_prompt
 from .sampling import what_ran
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
@@ -92,7 +93,7 @@ class Job:
         out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
         masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
-        prompt, negative: what to show, and what not.
+        prompt, negative: what to show, and what not; `prompts` has the syntax of the first one.
         config: size, length of windows, steps, guidance, seed ...; its device and attention policy are set here.
         max_frames: where to stop although the recording goes on; None: nowhere.
         attention_mode: one of `ATTENTION_MODES`. attention_policy: one of `POLICIES`, which step uses it.
@@ -250,6 +251,7 @@ class Checked:
         dit: shapes of the model, as its files state them.
         source: the image, or the frames of the source video.
         speech: 16 kHz waveform of each speaker.
+        prompt: pieces of the prompt.
         plan: size, windows, schedule and masks.
     """
 
@@ -258,6 +260,7 @@ class Checked:
     dit: WanConfig
     source: FrameSource
     speech: Sequence[np.ndarray]
+    prompt: Sequence[Piece]
     plan: Plan
 
 
@@ -266,6 +269,7 @@ def check(job: Job) -> Checked:
     device = choose_device(job.device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
+    prompt = parse_prompt(job.prompt)
     check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
@@ -285,7 +289,7 @@ def check(job: Job) -> Checked:
     )
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
     _check_encoders(job.files)
-    return Checked(device, dtype, dit, source, speech, plan)
+    return Checked(device, dtype, dit, source, speech, prompt, plan)
 
 
 def _open_source(job: Job) -> FrameSource:
@@ -400,14 +404,18 @@ def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]
     return [features(waveform) for waveform in checked.speech]
 
 
-def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[Tensor, Tensor]:
-    """Embeddings of the prompt and of the negative one, float32 on the CPU; the encoder is let go."""
+def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Embeddings of the prompt's pieces and of the negative one, float32 on the CPU; the encoder is let go."""
     events.stage("Encoding the prompt")
     encoder = TextEncoder.load(
         job.files.text_encoder, tokenizer=job.files.tokenizer, dtype=checked.dtype, device=checked.device
     )
-    prompt, negative = encoder.encode([job.prompt, job.negative])
-    return prompt.float().cpu(), negative.float().cpu()
+
+    def encode(texts: Sequence[str]) -> list[Tensor]:
+        # One by one: a longer text in the same batch would change the last bits of the others.
+        return [encoder.encode([text])[0].float().cpu() for text in texts]
+
+    return encode_pieces(checked.prompt, encode), encode([job.negative])[0]
 
 
 def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
@@ -427,10 +435,10 @@ def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     return model
 
 
-def _check_widths(config: WanConfig, context: Tensor, audio: Sequence[Tensor]) -> None:
-    if context.shape[1] != config.text_dim:
+def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[Tensor]) -> None:
+    if context[0].shape[1] != config.text_dim:
         raise CheckpointError(
-            f"The text encoder gives tokens of {context.shape[1]} numbers, the model reads {config.text_dim}; "
+            f"The text encoder gives tokens of {context[0].shape[1]} numbers, the model reads {config.text_dim}; "
             "Wan2.1 needs UMT5-XXL."
         )
     assert config.audio is not None

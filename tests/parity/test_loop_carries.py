@@ -203,7 +203,7 @@ def _flashtalk(item: Golden, name: str):
     vae, model = LinearVae(item.inputs["vae_M"], item.inputs["vae_P"]), AnalyticModel()
     context = item.inputs["context"]
     features = item.inputs["audio"][0, 0, :, 0]
-    given = Conditioning(context, context, [features], [item.inputs["image_u8"].numpy()])
+    given = Conditioning([context], context, [features], [item.inputs["image_u8"].numpy()])
     conditioner = _GivenAudio(vae, None, given, plan, Callbacks().stage)
     conditioner.windows = item.inputs["audio"]
     return model, list(generate_windows(model, vae, conditioner, plan, Callbacks(), {}))

@@ -68,7 +68,7 @@ def _run(item: Golden, case: str) -> Result:
     )
     speakers = [item.inputs[f"audio_person{n + 1}"] for n in range(options["human"])]
     source = list(item.inputs["src_frames_u8"].numpy())
-    conditioning = Conditioning(item.inputs["context"], item.inputs["context_null"], speakers, source)
+    conditioning = Conditioning([item.inputs["context"]], item.inputs["context_null"], speakers, source)
     vae = LinearVae(item.inputs["vae_M"], item.inputs["vae_P"])
     plan = plan_video(config, source[0].shape[1::-1], [len(features) for features in speakers])
     windows = list(generate(model, vae, clip, conditioning, plan))

@@ -117,7 +117,7 @@ def prepare(
         job=job,
         vae=WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device),
         clip=ClipVision.load(job.files.clip_vision, dtype=dtype, device=device),
-        conditioning=Conditioning(prompt, negative, audio, [image]),
+        conditioning=Conditioning([prompt], negative, audio, [image]),
         config=replace(job.config, device=device, frames=window, total_frames=frames),
         dtype=dtype,
     )

@@ -310,6 +310,33 @@ def test_each_step_has_its_own_guidance(run: Callable[..., Ran], monkeypatch: py
     assert [[(t.name, t.scale) for t in f.terms] for f in formulas] == [[("text", 3.0)], *[[("audio", 2.0)]] * 2]
 
 
+def test_each_window_has_its_piece_of_the_prompt(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """Windows of 5, 4 and 4 frames. A weight changes the video, the same text in both pieces does not."""
+
+    def latents(prompt: str) -> list[torch.Tensor]:
+        made: list[torch.Tensor] = []
+        decode = generate.WanVAE.decode
+
+        def keep(self: object, video: torch.Tensor, **options: object) -> torch.Tensor:
+            made.append(video.clone())
+            return decode(self, video, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generate.WanVAE, "decode", keep)
+            ran = run(prompt=prompt, max_frames=9)
+        assert ran.code == 0, ran.err
+        return made
+
+    plain = latents("a woman talks")
+    for prompt, same in {
+        "a woman talks | a woman waves": (True, False),
+        "a woman talks|a woman talks": (True, True),
+        "a woman (talks:1.0)": (True, True),
+        "a woman (talks:3)": (False, False),
+    }.items():
+        assert tuple(torch.equal(a, b) for a, b in zip(plain, latents(prompt), strict=True)) == same, prompt
+
+
 # --------------------------------------------------------------------------------------------------------- it rejects
 
 
@@ -385,6 +412,7 @@ def test_a_text_to_video_model(run: Callable[..., Ran], tmp_path: Path) -> None:
         ({"motion_frames": 9}, "motion"),
         ({"start_step": 1}, "start step 1 leaves none of 1"),
         ({"width": 8192, "height": 8192, "frames": 81}, "too large for any GPU"),
+        ({"prompt": "a (happy:1.2.3) man"}, "weight 1.2.3 in the prompt is not a number"),
         ({"attention_mode": "sageattn9"}, "no attention mode 'sageattn9'"),
         ({"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
         ({"attention_mode": "flash_attn_3"}, "does not support this call"),

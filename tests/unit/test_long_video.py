@@ -98,7 +98,7 @@ def _conditioning(rows: int = 15, speakers: int = 1, **changes: Any) -> Conditio
     rng = torch.Generator().manual_seed(3)
     audio = [torch.randn(rows, LAYERS, HIDDEN, generator=rng) for _ in range(speakers)]
     text = torch.randn(2, 4, 8, generator=rng)
-    return replace(Conditioning(text[0], text[1], audio, [_image()]), **changes)
+    return replace(Conditioning([text[0]], text[1], audio, [_image()]), **changes)
 
 
 def _run(config: GenerateConfig = CONFIG, conditioning: Conditioning | None = None, **parts: Any):
@@ -263,6 +263,19 @@ def test_a_speaker_with_a_mask_is_routed_as_two_of_whom_one_is_silent() -> None:
         assert torch.equal(one["x"], two["x"])
     assert alone[0]["audio"].shape[0] == 2
     assert calls(given, [torch.ones(32, 48)])[0]["audio"].shape[0] == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5])
+def test_each_window_takes_its_piece_of_the_prompt(pieces: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Four windows; the last piece stays, the negative prompt is one for all."""
+    context = [torch.full((4, 8), float(number)) for number in range(pieces)]
+    model, given = FakeModel(), _conditioning(rows=21, context=context)
+    _run(replace(CONFIG, steps=1), given, model=model)
+    prompts = [float(call["context"][0, 0]) for call in model.calls if not torch.equal(call["context"], given.negative)]
+    assert len(model.calls) == 12
+    assert sorted(set(prompts)) == [float(number) for number in range(min(pieces, 4))]
+    assert prompts == [float(min(window, pieces - 1)) for window in range(4)]
+    assert ("5 pieces, the video 4 windows" in caplog.text) == (pieces == 5)
 
 
 def test_the_longest_of_several_recordings_counts() -> None:
@@ -595,7 +608,9 @@ def test_settings_are_rejected_before_anything_runs(changes, message) -> None:
         (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(0, 2, 3)]), "do not fit"),
         (dict(audio=[torch.zeros(5, 2, 3), torch.zeros(5, 2, 4)]), "alike for all"),
         (dict(audio=[torch.full((5, 2, 3), torch.nan)]), "speech features embedding holds NaN"),
-        (dict(context=torch.full((4, 8), torch.inf)), "prompt embedding holds NaN"),
+        (dict(context=[torch.full((4, 8), torch.inf)]), "prompt embedding holds NaN"),
+        (dict(context=torch.zeros(4, 8)), "put one into a list"),
+        (dict(context=[]), "put one into a list"),
         (dict(source=[]), "no frame"),
     ],
 )

@@ -130,9 +130,55 @@ def test_a_folder_in_the_models_folder_is_taken_instead_of_a_download(host: Host
 def test_conditioning_of_core_nodes_is_taken_over(host: Host) -> None:
     words, none = torch.randn(1, 7, 64), torch.randn(1, 5, 64)
     (embeds,) = run(host, "WanVideoTextEmbedBridge", positive=[[words, {}]], negative=[[none, {}]])
-    assert torch.equal(embeds.positive, words[0])
+    assert torch.equal(embeds.positive[0], words[0])
     assert torch.equal(embeds.negative, none[0])
     assert run(host, "WanVideoTextEmbedBridge", positive=[[words, {}]])[0].negative is None
+    for combined in ([[words, {}], [words, {}]], [[words.repeat(2, 1, 1), {}]], []):
+        with pytest.raises(InputError, match="connect one CLIP Text Encode"):
+            run(host, "WanVideoTextEmbedBridge", positive=combined)
+
+
+@pytest.fixture(scope="module")
+def t5(host: Host) -> Any:
+    loader = {"model_name": TINY["text"], "precision": "fp32", "quantization": "disabled"}
+    return run(host, "LoadWanVideoT5TextEncoder", **loader)[0]
+
+
+def prompts(host: Host, t5: Any, positive: str, negative: str = "", **options: Any) -> Any:
+    return run(host, "WanVideoTextEncode", positive_prompt=positive, negative_prompt=negative, t5=t5, **options)[0]
+
+
+def test_pieces_and_weights_of_a_prompt(host: Host, t5) -> None:
+    plain = [prompts(host, t5, text).positive[0] for text in ("a woman talks", "she waves")]
+    pieces = prompts(host, t5, " a (woman:1.5) talks | she waves", "a (woman:1.5) talks | she waves")
+    assert len(pieces.positive) == 2
+    assert torch.equal(pieces.positive[0], plain[0] * 1.5)
+    assert torch.equal(pieces.positive[1], plain[1])
+    assert torch.equal(pieces.negative, t5.encode("a (woman:1.5) talks | she waves", "cpu"))  # as it stands
+
+
+def test_weights_do_not_pass_from_one_prompt_to_the_other_by_the_cache(host: Host, t5) -> None:
+    """Each text first as the one, then as the other; also in the node that loads the encoder itself."""
+    text = "a (man:0.5) at sea | and a dog"
+    first = prompts(host, t5, text, "a man at sea", use_disk_cache=True)
+    second = prompts(host, t5, "a man at sea", text, use_disk_cache=True)
+    again = prompts(host, None, text, text, use_disk_cache=True)
+    once = {"model_name": TINY["text"], "precision": "fp32", "quantization": "disabled", "device": "cpu"}
+    third = run(
+        host, "WanVideoTextEncodeCached", **once, positive_prompt=text, negative_prompt=text, use_disk_cache=True
+    )[0]
+    for made in (first, again, third):
+        assert torch.equal(made.positive[0], second.positive[0] * 0.5)
+        assert len(made.positive) == 2
+    assert torch.equal(first.negative, second.positive[0])
+    for made in (second, again, third):
+        assert torch.equal(made.negative, t5.encode(text, "cpu"))
+
+
+def test_a_weight_that_is_none(host: Host, t5) -> None:
+    for prompt, words in {"(x:1.2.3)": "1.2.3 in the prompt is not a number", "(x:101)": "from 0 to 100"}.items():
+        with pytest.raises(InputError, match=words):
+            prompts(host, t5, prompt)
 
 
 def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
@@ -142,7 +188,7 @@ def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
         (model,) = run(host, "LoadWanVideoT5TextEncoder", **loader)
         made[quantization] = run(host, "WanVideoTextEncode", positive_prompt="a", negative_prompt="b", t5=model)[
             0
-        ].positive
+        ].positive[0]
     stored = {parameter.dtype for parameter in model.encoder.model.parameters()}
     assert torch.float8_e4m3fn in stored
     difference = (made["fp8_e4m3fn"] - made["disabled"]).norm() / made["disabled"].norm()

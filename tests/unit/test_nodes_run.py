@@ -318,6 +318,13 @@ def test_one_window_with_and_without_speech(host: Host, prompt) -> None:
     assert not torch.equal(speaking, silent)
 
 
+def test_one_window_takes_one_prompt(host: Host, prompt) -> None:
+    one_window(prompt, keyframes(prompt))
+    prompt[node_of(prompt, "WanVideoTextEncode")]["inputs"]["positive_prompt"] = "a man talks | a man waves"
+    with pytest.raises(NodeError, match="2 pieces for a video of one window"):
+        host.run(prompt)
+
+
 def test_two_samplers_share_the_steps_of_one_window(host: Host, prompt) -> None:
     one_window(prompt, keyframes(prompt))
     first = node_of(prompt, "WanVideoSampler")
@@ -391,7 +398,7 @@ def test_prompts_are_kept_on_disk(host: Host, prompt) -> None:
     plain = host.run(prompt)[text][0]
     prompt[text]["inputs"]["use_disk_cache"] = True
     cached = host.run(prompt)[text][0]
-    assert torch.equal(cached.positive, plain.positive)
+    assert torch.equal(cached.positive[0], plain.positive[0])
     del prompt[text]["inputs"]["t5"]
     assert torch.equal(host.run(prompt)[text][0].negative, plain.negative)
     prompt[text]["inputs"]["positive_prompt"] = "never seen before"
@@ -416,8 +423,8 @@ def test_the_cached_text_encoder_gives_the_same_embeds(host: Host, prompt) -> No
     }
     outputs = host.run(prompt)
     embeds, negative, words = outputs["100"]
-    torch.testing.assert_close(embeds.positive, outputs[text][0].positive)
-    torch.testing.assert_close(negative.positive, outputs[text][0].negative)
+    torch.testing.assert_close(embeds.positive[0], outputs[text][0].positive[0])
+    torch.testing.assert_close(negative.positive[0], outputs[text][0].negative)
     assert words == shared["positive_prompt"]
 
 
