@@ -6,6 +6,7 @@ Any file -> mono -> 16 kHz -> -23 LUFS (`load_speech`).
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..multitalk.wav2vec import SAMPLE_RATE
 from ..wanvideo.errors import InputError
+from .containers import check_file, decoded, open_media, reason
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,21 @@ TARGET_LUFS = -23.0
 MIN_SECONDS = 0.04
 """One video frame at 25 frames per second; also the least that wav2vec2's convolutions need (400 samples) and more."""
 
+RATES = (2000, 768_000)
+"""Samples a second that a recording of speech may have."""
+
+TOLERANCE = 0.02
+"""Seconds, half a video frame, by which time stamps may differ from the samples counted: containers round them."""
+
+MAX_GAP = 600
+"""Seconds without sound that are filled with silence; longer ones are taken for damage."""
+
+OGG_BEGIN = b"OggS\0\2"
+"""The first page of a stream (RFC 3533)."""
+
+TIMED = {"asf", "flv", "gxf", "live_flv", "matroska", "mov", "mpeg", "mpegts", "mxf", "nut", "ogg", "rm", "webm", "wtv"}
+"""Formats whose frames have a time. Of others FFmpeg counts it, by the rate that they begin with."""
+
 Waveform = NDArray[np.float32]
 
 
@@ -41,21 +58,17 @@ Waveform = NDArray[np.float32]
 def read_audio(path: str | Path) -> tuple[Waveform, int]:
     """The recording at `path` as mono float32 samples [n] at its own rate (Hz); channels are averaged.
 
-    WAV, FLAC, OGG, MP3 and others through libsndfile; what that cannot read (M4A, MP4, WebM, ...) through PyAV.
-    Raises InputError when the file is missing, is no recording, or holds no samples.
+    WAV, FLAC, AIFF and others through libsndfile; what that cannot read (MP3, M4A, MP4, WebM, ...) through PyAV, where
+    time stamps count: sample 0 is the beginning of the file, silence stands for what is missing before the sound and in
+    gaps. Raises InputError when the file is missing, is no recording, holds no samples, or states an absurd rate.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"The recording {path} does not exist.")
-    if path.is_dir():
-        raise InputError(f"The recording {path} is a folder; give the file itself.")
-    if path.stat().st_size == 0:
-        raise InputError(f"The recording {path} is an empty file.")
+    check_file(path, "recording")
     import soundfile
 
     try:
         waveform, rate = _read_soundfile(path)
-    except soundfile.SoundFileError as error:
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
         logger.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
         waveform, rate = _read_av(path)
     if waveform.size == 0:
@@ -67,34 +80,107 @@ def _read_soundfile(path: Path) -> tuple[Waveform, int]:
     import soundfile
 
     with soundfile.SoundFile(path) as file:
-        # Block by block into one array, so that a long recording is in memory once, without its channels.
-        mono = np.empty(max(int(file.frames), 0), np.float32)
-        filled = 0
-        for block in file.blocks(blocksize=1 << 18, dtype="float32", always_2d=True):
-            part = block.mean(axis=1)[: mono.size - filled]
-            mono[filled : filled + part.size] = part
-            filled += part.size
-        return mono[:filled], int(file.samplerate)
+        # It ends where another rate, or another file that was appended, begins.
+        if file.format == "MP3" or (file.format == "OGG" and path.read_bytes().count(OGG_BEGIN) > 1):
+            return _read_av(path)
+        rate = _checked_rate(int(file.samplerate), f"The recording {path}")
+        # Block by block, since neither the stated length nor seeking can be relied on.
+        blocks = []
+        while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))
+    if not blocks and path.stat().st_size > 1024:
+        # A header that was never completed states a length of 0; FFmpeg reads on to the end.
+        try:
+            return _read_av(path)
+        except InputError as error:
+            logger.debug("%s", error)
+    return np.concatenate([np.zeros(0, np.float32), *blocks]), rate
 
 
 def _read_av(path: Path) -> tuple[Waveform, int]:
     import av
 
-    pieces: list[NDArray[Any]] = []
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
+        with open_media(path) as container:
+            stream = container.streams.best("audio")
+            if stream is None:
                 raise InputError(f"{path} holds no sound.")
-            stream = container.streams.audio[0]
-            planar = av.AudioResampler(format="fltp")
-            for frame in container.decode(stream):
-                pieces.extend(part.to_ndarray().mean(axis=0) for part in planar.resample(frame))
-            rate = int(stream.rate)
-    except av.FFmpegError as error:
+            begin = Fraction(container.start_time or 0, av.time_base)
+            track = _Track(path, begin if TIMED & set(container.format.name.split(",")) else None)
+            for frame in decoded(container, stream, path):
+                track.add(frame)
+            return track.samples()
+    except InputError:
+        raise
+    except (OSError, ValueError, av.FFmpegError) as error:
         raise InputError(
-            f"{path} cannot be read as a recording ({error.strerror}); convert it to WAV, FLAC or MP3."
+            f"{path} cannot be read as a recording ({reason(error)}); convert it to WAV, FLAC or MP3."
         ) from error
-    return np.concatenate([np.zeros(0, np.float32), *pieces]).astype(np.float32, copy=False), rate
+
+
+class _Track:
+    """Decoded sound, placed by its time stamps, at the rate that it begins with, as the mean of its channels.
+
+    Args:
+        begin: time of sample 0, seconds; None where the file has no time stamps, and frames follow one another.
+    """
+
+    def __init__(self, path: Path, begin: Fraction | None) -> None:
+        self.path, self.begin = path, begin
+        self.rate = 0
+        self._pieces: list[NDArray[Any]] = []
+        self._length = 0
+        self._form: tuple[int, str, str] | None = None
+        self._resampler: Any = None
+
+    def add(self, frame: Any) -> None:
+        """Append a frame; where it comes later than what is there, after silence, where earlier, without its front."""
+        import av
+
+        form = (frame.sample_rate, frame.layout.name, frame.format.name)
+        if form != self._form:  # streams may change midway
+            self._finish()
+            self.rate = self.rate or _checked_rate(frame.sample_rate, f"The recording {self.path}")
+            self._form, self._resampler = form, av.AudioResampler(format="fltp", layout=frame.layout, rate=self.rate)
+        ahead = 0
+        if frame.pts is not None and self.begin is not None:
+            time = frame.pts * frame.time_base
+            ahead = round((time - self.begin) * self.rate) - self._length
+            if ahead < -self.rate:  # stamps that begin again, where files were put together
+                self.begin, ahead = time - Fraction(self._length, self.rate), 0
+        if ahead > MAX_GAP * self.rate:
+            raise InputError(
+                f"The time stamps of {self.path} leave {ahead / self.rate:.0f} s without sound at "
+                f"{self._length / self.rate:.1f} s; convert it to WAV, FLAC or MP3."
+            )
+        if abs(ahead) <= TOLERANCE * self.rate:
+            ahead = 0
+        if ahead > 0:
+            self._append(np.zeros(ahead, np.float32))
+        sound = [part.to_ndarray().mean(axis=0) for part in self._resampler.resample(frame)]
+        self._append(np.concatenate([np.zeros(0, np.float32), *sound])[max(0, -ahead) :])
+
+    def samples(self) -> tuple[Waveform, int]:
+        """All of it and its rate in Hz."""
+        self._finish()
+        return np.concatenate([np.zeros(0, np.float32), *self._pieces]).astype(np.float32, copy=False), self.rate
+
+    def _append(self, sound: NDArray[Any]) -> None:
+        self._pieces.append(sound)
+        self._length += sound.size
+
+    def _finish(self) -> None:
+        """Take what a resampler of another rate still holds."""
+        if self._resampler is not None and self._form is not None and self._form[0] != self.rate:
+            for part in self._resampler.resample(None):
+                self._append(part.to_ndarray().mean(axis=0))
+
+
+def _checked_rate(rate: int, name: str) -> int:
+    low, high = RATES
+    if not low <= rate <= high:
+        raise InputError(f"{name} states {rate} samples a second; speech has {low} to {high}: export it again.")
+    return rate
 
 
 def load_speech(
@@ -121,6 +207,7 @@ def load_speech(
         name = "The recording"
         if rate is None or rate <= 0:
             raise InputError(f"Samples need their rate in Hz, a positive number; got {rate}.")
+        _checked_rate(rate, name)
         waveform = _mono(source)
     bad = np.flatnonzero(~np.isfinite(waveform))
     if bad.size:

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
+from .containers import check_file, decoded, file_address, open_media, reason
 
 __all__ = ["OutputFiles", "VideoFrames", "VideoWriter", "Written", "check_output", "replace_file"]
 
@@ -40,6 +41,13 @@ SOUND_RATES = (32000, 44100, 48000)
 
 BT709 = 1
 """The code of ITU-R BT.709 in the color fields of a stream (ITU-T H.273)."""
+
+BT601 = 5
+COLOR_MATRICES = {1: BT709, 4: 4, 5: BT601, 6: BT601, 7: 7, 9: 9, 10: 9}
+"""Code of the color matrix in a stream (ITU-T H.273) -> of the one that swscale has for it."""
+
+HDR = (16, 18)
+"""Transfer characteristics PQ and HLG (ITU-T H.273)."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -348,7 +356,10 @@ class VideoWriter:
 
     def _check_headers(self, data: bytes) -> None:
         """Reject frames of another encoder than that of the partial file, whose header holds for all of them."""
-        with av.open(_address(self.files.partial), format="mp4") as old, av.open(io.BytesIO(data), format="mp4") as new:
+        with (
+            av.open(file_address(self.files.partial), format="mp4") as old,
+            av.open(io.BytesIO(data), format="mp4") as new,
+        ):
             for before, now in zip(old.streams, new.streams, strict=True):
                 if before.codec_context.extradata != now.codec_context.extradata:
                     raise InfiniteTalkError(
@@ -359,8 +370,8 @@ class VideoWriter:
     def _copy_to(self, path: Path) -> None:
         """Copy what is finished into an ordinary MP4, its index in front, with the rest of the sound."""
         with (
-            av.open(_address(self.files.partial), format="mp4") as source,
-            av.open(_address(path), "w", format="mp4", options={"movflags": "faststart"}) as target,
+            av.open(file_address(self.files.partial), format="mp4") as source,
+            av.open(file_address(path), "w", format="mp4", options={"movflags": "faststart"}) as target,
         ):
             streams = {s.index: target.add_stream_from_template(s, opaque=True) for s in source.streams}
             for packet in source.demux():
@@ -437,11 +448,6 @@ def _add_whole(path: Path, size: int, data: bytes) -> None:
         file.write(data[:8])
         file.flush()
         os.fsync(file.fileno())
-
-
-def _address(path: Path) -> str:
-    """The name of a file for FFmpeg, which would take some names for addresses."""
-    return f"file:{path.absolute()}"
 
 
 class _SoundTrack:
@@ -524,8 +530,12 @@ def _h264() -> str:
 class VideoFrames:
     """The frames of a video file as uint8 arrays [H, W, 3], by index at a given rate; only the latest ones are kept.
 
+    They look as a player shows them: turned and mirrored by the file's display matrix, with square pixels, and with the
+    colors that its tags mean (untagged: BT.601 below 720 lines, BT.709 from there on). Index 0 is the beginning of the
+    file; where the images begin later than the sound, the first one stands until then.
+
     Args:
-        path: any file that FFmpeg reads.
+        path: any media file of `containers.FORMATS`.
         fps: the rate to read at. Frames of the file are repeated or left out to meet it.
         keep: frames behind the newest one that can still be asked for without reading the file anew.
 
@@ -534,17 +544,20 @@ class VideoFrames:
     """
 
     def __init__(self, path: str | Path, fps: float = 25, keep: int = 128) -> None:
-        self.path, self.fps, self.keep = Path(path), Fraction(fps).limit_denominator(1001), keep
-        with self._explained(), av.open(str(self.path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{self.path} holds no video: give a video file.")
-            stream = container.streams.video[0]
+        self.path, self.fps, self.keep = Path(path).expanduser(), Fraction(fps).limit_denominator(1001), keep
+        check_file(self.path, "video")
+        with self._explained(), open_media(self.path) as container:
+            stream = self._stream(container)
+            begin = _begin(container)
             # Presentation times without decoding; the last frame is shown as long as those before it, on average.
-            times = sorted(float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None)
+            stamps = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size]
+            times = sorted(stamp * stream.time_base - begin for stamp in stamps if stamp is not None)
+            if stream.codec_context.color_trc in HDR:
+                logger.warning("%s is an HDR video: it is read without tone mapping, and its colors are pale.", path)
         if not times:
             raise InputError(f"{self.path} holds no frame: give another video.")
-        last = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
-        self._length = max(1, round((times[-1] - times[0] + last) * float(self.fps)))
+        last = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else Fraction(0)
+        self._length = max(1, round((times[-1] + last) * self.fps))
         self._restart()
 
     def __len__(self) -> int:
@@ -566,24 +579,31 @@ class VideoFrames:
         self._recent: deque[np.ndarray] = deque(maxlen=self.keep)
         self._next = 0  # index of the next frame that `_frames` gives
 
+    def _stream(self, container: Any) -> Any:
+        stream = container.streams.best("video")  # no cover of an album, where there is another
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise InputError(f"{self.path} holds no video: give a video file.")
+        return stream
+
     def _read(self) -> Iterator[np.ndarray]:
         """Frames at our rate: frame i is the one shown at i / fps. The last one is repeated without end."""
-        index, shown, begin = 0, None, None
-        with av.open(str(self.path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(video=0):
-                if frame.pts is None:
+        index, shown = 0, None
+        with open_media(self.path) as container:
+            stream, begin = self._stream(container), _begin(container)
+            stream.thread_type = "AUTO"
+            for frame in decoded(container, stream, self.path):
+                stamp = frame.dts if frame.pts is None else frame.pts
+                if stamp is None:
                     continue
-                time = frame.pts * frame.time_base
-                begin = time if begin is None else begin
+                shown = frame if shown is None else shown
                 # Half a frame of tolerance: files round their times.
-                while shown is not None and (Fraction(index) + Fraction(1, 2)) / self.fps < time - begin:
-                    yield shown.to_ndarray(format="rgb24")
+                while (Fraction(index) + Fraction(1, 2)) / self.fps < stamp * frame.time_base - begin:
+                    yield _as_shown(shown, stream.sample_aspect_ratio)
                     index += 1
                 shown = frame
-        if shown is None:
-            raise InputError(f"{self.path} holds no frame that can be decoded: give another video.")
-        pixels = shown.to_ndarray(format="rgb24")
+            if shown is None:
+                raise InputError(f"{self.path} holds no frame that can be decoded: give another video.")
+            pixels = _as_shown(shown, stream.sample_aspect_ratio)
         while True:
             yield pixels
 
@@ -591,7 +611,35 @@ class VideoFrames:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise InputError(f"There is no video at {self.path}: check the path.") from None
-        except (OSError, av.error.FFmpegError) as error:
-            raise InputError(f"{self.path} cannot be read as a video ({error}): give an MP4, say.") from None
+        except InputError:
+            raise
+        except (OSError, ValueError, av.error.FFmpegError) as error:
+            raise InputError(f"{self.path} cannot be read as a video ({reason(error)}): give an MP4, say.") from error
+
+
+def _begin(container: Any) -> Fraction:
+    """Time at which the first stream of a file begins, seconds."""
+    return Fraction(container.start_time or 0, av.time_base)
+
+
+def _as_shown(frame: Any, pixel_aspect: Fraction | None) -> np.ndarray:
+    """Pixels [H, W, 3] of a decoded frame as a player shows it."""
+    matrix = COLOR_MATRICES.get(int(frame.colorspace), BT709 if frame.height >= 720 else BT601)
+    width = frame.width
+    if pixel_aspect and Fraction(1, 4) <= pixel_aspect <= 4:  # others are nonsense
+        width = max(1, round(frame.width * pixel_aspect))
+    pixels = frame.reformat(width=width, format="rgb24", src_colorspace=matrix).to_ndarray()
+    display = frame.side_data.get("DISPLAYMATRIX")
+    return pixels if display is None else _turned(pixels, np.frombuffer(display, np.int32))
+
+
+def _turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """An image under a display matrix, nine numbers (a, b, u, c, d, v, x, y, w) with x' = a x + c y, y' = b x + d y.
+
+    See ISO/IEC 14496-12, 6.2.2. Angles between the quarter turns are taken for the nearest one.
+    """
+    a, b, _, c, d = (int(value) for value in matrix[:5])
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    pixels = pixels[:, ::-1] if a < 0 else pixels
+    return np.ascontiguousarray(pixels[::-1] if d < 0 else pixels)

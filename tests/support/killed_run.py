@@ -50,11 +50,15 @@ def main(moment: str, signal_number: int, latents: Path, arguments: list[str]) -
 
         return patch.object(target, name, reached)
 
-    record = make_video.record
+    save, record = journal.Journal.save, make_video.record
+
+    def save_both(self: journal.Journal, state: Any, *args: Any) -> None:
+        reach("journal")
+        save_file({"latents": state.latents.cpu().contiguous()}, latents / f"{state.windows - 1}.safetensors")
+        save(self, state, *args)
 
     def announce(*args: Any) -> Any:
         for window in record(*args):
-            save_file({"latents": window.latents.cpu().contiguous()}, latents / f"{window.index}.safetensors")
             sys.stdout.write(f"announced {window.index + 1}\n")
             sys.stdout.flush()
             reach("announced")
@@ -63,7 +67,7 @@ def main(moment: str, signal_number: int, latents: Path, arguments: list[str]) -
     with (
         before(video.VideoWriter, "append", "encode"),
         before(video, "_put_in_place", "append"),
-        before(journal.Journal, "save", "journal"),
+        patch.object(journal.Journal, "save", save_both),
         before(video.VideoWriter, "_copy_to", "finish"),
         patch.object(make_video, "record", announce),
     ):

@@ -402,7 +402,7 @@ def test_other_rates_repeat_and_leave_out(source, fps, length) -> None:
 
 
 def test_sources_that_cannot_be_read(tmp_path) -> None:
-    with pytest.raises(InputError, match="no video at"):
+    with pytest.raises(InputError, match="does not exist"):
         VideoFrames(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(InputError, match="cannot be read as a video"):
