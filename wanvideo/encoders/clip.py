@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoints.reading import fitting
 from ..checkpoints.state_dict import (
     bare_tensors,
     check_heads,
@@ -23,6 +24,8 @@ from ..checkpoints.state_dict import (
     layers_of,
     read_with_config,
     renamed,
+    size_of,
+    stated_number,
 )
 from ..errors import CheckpointError, InputError
 from .base import Encoder, empty_transformer
@@ -85,26 +88,19 @@ def _vision_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]
 
 def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Arguments of transformers' CLIPVisionConfig from the shapes, one block less than the file has."""
-    needed = (
-        "embeddings.patch_embedding.weight",
-        "embeddings.position_embedding.weight",
-        "encoder.layers.0.mlp.fc1.weight",
-    )
-    missing = [name for name in needed if name not in state]
-    layers = layers_of(state, "encoder.layers.")
-    if missing or layers < 2:
-        raise CheckpointError(f"{what} is no whole CLIP vision model: it lacks {(missing or ['its blocks'])[0]}.")
-    patch = state["embeddings.patch_embedding.weight"]
-    width, size = int(patch.shape[0]), int(patch.shape[-1])
-    side = round((state["embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
-    heads = int(fields.get("num_attention_heads", _HEADS.get(width, width // 64)))
+    layers = layers_of(state, "encoder.layers.", what)
+    if layers < 2:
+        raise CheckpointError(f"{what} is no whole CLIP vision model: it lacks blocks (it has {layers}).")
+    width, _, _, size = size_of(state, "embeddings.patch_embedding.weight", 4, what)
+    positions, _ = size_of(state, "embeddings.position_embedding.weight", 2, what)
+    heads = stated_number(fields, "num_attention_heads", _HEADS.get(width, width // 64), what)
     check_heads(width, heads, what)
     return {
         "hidden_size": width,
-        "intermediate_size": int(state["encoder.layers.0.mlp.fc1.weight"].shape[0]),
+        "intermediate_size": size_of(state, "encoder.layers.0.mlp.fc1.weight", 2, what)[0],
         "num_hidden_layers": layers - 1,
         "num_attention_heads": heads,
-        "image_size": side * size,
+        "image_size": round((positions - 1) ** 0.5) * size,
         "patch_size": size,
         "hidden_act": "gelu",  # exact; the library's default, quick_gelu, is OpenAI's and is wrong here
         "layer_norm_eps": 1e-5,
@@ -135,9 +131,10 @@ class ClipVision(Encoder):
         """The same from tensors. `fields` may hold `num_attention_heads`, which shapes do not show (16 in ViT-H)."""
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        tensors = _vision_tensors(state, what)
-        config = CLIPVisionConfig(**_config(tensors, fields or {}, what))
-        model = empty_transformer(CLIPVisionModel, config)  # 257 tokens once per window: eager is fast enough
+        with fitting(what):
+            tensors = _vision_tensors(state, what)
+            config = CLIPVisionConfig(**_config(tensors, fields or {}, what))
+            model = empty_transformer(CLIPVisionModel, config)  # 257 tokens once per window: eager is fast enough
         # Some releases of the library put the whole tower behind "vision_model.".
         outer = find_prefix(model.state_dict(), "embeddings.class_embedding") or ""
         fill_module(model, {outer + k: v for k, v in tensors.items()}, what=what, dtype=dtype, device=device)

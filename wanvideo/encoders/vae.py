@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.state_dict import bare_tensors, fill_module, kind_of, read_with_config, renamed
+from ..checkpoints.reading import fitting
+from ..checkpoints.state_dict import bare_tensors, fill_module, kind_of, read_with_config, renamed, size_of
 from ..errors import CheckpointError, InputError
 from .base import Encoder
 
@@ -70,7 +71,7 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
     if missing:
         raise CheckpointError(f"{what} is {kind_of(state)}, not a Wan2.1 VAE: it has no {missing[0]}.")
 
-    base_dim = int(state["encoder.conv1.weight"].shape[0])
+    base_dim = size_of(state, "encoder.conv1.weight", 5, what)[0]
     blocks: list[int] = [0]  # residual blocks of each level
     widths: list[int] = [base_dim]
     temporal: list[bool] = []
@@ -79,7 +80,7 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
         stem = f"encoder.downsamples.{number}."
         if f"{stem}residual.2.weight" in state:
             blocks[-1] += 1
-            widths[-1] = int(state[f"{stem}residual.2.weight"].shape[0])
+            widths[-1] = size_of(state, f"{stem}residual.2.weight", 5, what)[0]
         elif f"{stem}resample.1.weight" in state:
             temporal.append(f"{stem}time_conv.weight" in state)
             blocks.append(0)
@@ -95,7 +96,7 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
         )
     return VaeConfig(
         base_dim=base_dim,
-        z_dim=int(state["conv2.weight"].shape[0]),
+        z_dim=size_of(state, "conv2.weight", 5, what)[0],
         dim_mult=tuple(width // base_dim for width in widths),
         num_res_blocks=blocks[0],
         temporal=tuple(temporal),
@@ -139,6 +140,16 @@ def diffusers_names(name: str, num_res_blocks: int) -> str:
         inner = "upsamplers.0" if position == num_res_blocks + 1 else f"resnets.{position}"
         return f"{part}.up_blocks.{level}.{inner}.{rest}"
     return name
+
+
+def _statistics(values: Any, name: str, count: int, what: str) -> list[float]:
+    """`count` finite numbers of a VAE's configuration, deviations larger than 0."""
+    numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(abs(v) < 1e30 and (v > 0 or name != "latents_std") for v in values):
+        raise CheckpointError(f"{what} is configured with a {name} that is no list of numbers of that kind.")
+    if len(values) != count:
+        raise CheckpointError(f"{what} has {count} latent channels, but {name} has {len(values)} values.")
+    return [float(value) for value in values]
 
 
 class WanVAE(Encoder):
@@ -190,16 +201,10 @@ class WanVAE(Encoder):
         options: dict[str, Any] = {}
         if config.z_dim != 16:
             options = {"latents_mean": [0.0] * config.z_dim, "latents_std": [1.0] * config.z_dim}
-        if latents_mean is not None:
-            options["latents_mean"] = [float(value) for value in latents_mean]
-        if latents_std is not None:
-            options["latents_std"] = [float(value) for value in latents_std]
-        for name, values in options.items():
-            if len(values) != config.z_dim:
-                raise CheckpointError(
-                    f"{what} has {config.z_dim} latent channels, but {name} has {len(values)} values."
-                )
-        with torch.device("meta"):
+        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if values is not None:
+                options[name] = _statistics(values, name, config.z_dim, what)
+        with fitting(what), torch.device("meta"):
             model: Any = AutoencoderKLWan(
                 base_dim=config.base_dim,
                 z_dim=config.z_dim,
@@ -208,7 +213,7 @@ class WanVAE(Encoder):
                 temperal_downsample=list(config.temporal),
                 **options,
             )
-        tensors = {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
+            tensors = {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
         fill_module(model, tensors, what=what, dtype=dtype, device=device)
         return cls(model, config)
 
