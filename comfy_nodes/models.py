@@ -12,7 +12,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..fp8_optimization import Fp8Linear, quantize_linears
@@ -350,17 +351,40 @@ def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Call
     """`encode(prompt)`, kept as one file per prompt and encoder; without an encoder the prompt alone is looked for."""
     if folder is None:
         return encode(prompt)
-    words = hashlib.sha256(prompt.encode()).hexdigest()[:32]
+    words = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     if identity is None:
-        found = sorted(folder.glob(f"{words}-*.safetensors"), key=lambda path: path.stat().st_mtime)
-        return load_file(found[-1])["features"] if found else encode(prompt)
-    file = folder / f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-    if file.is_file():
-        return load_file(file)["features"]
-    features = encode(prompt)
-    partial = file.with_suffix(".partial")
-    save_file({"features": aligned_contiguous(features)}, partial)
-    partial.replace(file)
+        for file in sorted(folder.glob(f"{words}-*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
+            features = _kept(file)
+            if features is not None:
+                return features
+        return encode(prompt)
+    file = folder / f"{words}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.safetensors"
+    features = _kept(file)
+    if features is None:
+        features = encode(prompt)
+        try:
+            partial = file.with_suffix(".partial")
+            save_file({"features": aligned_contiguous(features)}, partial)
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            logger.warning("The prompt cannot be kept in %s (%s): it will be encoded again", folder, error)
+    return features
+
+
+def _kept(file: Path) -> Tensor | None:
+    """The prompt features in a file of the cache; None without one, and, with a log line, for one that is damaged."""
+    if not file.exists():
+        return None
+    try:
+        with CheckpointFile(file) as content:
+            features = content.read("features") if "features" in content.shapes else torch.empty(0)
+        if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
+            raise CheckpointError(f"{file} holds no prompt features.")
+        if not torch.isfinite(features).all():
+            raise CheckpointError(f"{file} holds prompt features that are not finite.")
+    except CheckpointError as error:
+        logger.warning("The cached prompt is not used and is made again: %s", error)
+        return None
     return features
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import make_workflows, tiny_comfy
 from support.comfy_host import Host, NodeError, hosted
 
@@ -144,6 +145,46 @@ def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
 
 
 # --- images
+
+
+DAMAGED_FEATURES: dict[str, Any] = {
+    "another name": {"x": torch.ones(2, 4)},
+    "no rows": {"features": torch.ones(0, 4)},
+    "one axis": {"features": torch.ones(4)},
+    "whole numbers": {"features": torch.ones(2, 4, dtype=torch.int64)},
+    "NaN": {"features": torch.full((2, 4), torch.nan)},
+    "cut": b"short",
+    "empty": b"",
+    "folder": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_FEATURES)
+@pytest.mark.parametrize("identity", ["encoder", None])
+def test_a_damaged_prompt_cache_heals(host: Host, tmp_path, caplog, identity: str | None, damage: str) -> None:
+    from wanvideo_infinitetalk.comfy_nodes.models import _cached
+
+    made = []
+
+    def encode(prompt: str) -> torch.Tensor:
+        made.append(prompt)
+        return torch.full((3, 4), float(len(made)))
+
+    first = _cached("a \ud800 prompt", "encoder", tmp_path, encode)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = DAMAGED_FEATURES[damage]
+    file.unlink()
+    if content is None:
+        file.mkdir()
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        save_file(content, file)
+    assert torch.equal(_cached("a \ud800 prompt", identity, tmp_path, encode), first + 1)
+    assert "is made again" in caplog.text
+    if identity is not None and damage != "folder":
+        assert torch.equal(_cached("a \ud800 prompt", identity, tmp_path, encode), first + 1)
+        assert len(made) == 2
 
 
 @pytest.fixture(scope="module")
