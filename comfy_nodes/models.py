@@ -102,7 +102,8 @@ class VideoModel:
         dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
         check_with_block_swap(compile_settings, swap)
-        _try_attention(attention_mode, inspect_dit(path, None if adapter is None else adapter.path), dtype)
+        config = inspect_dit(path, None if adapter is None else adapter.path, quantization)
+        _try_attention(attention_mode, config, dtype)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
         unmerged = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
         key = (

@@ -14,18 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..wanvideo.checkpoints.files import CheckpointFile
+from ..wanvideo.checkpoints.quantized import Weights
 from ..wanvideo.checkpoints.reading import fitting, json_object, reading
 from ..wanvideo.checkpoints.shards import index_in
-from ..wanvideo.checkpoints.state_dict import (
-    bare_tensors,
-    check_heads,
-    fill_module,
-    kind_of,
-    layers_of,
-    read_with_config,
-    size_of,
-)
-from ..wanvideo.encoders.base import Encoder, empty_transformer
+from ..wanvideo.checkpoints.state_dict import check_heads, fill_module, kind_of, layers_of, size_of, stated_config
+from ..wanvideo.encoders.base import Encoder, check_tensors, check_unused, empty_transformer
 from ..wanvideo.errors import CheckpointError, InputError
 
 __all__ = ["SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config", "wav2vec2_files"]
@@ -136,16 +130,20 @@ class Wav2Vec2Features(Encoder):
         and False for a file; give True or False to override. Raises CheckpointError for what is no wav2vec2 model.
         """
         path = Path(path).expanduser()
-        file, fields, stated = wav2vec2_files(path)
-        state, config = read_with_config(file)
-        return cls.from_state_dict(
-            state,
-            {**fields, **config},
-            dtype=dtype,
-            device=device,
-            do_normalize=stated if do_normalize is None else do_normalize,
-            what=f"The wav2vec2 model {path}",
-        )
+        weights_file, fields, stated = wav2vec2_files(path)
+        with CheckpointFile(weights_file) as file:
+            fields = {**fields, **stated_config(file.metadata, str(weights_file))}
+            weights = _weights(file, f"The wav2vec2 model {path}")
+            return cls._filled(weights, fields, dtype, device, stated if do_normalize is None else do_normalize)
+
+    @staticmethod
+    def inspect(path: str | Path) -> None:
+        """Raise what `load` raises, without reading a weight."""
+        path = Path(path).expanduser()
+        weights_file, fields, _ = wav2vec2_files(path)
+        with CheckpointFile(weights_file) as file:
+            fields = {**fields, **stated_config(file.metadata, str(weights_file))}
+            _model_for(_weights(file, f"The wav2vec2 model {path}"), fields)
 
     @classmethod
     def from_state_dict(
@@ -159,13 +157,19 @@ class Wav2Vec2Features(Encoder):
         what: str = "The wav2vec2 model",
     ) -> Wav2Vec2Features:
         """The same from tensors; `fields` as in `wav2vec2_config`."""
-        bare = bare_tensors(state, "feature_extractor.conv_layers.0.conv.weight")
-        if not bare:
-            raise CheckpointError(f"{what} is {kind_of(state)}, not a wav2vec2 model.")
-        with fitting(what):
-            state = _one_weight_norm(bare)
-            model = _empty_model(wav2vec2_config(state, fields or {}, what), "eager")
-        fill_module(model, state, what=what, dtype=dtype, device=device)
+        return cls._filled(_weights(state, what), fields or {}, dtype, device, do_normalize)
+
+    @classmethod
+    def _filled(
+        cls,
+        weights: Weights,
+        fields: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: str | torch.device,
+        do_normalize: bool,
+    ) -> Wav2Vec2Features:
+        model = _model_for(weights, fields)
+        fill_module(model, _one_weight_norm(weights), what=weights.what, dtype=dtype, device=device)
         return cls(model, do_normalize=do_normalize)
 
     @property
@@ -297,6 +301,24 @@ class Wav2Vec2Features(Encoder):
             twin.load_state_dict(self.model.state_dict(), strict=True, assign=True)
             self._long_encoder = twin.eval().requires_grad_(False).encoder
         return self._long_encoder
+
+
+def _weights(source: CheckpointFile | Mapping[str, Tensor], what: str) -> Weights:
+    return Weights.of(source, ("feature_extractor.conv_layers.0.conv.weight",), kind="a wav2vec2 model", what=what)
+
+
+_UNUSED = r"masked_spec_embed|(quantizer|project_q|project_hid|lm_head|projector|classifier)\..*"
+"""Of training and of other tasks."""
+
+
+def _model_for(weights: Weights, fields: Mapping[str, Any]) -> Any:
+    """transformers' model that the weights fill, on the meta device."""
+    with fitting(weights.what):
+        tensors = _one_weight_norm(weights.blank())
+        model = _empty_model(wav2vec2_config(tensors, fields, weights.what), "eager")
+    check_tensors(model, tensors, weights.what)
+    check_unused(tensors, model.state_dict(), _UNUSED, weights.what)
+    return model
 
 
 def _empty_model(config: Mapping[str, Any], attention: str) -> Any:

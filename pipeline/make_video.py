@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import Quantization, summary
+from ..fp8_optimization import summary
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -257,10 +257,9 @@ def check(job: Job) -> Checked:
         raise InputError(f"A video of {job.max_frames} frames cannot be made: give at least 1.")
     if job.blocks_to_swap < 0:
         raise InputError(f"{job.blocks_to_swap} blocks cannot be swapped: give 0 or more.")
-    Quantization.parse(job.quantization)
     _check_out(Path(job.out))
     _check_kinds_of_files(job.files)
-    dit = inspect_dit(job.files.model, job.files.adapter)
+    dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
     _check_model_can_speak(dit, job.files)
     _check_attention(job.attention_mode, dit, device, dtype)
 
@@ -276,6 +275,7 @@ def check(job: Job) -> Checked:
         attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
     )
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
+    _check_encoders(job.files)
     return Checked(device, dtype, dit, source, speech, plan)
 
 
@@ -303,6 +303,14 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
         # What is of no known kind is left to the loader, which says what it lacks.
         if found not in (kind, UNKNOWN_KIND):
             raise CheckpointError(f"{path}, given as the {option}, is {found}, not {kind}.")
+
+
+def _check_encoders(files: ModelFiles) -> None:
+    """Reject encoders whose tensors do not make a model, by the headers of their files."""
+    WanVAE.inspect(files.vae)
+    TextEncoder.inspect(files.text_encoder, files.tokenizer)
+    ClipVision.inspect(files.clip_vision)
+    Wav2Vec2Features.inspect(files.wav2vec)
 
 
 def _check_out(out: Path) -> None:

@@ -340,7 +340,9 @@ def write_gguf(path: Path, state: dict[str, Tensor], kind: str) -> Path:
 def test_a_file_that_says_a_format_that_is_not_read_is_refused(tmp_path: Path) -> None:
     state = merged()
     state["blocks.0.ffn.0.comfy_quant"] = bytes_of({"format": "mxfp8"})
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn\.0\.weight as 'mxfp8'"):
+    with pytest.raises(
+        CheckpointError, match=r"the format mxfp8 for blocks\.0\.ffn\.0\.weight, but stores it as bfloat16"
+    ):
         load_dit(save(tmp_path / "x.safetensors", state))
 
 

@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...fp8_optimization import FP8_DTYPES, Quantization, quantize_linear, reject_second_quantization, summary
+from ...fp8_optimization import Quantization, quantize_linear, reject_second_quantization, summary
 from ..errors import CheckpointError, some
 from ..linear.base import store_buffers, store_weight, take_over
 from ..linear.gguf import GGUFLinear, GGUFTensor
-from ..linear.nvfp4 import NVFP4Linear, nvfp4_storage_shapes
+from ..linear.nvfp4 import NVFP4Linear
 from ..modules.attention import AttentionMode
 from ..modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel
 from .files import CheckpointFile, Progress, Stored
+from .quantized import StoredWeight, Weights
 from .reading import fitting
 from .state_dict import (
     DIT_KIND,
@@ -53,6 +55,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Shaped = Stored | StoredWeight
+
 HEAD_DIM = 128
 """Of all public Wan models."""
 
@@ -71,15 +75,10 @@ OTHER_MODELS = (
     ("img_emb.emb_pos", "a first-and-last-frame model (FLF2V)"),
 )
 
-# What savers write next to a quantized weight, and what it is called here.
-SCALE_NAMES = {
-    "scale_weight": "scale_weight",
-    "weight_scale": "scale_weight",
-    "weight_scale_2": "weight_scale_2",
-    "comfy_quant": "comfy_quant",
-}
-# Activation scales that calibrated files carry; activations get their scale per row here.
-UNUSED_SCALES = ("scale_input", "input_scale")
+NO_QUANTIZATION = Quantization.parse("disabled")
+
+# Format of a stored weight -> what `fp8_optimization.stored_format` says of a linear that keeps it.
+KEPT = {"float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2", "nvfp4": "fp4", "gguf": "gguf"}
 
 
 # ------------------------------------------------------------------------------------------------ what a file holds
@@ -114,7 +113,7 @@ def _public_layers(names: Iterable[str]) -> dict[str, str]:
 
 
 def dit_config(
-    state_dict: Mapping[str, Stored],
+    state_dict: Mapping[str, Shaped],
     metadata: Mapping[str, str] | None = None,
     what: str = "The file",
     audio_what: str | None = None,
@@ -197,7 +196,7 @@ def _check_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> N
         raise CheckpointError(f"{what} is {kind}; it is not supported, InfiniteTalk needs Wan2.1 I2V 14B.")
 
 
-def _audio_config(state: Mapping[str, Stored], stated: Mapping[str, Any], what: str) -> AudioConfig | None:
+def _audio_config(state: Mapping[str, Shaped], stated: Mapping[str, Any], what: str) -> AudioConfig | None:
     """Of the InfiniteTalk layers, None where the file has none.
 
     proj1 reads `window` rows per first frame and proj1_vf `window + vae_scale - 1` rows per later latent frame.
@@ -225,7 +224,7 @@ def _audio_config(state: Mapping[str, Stored], stated: Mapping[str, Any], what: 
     )
 
 
-def _humo_config(state: Mapping[str, Stored], what: str) -> HuMoConfig:
+def _humo_config(state: Mapping[str, Shaped], what: str) -> HuMoConfig:
     """Of HuMo's layers: eight rows per latent frame, of the five groups of whisper layers that all public ones read."""
     seq_len, blocks = HuMoConfig.seq_len, HuMoConfig.blocks
     hidden, features = size_of(state, HUMO_ANCHOR, 2, what)
@@ -252,7 +251,7 @@ class DitFiles:
 
     def __init__(self, path: str | Path, adapter: str | Path | None = None) -> None:
         self._stack = ExitStack()
-        self._where: dict[str, tuple[CheckpointFile, str]] = {}  # public name -> file, name in it
+        self._where: dict[str, tuple[CheckpointFile, Weights]] = {}  # public name -> file, its weights
         try:
             base = self._stack.enter_context(CheckpointFile(path))
             self.what = self.audio_what = f"The model {base.path.name}"
@@ -261,10 +260,11 @@ class DitFiles:
                     f"{self.what} is an InfiniteTalk adapter, not the model itself; give it as the adapter, and "
                     "Wan2.1 I2V 14B as the model."
                 )
-            self._add(base, public_names(base.names, DIT_ANCHOR) or {name: name for name in base.names})
+            names = public_names(base.names, DIT_ANCHOR) or {name: name for name in base.names}
+            _check_model(names, self.what)
+            self._add(base, names, self.what)
             # By itself first, so that what is wrong with one file is not said of the other.
             self.config = dit_config(self.shapes, base.metadata, self.what)
-            self._check(self.what, lambda name: True)
             if adapter is not None:
                 self._add_adapter(base, Path(adapter))
         except BaseException:
@@ -272,21 +272,23 @@ class DitFiles:
             raise
 
     @property
-    def shapes(self) -> dict[str, Stored]:
-        """Public name -> what has its shape and dtype."""
-        return {name: file.shapes[stored] for name, (file, stored) in self._where.items()}
+    def shapes(self) -> dict[str, StoredWeight]:
+        """Public name -> how it is stored; scales and marks are parts of their weights."""
+        return {name: weights.stored[name] for name, (_, weights) in self._where.items()}
 
-    def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        file, stored = self._where[name]
-        return file.read(stored, device, dtype)
+    def weights(self, name: str) -> Weights:
+        """Those of the file that has `name`."""
+        return self._where[name][1]
 
     def mapped(self, name: str) -> Stored:
         """The tensor as it lies in the file, perhaps unaligned: for the packed ones of a GGUF file."""
-        file, stored = self._where[name]
-        return file.mapped(stored)
+        file, weights = self._where[name]
+        return file.mapped(weights.stored[name].name)
 
     def what_of(self, name: str) -> str:
-        """The file that holds the tensor `name`, in words for errors."""
+        """The file that holds the tensor `name`, or should, in words for errors."""
+        if name in self._where:
+            return self._where[name][1].what
         return self.audio_what if _is_audio(name) else self.what
 
     def close(self) -> None:
@@ -298,8 +300,9 @@ class DitFiles:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _add(self, file: CheckpointFile, names: Mapping[str, str]) -> None:
-        self._where.update({public: (file, stored) for public, stored in names.items()})
+    def _add(self, file: CheckpointFile, names: Mapping[str, str], what: str) -> None:
+        weights = Weights(file.shapes, file.read, file.metadata, what=what, names=names)
+        self._where.update(dict.fromkeys(weights, (file, weights)))
 
     def _add_adapter(self, base: CheckpointFile, path: Path) -> None:
         """Put the adapter's layers in (over those of a merged file)."""
@@ -309,22 +312,10 @@ class DitFiles:
         _check_adapter(what, names, file, self.what, self.config)
         for name in [name for name in self._where if _is_audio(name)]:  # all of a merged file's
             del self._where[name]
-        self._add(file, names)
+        self._add(file, names, what)
+        self.audio_what = what
         metadata = _joined(base.metadata, file.metadata, what)
         self.config = dit_config(self.shapes, metadata, self.what, what)
-        self._check(what, _is_audio)
-        self.audio_what = what
-
-    def _check(self, what: str, held: Callable[[str], bool]) -> None:
-        """Raise CheckpointError where tensors that the file `what` should hold are missing or of another shape."""
-        with fitting(what), torch.device("meta"):
-            model = WanModel(self.config)
-        expected = {name: blank.shape for name, blank in model.state_dict().items() if held(name)}
-        shapes = self.shapes
-        check_complete(expected, shapes, what)
-        for name, shape in expected.items():
-            if isinstance(shapes[name], GGUFTensor) or shapes[name].dtype != torch.uint8:  # NVFP4: two in a byte
-                check_shape(name, shapes[name], shape, what)
 
 
 def _is_audio(name: str) -> bool:
@@ -357,10 +348,17 @@ def _check_adapter(what: str, names: Mapping[str, str], file: CheckpointFile, ba
         )
 
 
-def inspect_dit(path: str | Path, adapter: str | Path | None = None) -> WanConfig:
+def inspect_dit(path: str | Path, adapter: str | Path | None = None, quantization: str = "disabled") -> WanConfig:
     """The configuration of the model that these files make, without reading a weight; raises like `load_dit`."""
     with DitFiles(path, adapter) as files:
+        _Filler(_empty_model(files), files, wanted=Quantization.parse(quantization)).check()
         return files.config
+
+
+def _empty_model(files: DitFiles, attention_mode: AttentionMode = "sdpa") -> WanModel:
+    with torch.device("meta"):
+        model = WanModel(files.config, attention_mode=attention_mode)
+    return model.requires_grad_(False).eval()
 
 
 def load_dit(
@@ -392,12 +390,13 @@ def load_dit(
     begin = time.monotonic()
     wanted = Quantization.parse(quantization)
     with DitFiles(path, adapter) as files:
-        with torch.device("meta"):
-            model = WanModel(files.config, attention_mode=attention_mode)
-        model.requires_grad_(False).eval()
-        _Filler(model, files, base_dtype, torch.device(device), wanted, progress).fill()
+        model = _empty_model(files, attention_mode)
+        filler = _Filler(model, files, base_dtype, torch.device(device), wanted, progress)
+        filler.check()
+        filler.fill()
+        unpacked = filler.unpacked()
     logger.info(
-        "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s; linear layers: %s",
+        "Loaded %s%s: %d blocks of %d, %.2f GiB in %.1f s; linear layers: %s%s",
         Path(path).name,
         f" with {Path(adapter).name}" if adapter is not None else "",
         files.config.num_layers,
@@ -405,6 +404,7 @@ def load_dit(
         sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**30,
         time.monotonic() - begin,
         summary(model),
+        f", unpacked from {unpacked}" if unpacked else "",
     )
     return model
 
@@ -416,151 +416,92 @@ class _Filler:
         self,
         model: WanModel,
         files: DitFiles,
-        base_dtype: torch.dtype,
-        device: torch.device,
-        wanted: Quantization,
-        progress: Progress | None,
+        base_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+        wanted: Quantization = NO_QUANTIZATION,
+        progress: Progress | None = None,
     ) -> None:
-        self.model, self.files, self.base_dtype, self.device = model, files, base_dtype, device
+        self.model, self.files, self.base_dtype = model, files, base_dtype
+        self.device = device or torch.device("cpu")
         self.wanted = wanted
         self.progress = progress
-        self.shapes = files.shapes
+        self.stored = files.shapes
         self.linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        self.extras = self._extras()
 
-    def _extras(self) -> dict[str, dict[str, str]]:
-        """Name of a layer -> {scale_weight, weight_scale_2, comfy_quant: public name of that tensor}."""
-        extras: dict[str, dict[str, str]] = {}
-        for name in self.shapes:
-            layer, _, last = name.rpartition(".")
-            if last in SCALE_NAMES:
-                extras.setdefault(layer, {})[SCALE_NAMES[last]] = name
-        return extras
+    def check(self) -> None:
+        """Raise CheckpointError unless the files fill the model, InputError for a second quantization."""
+        expected, what_of = self.model.state_dict(), self.files.what_of
+        for what in dict.fromkeys((self.files.what, self.files.audio_what)):
+            check_complete([name for name in expected if what_of(name) == what], self.stored, what)
+            unexpected = [name for name in self.stored if name not in expected and what_of(name) == what]
+            if unexpected:
+                raise CheckpointError(
+                    f"{what} holds {len(unexpected)} tensors that Wan2.1 has no place for, such as {some(unexpected)}; "
+                    "it is another model."
+                )
+        for name, blank in expected.items():
+            stored = self.stored[name]
+            if not stored.fits(blank.shape):
+                check_shape(name, stored.stored, blank.shape, what_of(name))
+            if not stored.is_floating_point():
+                raise CheckpointError(
+                    f"{what_of(name)} stores {name} as {stored.dtype} without saying how to unpack it; use another "
+                    "version of the file, in 16 bits for instance."
+                )
+        reject_second_quantization(
+            [KEPT.get(self.stored[f"{name}.weight"].format or "") for name in self.linears if _in_blocks(name)],
+            self.wanted,
+        )
 
     def fill(self) -> None:
         expected = self.model.state_dict()
-        self._check_names(expected)
-        reject_second_quantization(
-            [self._stored_format(name) for name in self.linears if _in_blocks(name)], self.wanted
-        )
-        total = sum(self.shapes[name].nbytes for name in expected)
+        total = sum(self.stored[name].nbytes for name in expected)
         done = 0
-        for name, blank in expected.items():
+        for name in expected:
             layer, _, last = name.rpartition(".")
             linear = self.linears.get(layer) if last == "weight" else None
-            if linear is None or not self._fill_quantized(layer, linear, blank):
-                self._fill_plain(name, blank)
+            if linear is None or not self._fill_quantized(name, linear):
+                self._fill_plain(name, linear)
             if linear is not None and _in_blocks(layer):
                 # At once, so that no more than one layer is ever held in 16 bits.
                 quantize_linear(linear, self.wanted, self.base_dtype)
-            done += self.shapes[name].nbytes
+            done += self.stored[name].nbytes
             if self.progress is not None:
                 self.progress(done, total)
 
-    def _check_names(self, expected: Mapping[str, Tensor]) -> None:
-        check_complete(expected, self.shapes, self.files.what)
-        known = {name for extras in self.extras.values() for name in extras.values()}
-        unexpected = [
-            name
-            for name in self.shapes
-            if name not in expected
-            and name not in known
-            and name != "scaled_fp8"
-            and name.rpartition(".")[2] not in UNUSED_SCALES
-        ]
-        if unexpected:
-            raise CheckpointError(
-                f"{self.files.what_of(unexpected[0])} holds {len(unexpected)} tensors that Wan2.1 has no place for, "
-                f"such as {some(unexpected)}; it is another model."
-            )
+    def unpacked(self) -> str:
+        """How many linears of the blocks are stored in which formats that no layer keeps; "" without any."""
+        formats = Counter(self.stored[f"{name}.weight"].format for name in self.linears if _in_blocks(name))
+        return ", ".join(f"{count} x {form}" for form, count in formats.items() if form and form not in KEPT)
 
-    def _check_shape(self, name: str, blank: Tensor) -> None:
-        check_shape(name, self.shapes[name], blank.shape, self.files.what)
-
-    def _fill_plain(self, name: str, blank: Tensor) -> None:
-        """A tensor that ends in the base dtype, its scale applied where it has one."""
-        self._check_shape(name, blank)
-        layer = name.rpartition(".")[0]
-        scale = self.extras.get(layer, {}).get("scale_weight") if name.endswith(".weight") else None
-        if not self.shapes[name].is_floating_point():
-            raise CheckpointError(
-                f"{self.files.what} stores {name} as {self.shapes[name].dtype} without saying how to unpack it."
-            )
-        if scale is not None and self.shapes[name].dtype in FP8_DTYPES.values():
-            value = self.files.read(name, self.device, torch.float32) * self.files.read(scale, self.device).float()
-            tensor = value.to(self.base_dtype)
-        else:
-            # What is quantized next is rounded once, from what the file holds.
-            quantized_next = self.wanted.format != "disabled" and _in_blocks(name) and layer in self.linears
-            keep_dtype = quantized_next and name.endswith(".weight")
-            tensor = self.files.read(name, self.device, None if keep_dtype else self.base_dtype)
+    def _fill_plain(self, name: str, linear: nn.Linear | None) -> None:
+        """A tensor that ends in the base dtype, unpacked where it is quantized."""
+        tensor = self.files.weights(name).read(name, self.device)
+        # What is quantized next is rounded once, from what the file holds.
+        if linear is None or self.wanted.format == "disabled" or not _in_blocks(name):
+            tensor = tensor.to(self.base_dtype)
         self._assign(name, tensor)
 
-    def _stored_format(self, layer: str) -> str | None:
-        """As `fp8_optimization.stored_format`, from the file: what the weight of a linear is stored as."""
-        stored = self.shapes[f"{layer}.weight"]
-        if isinstance(stored, GGUFTensor):
-            return "gguf"
-        if stored.dtype == torch.uint8:
-            return "fp4"
-        return {dtype: name for name, dtype in FP8_DTYPES.items()}.get(stored.dtype)
-
-    def _fill_quantized(self, layer: str, linear: nn.Linear, blank: Tensor) -> bool:
-        """Take a linear's weight as the file stores it, where the file stores it quantized; False where it does not."""
-        name = f"{layer}.weight"
-        if isinstance(self.shapes[name], GGUFTensor) and _in_blocks(name):
-            self._check_shape(name, blank)
-            packed = self.files.mapped(name)
-            assert isinstance(packed, GGUFTensor)
-            GGUFLinear.adopt(linear, packed.to(self.device), self.base_dtype)
-            return True
-        extras = self.extras.get(layer, {})
-        form = self._stated_format(extras.get("comfy_quant"), name)
+    def _fill_quantized(self, name: str, linear: nn.Linear) -> bool:
+        """Take a linear's weight as the file stores it, where a layer runs it so; False where none does."""
+        form, weights = self.stored[name].format, self.files.weights(name)
         if form == "nvfp4":
-            return self._fill_nvfp4(layer, linear, extras)
-        if self.shapes[name].dtype not in FP8_DTYPES.values() or not _in_blocks(name):
+            packed, block_scales, scale = weights.nvfp4(name, self.device)
+            take_over(linear, NVFP4Linear, self.base_dtype)
+            store_weight(linear, packed)
+            store_buffers(linear, weight_scale=block_scales, weight_scale_2=scale)
+            return True
+        if form not in KEPT or not _in_blocks(name):
             return False
-        self._check_shape(name, blank)
-        self._assign(name, self.files.read(name, self.device))
-        if "scale_weight" in extras:
-            store_buffers(linear, scale_weight=self.files.read(extras["scale_weight"], self.device, torch.float32))
-        return True
-
-    def _stated_format(self, comfy_quant: str | None, name: str) -> str | None:
-        """What a ComfyUI mixed-precision file states for one layer: "float8_e4m3fn", "float8_e5m2" or "nvfp4"."""
-        if comfy_quant is None:
-            return None
-        try:
-            form = json.loads(bytes(self.files.read(comfy_quant).tolist()))["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.files.what} has an unreadable {comfy_quant}, which states how {name} is quantized; download it "
-                "again."
-            ) from error
-        if form not in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
-            raise CheckpointError(
-                f"{self.files.what} stores {name} as '{form}', which is not supported; use its fp8 or 16-bit version."
-            )
-        return str(form)
-
-    def _fill_nvfp4(self, layer: str, linear: nn.Linear, extras: Mapping[str, str]) -> bool:
-        name = f"{layer}.weight"
-        packed_shape, scales_shape = nvfp4_storage_shapes(linear.out_features, linear.in_features)
-        fits = "scale_weight" in extras and "weight_scale_2" in extras and self.shapes[name].dtype == torch.uint8
-        if not fits or tuple(self.shapes[name].shape) != packed_shape:
-            raise CheckpointError(f"{self.files.what} stores {name} as nvfp4, but its parts do not fit together.")
-        scales = self.files.read(extras["scale_weight"], self.device)
-        if scales.dtype == torch.uint8:  # e4m3 written as bytes
-            scales = scales.view(torch.float8_e4m3fn)
-        if scales.numel() != scales_shape[0] * scales_shape[1]:
-            raise CheckpointError(f"{self.files.what} stores {name} as nvfp4, but its parts do not fit together.")
-        take_over(linear, NVFP4Linear, self.base_dtype)
-        store_weight(linear, self.files.read(name, self.device))
-        store_buffers(
-            linear,
-            weight_scale=scales.reshape(scales_shape),
-            weight_scale_2=self.files.read(extras["weight_scale_2"], self.device, torch.float32),
-        )
+        if form == "gguf":
+            blocks = self.files.mapped(name)
+            assert isinstance(blocks, GGUFTensor)
+            GGUFLinear.adopt(linear, blocks.to(self.device), self.base_dtype)
+            return True
+        self._assign(name, weights.as_stored(name, self.device))
+        scale_weight = weights.scale(name, self.device)
+        if scale_weight is not None:
+            store_buffers(linear, scale_weight=scale_weight)
         return True
 
     def _assign(self, name: str, tensor: Tensor) -> None:

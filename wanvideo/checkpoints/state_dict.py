@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, some
 from ..kernels.layout import ALIGNMENT
-from .files import Stored, own_memory, read_metadata, read_state_dict
+from .files import Stored, own_memory
 from .reading import json_object
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "bare_names",
-    "bare_tensors",
     "check_complete",
     "check_heads",
     "check_shape",
@@ -34,7 +32,6 @@ __all__ = [
     "kind_of",
     "layers_of",
     "owns_aligned_memory",
-    "read_with_config",
     "renamed",
     "size_of",
     "stated_config",
@@ -129,11 +126,6 @@ def bare_names(names: Iterable[str], anchor: str) -> dict[str, str]:
     return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
 
 
-def bare_tensors(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
-    """The tensors of `bare_names` under their names without the prefix."""
-    return {bare: state[name] for bare, name in bare_names(state, anchor).items()}
-
-
 def renamed(name: str, table: Mapping[str, str]) -> str:
     """`name` with its beginning replaced by the first entry of `table` (old beginning -> new) that fits."""
     for old, new in table.items():
@@ -160,7 +152,7 @@ def layers_of(names: Iterable[str], stem: str, what: str = "The file") -> int:
     return len(numbers)
 
 
-def size_of(state: Mapping[str, Stored], name: str, rank: int, what: str) -> tuple[int, ...]:
+def size_of(state: Mapping[str, Any], name: str, rank: int, what: str) -> tuple[int, ...]:
     """The shape of the tensor `name`; CheckpointError unless it has `rank` dimensions, none of them empty."""
     if name not in state:
         raise CheckpointError(f"{what} lacks {name}; it is incomplete or another model.")
@@ -194,11 +186,6 @@ def stated_config(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
     Our small test models state there what shapes do not (the number of heads, say). Public files have none.
     """
     return json_object(metadata.get("config") or None, f"{what}: the 'config' in its metadata")
-
-
-def read_with_config(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(all tensors of a file, its `stated_config`); raises as `read_state_dict`."""
-    return read_state_dict(path), stated_config(read_metadata(path), str(path))
 
 
 def check_heads(width: int, heads: int, what: str) -> None:

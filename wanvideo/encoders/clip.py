@@ -6,6 +6,7 @@ transformers' CLIPVisionModel without its last block: the features that Wan2.1 u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoints.files import CheckpointFile
+from ..checkpoints.quantized import Weights
 from ..checkpoints.reading import fitting
 from ..checkpoints.state_dict import (
-    bare_tensors,
     check_heads,
     fill_module,
     find_prefix,
-    kind_of,
     layers_of,
-    read_with_config,
     renamed,
     size_of,
+    stated_config,
     stated_number,
 )
 from ..errors import CheckpointError, InputError
-from .base import Encoder, empty_transformer
+from .base import Encoder, check_tensors, check_unused, empty_transformer
 
 __all__ = ["IMAGE_MEAN", "IMAGE_STD", "ClipVision", "transformers_names"]
 
@@ -77,13 +78,17 @@ def transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _vision_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+_ANCHORS = ("cls_embedding", "embeddings.class_embedding")
+"""Of official names and of transformers'."""
+
+
+def _weights(source: CheckpointFile | Mapping[str, Tensor], what: str) -> Weights:
+    return Weights.of(source, _ANCHORS, kind="a CLIP vision model", what=what)
+
+
+def _vision_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The vision tower's tensors in transformers' names without a prefix, from official or transformers' names."""
-    official = bare_tensors(state, "cls_embedding")
-    found = transformers_names(official) if official else bare_tensors(state, "embeddings.class_embedding")
-    if not found:
-        raise CheckpointError(f"{what} is {kind_of(state)}, not a CLIP vision model.")
-    return found
+    return transformers_names(state) if _ANCHORS[0] in state else dict(state)
 
 
 def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -107,6 +112,25 @@ def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -
     }
 
 
+def _empty_model(weights: Weights, fields: Mapping[str, Any]) -> tuple[Any, str]:
+    """transformers' model that the weights fill, on the meta device, and what it puts before each name."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    what = weights.what
+    with fitting(what):
+        tensors = _vision_tensors(weights.blank())
+        config = _config(tensors, fields, what)
+        # 257 tokens once per window: eager is fast enough.
+        model = empty_transformer(CLIPVisionModel, CLIPVisionConfig(**config))
+    # Some releases of the library put the whole tower behind "vision_model.".
+    outer = find_prefix(model.state_dict(), _ANCHORS[1]) or ""
+    unused = rf"({re.escape(outer)})?(encoder\.layers\.{config['num_hidden_layers']}\..*|embeddings\.position_ids|head)"
+    named = {outer + name: tensor for name, tensor in tensors.items()}
+    check_tensors(model, named, what)
+    check_unused(named, model.state_dict(), unused, what)
+    return model, outer
+
+
 class ClipVision(Encoder):
     """Images to CLIP features."""
 
@@ -115,8 +139,15 @@ class ClipVision(Encoder):
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> ClipVision:
         """Read a ViT-H vision tower in official or transformers names. Raises CheckpointError for anything else."""
-        state, fields = read_with_config(path)
-        return cls.from_state_dict(state, fields, dtype=dtype, device=device, what=f"The CLIP vision file {path}")
+        with CheckpointFile(path) as file:
+            what = f"The CLIP vision file {path}"
+            return cls._filled(_weights(file, what), stated_config(file.metadata, str(path)), dtype, device)
+
+    @staticmethod
+    def inspect(path: str | Path) -> None:
+        """Raise what `load` raises, without reading a weight."""
+        with CheckpointFile(path) as file:
+            _empty_model(_weights(file, f"The CLIP vision file {path}"), stated_config(file.metadata, str(path)))
 
     @classmethod
     def from_state_dict(
@@ -129,15 +160,16 @@ class ClipVision(Encoder):
         what: str = "The CLIP vision model",
     ) -> ClipVision:
         """The same from tensors. `fields` may hold `num_attention_heads`, which shapes do not show (16 in ViT-H)."""
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        return cls._filled(_weights(state, what), fields or {}, dtype, device)
 
-        with fitting(what):
-            tensors = _vision_tensors(state, what)
-            config = CLIPVisionConfig(**_config(tensors, fields or {}, what))
-            model = empty_transformer(CLIPVisionModel, config)  # 257 tokens once per window: eager is fast enough
-        # Some releases of the library put the whole tower behind "vision_model.".
-        outer = find_prefix(model.state_dict(), "embeddings.class_embedding") or ""
-        fill_module(model, {outer + k: v for k, v in tensors.items()}, what=what, dtype=dtype, device=device)
+    @classmethod
+    def _filled(
+        cls, weights: Weights, fields: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device
+    ) -> ClipVision:
+        model, outer = _empty_model(weights, fields)
+        tensors = _vision_tensors(dict(weights))
+        named = {outer + name: tensor for name, tensor in tensors.items()}
+        fill_module(model, named, what=weights.what, dtype=dtype, device=device)
         for module in model.modules():
             if isinstance(getattr(module, "position_ids", None), Tensor):  # no tensor of the file: made anew
                 count = tensors["embeddings.position_embedding.weight"].shape[0]

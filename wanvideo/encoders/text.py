@@ -5,19 +5,19 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.files import CheckpointFile, Stored
+from ..checkpoints.files import CheckpointFile
+from ..checkpoints.quantized import Weights
 from ..checkpoints.reading import fitting, small_file
-from ..checkpoints.state_dict import bare_names, fill_module, kind_of, layers_of, size_of
+from ..checkpoints.state_dict import bare_names, fill_module, layers_of, size_of
 from ..errors import CheckpointError, InputError
-from ..linear.gguf import GGUFTensor
-from .base import Encoder, empty_transformer
+from .base import Encoder, check_tensors, check_unused, empty_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _renamed(name: str, stem: str, outer: Mapping[str, str], layer: Mapping[str,
     return f"block.{number}.{layer[inner]}.weight" if inner in layer and kind == "weight" else None
 
 
-def _config(shapes: Mapping[str, Stored], what: str) -> dict[str, Any]:
+def _config(shapes: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     """Arguments of transformers' UMT5Config; `shapes` by the names of the encoder stack."""
     stem = "block.0.layer."
     layers = layers_of(shapes, "block.", what)
@@ -222,38 +222,59 @@ def _config(shapes: Mapping[str, Stored], what: str) -> dict[str, Any]:
     }
 
 
-class _Dequantized(Mapping[str, Tensor]):
-    """The encoder's tensors, read when asked for and multiplied by their scale where the file has one."""
+_ANCHORS = (
+    "blocks.0.attn.q.weight",
+    "enc.blk.0.attn_q.weight",
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+)
+"""Of official names, of llama.cpp's and of Hugging Face's."""
 
-    def __init__(
-        self, names: Mapping[str, str], stored: Sequence[str], read: Callable[[str], Stored], what: str
-    ) -> None:
-        self._names, self._stored, self._read, self._what = names, set(stored), read, what
+_UNUSED = r"spiece_model|encoder\.embed_tokens\.weight|(decoder|lm_head)\..*"
+
+
+def _weights(source: CheckpointFile | Mapping[str, Tensor], what: str) -> Weights:
+    return Weights.of(source, _ANCHORS, kind="an UMT5 text encoder", what=what)
+
+
+def _empty_model(weights: Weights, tokenizer: Tokenizer | None) -> tuple[Any, dict[str, str]]:
+    """transformers' model that the weights fill, on the meta device, and {name in its encoder stack: name here}."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    what, blank = weights.what, weights.blank()
+    with fitting(what):
+        names = transformers_names(list(blank))
+        tensors = {new: blank[name] for new, name in names.items()}
+        config = _config(tensors, what)
+        # 512 tokens once: eager is fast enough.
+        model = empty_transformer(UMT5EncoderModel, UMT5Config(**config))
+    if tokenizer is not None and tokenizer.size > config["vocab_size"]:
+        raise CheckpointError(
+            f"{what} knows {config['vocab_size']} tokens, but its tokenizer has {tokenizer.size}: "
+            "they do not belong together."
+        )
+    model.shared = model.encoder.embed_tokens  # one table, filled once, whatever the release calls it
+    check_tensors(model.encoder, tensors, what)
+    check_unused(blank, set(names.values()), _UNUSED, what)
+    return model, names
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors under other names, read when they are asked for: one at a time in float32, not 23 GB at once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
 
     def __getitem__(self, name: str) -> Tensor:
-        source = self._names[name]
-        weight = self._read(source)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            stored = weight.dtype if isinstance(weight, Tensor) else "GGUF blocks"
-            raise CheckpointError(
-                f"{self._what} stores {source} as {stored}, a quantization that is not read for text encoders; "
-                "use the fp8, bf16 or fp16 file."
-            )
-        stem = source.removesuffix(".weight")
-        for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
-            if scale_name in self._stored:
-                scale = self._read(scale_name)
-                assert isinstance(scale, Tensor)
-                scale = scale.float()
-                # One scale for all, or one per row.
-                return weight.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1)))
-        return weight
+        return self._tensors[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TextEncoder(Encoder):
@@ -276,20 +297,24 @@ class TextEncoder(Encoder):
         `tokenizer` as in `load_tokenizer`; with None the one that the file carries (`spiece_model`) is used, else one
         that lies next to it. Raises CheckpointError for other files and where no tokenizer is found.
         """
-        what = f"The text encoder {path}"
+        if dtype not in _DTYPES:
+            raise InputError(f"The text encoder computes in float32, bfloat16 or float16, not {dtype}.")
         with CheckpointFile(path) as file:
-            _check_kind(file.names, what)
-            words: Tokenizer
-            if tokenizer is None and "spiece_model" in file.shapes:
-                words = _embedded(file.read("spiece_model"), what)
-            else:
-                words = load_tokenizer(tokenizer, near=path)
+            weights, words = cls._opened(file, path, tokenizer)
+            return cls._filled(weights, words, dtype, device)
 
-            def read(name: str) -> Tensor:
-                # Unpacked from GGUF in float32, so that it is rounded once.
-                return file.read(name, dtype=torch.float32 if isinstance(file.shapes[name], GGUFTensor) else None)
+    @classmethod
+    def inspect(cls, path: str | Path, tokenizer: str | Path | None = None) -> None:
+        """Raise what `load` raises, without reading a weight."""
+        with CheckpointFile(path) as file:
+            _empty_model(*cls._opened(file, path, tokenizer))
 
-            return cls._build(file.shapes, read, words, dtype, device, what)
+    @staticmethod
+    def _opened(file: CheckpointFile, path: str | Path, tokenizer: str | Path | None) -> tuple[Weights, Tokenizer]:
+        weights = _weights(file, f"The text encoder {path}")
+        if tokenizer is None and "spiece_model" in file.shapes:
+            return weights, _embedded(file.read("spiece_model"), weights.what)
+        return weights, load_tokenizer(tokenizer, near=path)
 
     @classmethod
     def from_state_dict(
@@ -302,39 +327,21 @@ class TextEncoder(Encoder):
         what: str = "The text encoder",
     ) -> TextEncoder:
         """The same from tensors. Without a tokenizer only `encode_ids` works."""
+        if dtype not in _DTYPES:
+            raise InputError(f"The text encoder computes in float32, bfloat16 or float16, not {dtype}.")
         if tokenizer is None and "spiece_model" in state:
             tokenizer = _embedded(state["spiece_model"], what)
-        return cls._build(state, state.__getitem__, tokenizer, dtype, device, what)
+        return cls._filled(_weights(state, what), tokenizer, dtype, device)
 
     @classmethod
-    def _build(
-        cls,
-        shapes: Mapping[str, Stored],
-        read: Callable[[str], Stored],
-        tokenizer: Tokenizer | None,
-        dtype: torch.dtype,
-        device: str | torch.device,
-        what: str,
+    def _filled(
+        cls, weights: Weights, tokenizer: Tokenizer | None, dtype: torch.dtype, device: str | torch.device
     ) -> TextEncoder:
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(f"The text encoder computes in float32, bfloat16 or float16, not {dtype}.")
-        names = _check_kind(list(shapes), what)
-        with fitting(what):
-            config = _config({new: shapes[name] for new, name in names.items()}, what)
-            # 512 tokens once: eager is fast enough.
-            model = empty_transformer(UMT5EncoderModel, UMT5Config(**config))
-        if tokenizer is not None and tokenizer.size > config["vocab_size"]:
-            raise CheckpointError(
-                f"{what} knows {config['vocab_size']} tokens, but its tokenizer has {tokenizer.size}: "
-                "they do not belong together."
-            )
-        model.shared = model.encoder.embed_tokens  # one table, filled once, whatever the release calls it
+        model, names = _empty_model(weights, tokenizer)
         fill_module(
             model.encoder,
-            _Dequantized(names, list(shapes), read, what),
-            what=what,
+            _Renamed(weights, names),
+            what=weights.what,
             dtype=dtype,
             device=device,
             # Its activations pass what float16 holds.
@@ -375,14 +382,6 @@ class TextEncoder(Encoder):
         """The same for token ids [B, n] with `mask` [B, n], 1 for a token and 0 for padding behind it."""
         output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
         return [row[:length].float() for row, length in zip(output, mask.sum(1).tolist(), strict=True)]
-
-
-def _check_kind(names: Sequence[str], what: str) -> dict[str, str]:
-    """`transformers_names`; CheckpointError for a file of another kind."""
-    found = transformers_names(names)
-    if not found:
-        raise CheckpointError(f"{what} is {kind_of(names)}, not an UMT5 text encoder.")
-    return found
 
 
 def _embedded(content: Tensor, what: str) -> Tokenizer:

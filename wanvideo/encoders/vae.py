@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.files import CheckpointFile
+from ..checkpoints.quantized import Weights
 from ..checkpoints.reading import fitting
-from ..checkpoints.state_dict import bare_tensors, fill_module, kind_of, read_with_config, renamed, size_of
+from ..checkpoints.state_dict import fill_module, kind_of, renamed, size_of, stated_config
 from ..errors import CheckpointError, InputError
-from .base import Encoder
+from .base import Encoder, check_tensors, check_unused
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +154,45 @@ def _statistics(values: Any, name: str, count: int, what: str) -> list[float]:
     return [float(value) for value in values]
 
 
+_MOMENTS = ("latents_mean", "latents_std")
+
+
+def _weights(source: CheckpointFile | Mapping[str, Tensor], what: str) -> Weights:
+    return Weights.of(source, ("encoder.conv1.weight",), kind="a Wan2.1 VAE", what=what)
+
+
+def _empty_model(weights: Weights, stated: Mapping[str, Any]) -> tuple[Any, VaeConfig]:
+    """diffusers' model that the weights fill, on the meta device; `stated` may hold `latents_mean`, `latents_std`."""
+    from diffusers import AutoencoderKLWan
+
+    what, blank = weights.what, weights.blank()
+    with fitting(what):
+        config = vae_config(blank, what)
+        tensors = _renamed(blank, config)
+    options: dict[str, Any] = {}
+    if config.z_dim != 16:
+        options = {"latents_mean": [0.0] * config.z_dim, "latents_std": [1.0] * config.z_dim}
+    for name in _MOMENTS:
+        if stated.get(name) is not None:
+            options[name] = _statistics(stated[name], name, config.z_dim, what)
+    with fitting(what), torch.device("meta"):
+        model: Any = AutoencoderKLWan(
+            base_dim=config.base_dim,
+            z_dim=config.z_dim,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temporal),
+            **options,
+        )
+    check_tensors(model, tensors, what)
+    check_unused(tensors, model.state_dict(), "", what)
+    return model, config
+
+
+def _renamed(state: Mapping[str, Tensor], config: VaeConfig) -> dict[str, Tensor]:
+    return {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
+
+
 class WanVAE(Encoder):
     """Pixels to normalized latents and back.
 
@@ -168,15 +209,15 @@ class WanVAE(Encoder):
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanVAE:
         """Read a public Wan2.1 VAE (.safetensors or .pth). Raises CheckpointError for anything else."""
-        state, config = read_with_config(path)
-        return cls.from_state_dict(
-            state,
-            dtype=dtype,
-            device=device,
-            latents_mean=config.get("latents_mean"),
-            latents_std=config.get("latents_std"),
-            what=f"The VAE file {path}",
-        )
+        with CheckpointFile(path) as file:
+            weights = _weights(file, f"The VAE file {path}")
+            return cls._filled(weights, stated_config(file.metadata, str(path)), dtype, device)
+
+    @staticmethod
+    def inspect(path: str | Path) -> None:
+        """Raise what `load` raises, without reading a weight."""
+        with CheckpointFile(path) as file:
+            _empty_model(_weights(file, f"The VAE file {path}"), stated_config(file.metadata, str(path)))
 
     @classmethod
     def from_state_dict(
@@ -194,27 +235,15 @@ class WanVAE(Encoder):
         `latents_mean` and `latents_std` (z_dim values) default to the 16 constants of Wan2.1, and to 0 and 1 for
         another number of latent channels.
         """
-        from diffusers import AutoencoderKLWan
+        stated = {"latents_mean": latents_mean, "latents_std": latents_std}
+        return cls._filled(_weights(state, what), stated, dtype, device)
 
-        state = bare_tensors(state, "encoder.conv1.weight") or state
-        config = vae_config(state, what)
-        options: dict[str, Any] = {}
-        if config.z_dim != 16:
-            options = {"latents_mean": [0.0] * config.z_dim, "latents_std": [1.0] * config.z_dim}
-        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if values is not None:
-                options[name] = _statistics(values, name, config.z_dim, what)
-        with fitting(what), torch.device("meta"):
-            model: Any = AutoencoderKLWan(
-                base_dim=config.base_dim,
-                z_dim=config.z_dim,
-                dim_mult=list(config.dim_mult),
-                num_res_blocks=config.num_res_blocks,
-                temperal_downsample=list(config.temporal),
-                **options,
-            )
-            tensors = {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
-        fill_module(model, tensors, what=what, dtype=dtype, device=device)
+    @classmethod
+    def _filled(
+        cls, weights: Weights, stated: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device
+    ) -> WanVAE:
+        model, config = _empty_model(weights, stated)
+        fill_module(model, _renamed(weights, config), what=weights.what, dtype=dtype, device=device)
         return cls(model, config)
 
     @property

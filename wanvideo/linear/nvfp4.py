@@ -26,7 +26,16 @@ from ..kernels.quantizers import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from ..kernels.selftest import device_reasons
 from .base import QuantizedLinear, store_buffers, store_weight, take_over
 
-__all__ = ["NVFP4Linear", "dequantize_nvfp4", "nvfp4_matmul_reasons", "nvfp4_storage_shapes", "quantize_nvfp4"]
+__all__ = [
+    "NVFP4Linear",
+    "dequantize_nvfp4",
+    "nvfp4_matmul_reasons",
+    "nvfp4_storage_shapes",
+    "quantize_nvfp4",
+    "tile_padded",
+    "tiled",
+    "untiled",
+]
 
 PADDING = 16
 """Rows and columns of a stored weight are a multiple of this."""
@@ -83,7 +92,7 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
         return *comfy_kitchen.quantize_nvfp4(x, scale, pad_16x=True), scale
     quantized = quantizers.quantize_nvfp4(F.pad(x, (0, -x.shape[1] % PADDING, 0, -x.shape[0] % PADDING)), scale)
-    return quantizers.pack_e2m1(quantized.values), _tiled(quantized.block_scales), scale
+    return quantizers.pack_e2m1(quantized.values), tiled(quantized.block_scales), scale
 
 
 def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,24 +103,25 @@ def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype:
 
         return comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, dtype)
     blocks = quantizers.unpack_e2m1(packed).unflatten(-1, (-1, NVFP4_BLOCK))
-    scales = scale.float() * _untiled(block_scales, blocks.shape[0], blocks.shape[1]).float()
+    scales = scale.float() * untiled(block_scales, blocks.shape[0], blocks.shape[1]).float()
     return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def _tiled(scales: Tensor) -> Tensor:
+def tiled(scales: Tensor) -> Tensor:
     """Block scales [rows, columns] in cuBLAS's order, padded with zeros to whole tiles.
 
     Tiles of 128 x 4 lie one after the other, row by row; in a tile row 32 i + j is the i-th group of four of line j
     (cuBLAS, "1D Block Scaling Factors Layout").
     """
     rows, columns = scales.shape
-    padded = F.pad(scales.view(torch.uint8), (0, -columns % SCALE_TILE[1], 0, -rows % SCALE_TILE[0]))
+    whole = tile_padded(rows, columns)
+    padded = F.pad(scales.view(torch.uint8), (0, whole[1] - columns, 0, whole[0] - rows))
     lines = rearrange(padded, "(r i j) (c s) -> (r c j i s)", i=4, j=32, s=4)
     return lines.view(scales.dtype).reshape(padded.shape)
 
 
-def _untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo `_tiled`: [rows, columns] without the padding."""
+def untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `tiled`: [rows, columns] without the padding, of one-byte block scales of any dtype."""
     across = -(-columns // SCALE_TILE[1])
     lines = scales.view(torch.uint8).flatten()
     table = rearrange(lines, "(r c j i s) -> (r i j) (c s)", c=across, i=4, j=32, s=4)
@@ -121,7 +131,12 @@ def _untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
 def nvfp4_storage_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of (packed weight, tiled block scales) of a weight [out_features, in_features]."""
     rows, columns = _round_up(out_features, PADDING), _round_up(in_features, PADDING)
-    return (rows, columns // 2), (_round_up(rows, SCALE_TILE[0]), _round_up(columns // NVFP4_BLOCK, SCALE_TILE[1]))
+    return (rows, columns // 2), tile_padded(rows, columns // NVFP4_BLOCK)
+
+
+def tile_padded(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of block scales in cuBLAS's order: whole tiles."""
+    return _round_up(rows, SCALE_TILE[0]), _round_up(columns, SCALE_TILE[1])
 
 
 def nvfp4_matmul_reasons(
