@@ -19,10 +19,10 @@ from torch import Tensor
 from ..fp8_optimization import Fp8Linear, quantize_linears
 from ..media.audio import load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
-from ..multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
+from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
-from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras
+from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, inspect_loras
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
 from ..wanvideo.encoders.vae import WanVAE
@@ -104,6 +104,7 @@ class VideoModel:
         check_with_block_swap(compile_settings, swap)
         config = inspect_dit(path, None if adapter is None else adapter.path, quantization)
         _try_attention(attention_mode, config, dtype)
+        inspect_loras(config, loras)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
         unmerged = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
         key = (
@@ -478,8 +479,10 @@ class SpeechModel:
 
     @classmethod
     def load(cls, path: Path, precision: str, *, keep_on_device: bool) -> SpeechModel:
-        if path.is_file() and (path.parent / "config.json").is_file():
-            path = path.parent  # the weights inside a Hugging Face folder
+        # The weights inside a Hugging Face folder, by the names that they have there: another file's neighbor may be
+        # another model's config.json.
+        if path.name in FOLDER_NAMES and (path.parent / "config.json").is_file():
+            path = path.parent
         dtype = PRECISIONS[precision]
         if comfyui.device().type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # half precision convolutions are slow on CPUs, and no smaller in effect

@@ -22,10 +22,13 @@ from ..wanvideo.checkpoints.state_dict import check_heads, fill_module, kind_of,
 from ..wanvideo.encoders.base import Encoder, check_tensors, check_unused, empty_transformer
 from ..wanvideo.errors import CheckpointError, InputError
 
-__all__ = ["SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config", "wav2vec2_files"]
+__all__ = ["FOLDER_NAMES", "SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config", "wav2vec2_files"]
 
 SAMPLE_RATE = 16_000
 """Hz. What wav2vec2 reads."""
+
+FOLDER_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""What the weights in a Hugging Face folder are called."""
 
 PIECE_FRAMES = 200
 """Rows of the convolutions' output (320 samples each) computed at once: 4 s."""
@@ -362,7 +365,7 @@ def wav2vec2_files(path: str | Path) -> tuple[Path, dict[str, Any], bool]:
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in FOLDER_NAMES:
         if (folder / name).is_file():
             return folder / name
     index = index_in(folder)

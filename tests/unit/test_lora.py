@@ -17,7 +17,13 @@ from safetensors.torch import save_file
 from support.corruptions import JSONS, VALUES
 from torch import Tensor, nn
 from wanvideo_infinitetalk.fp8_optimization import convert_fp8_linear, quantize_linears, quantize_weight_fp8
-from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, remove_loras
+from wanvideo_infinitetalk.wanvideo.checkpoints.lora import (
+    LoraSpec,
+    active_loras,
+    apply_loras,
+    inspect_loras,
+    remove_loras,
+)
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear, GGUFTensor
@@ -441,6 +447,8 @@ def test_another_models_shapes_leave_the_model_as_it_was(tmp_path, merge):
 def rejected(path: Path, words: str) -> None:
     """The file is rejected in one sentence, and the model is as it was."""
     model, plain = make_model(), make_model()
+    with pytest.raises(CheckpointError, match=words):
+        inspect_loras(CONFIG, [LoraSpec(path)])
     for merge in (True, False):
         with pytest.raises(CheckpointError, match=words) as caught:
             apply_loras(model, [LoraSpec(path, merge=merge)])

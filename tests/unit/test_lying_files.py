@@ -288,6 +288,13 @@ def test_the_file_at_fault_is_blamed(tmp_path, tiny_set, role) -> None:
                 load_dit(given["model"], given["adapter"])
 
 
+def test_a_name_that_is_no_utf8(tmp_path, tiny_set, loaders) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.safetensors")
+    shutil.copy(tiny_set.vae, path)
+    with pytest.raises(CheckpointError, match="is no valid UTF-8; rename it"):
+        loaders["vae"](path)
+
+
 def test_header_lengths_that_begin_like_a_page(tmp_path, tiny_set, loaders, expected) -> None:
     """A header of 15,392 bytes begins with a space and "<"."""
     state = load_file(tiny_set.vae)

@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import save_file
-from support.corruptions import write_llama_t5
+from support.corruptions import write_llama_t5, write_parts
 from support.goldens import relative_error
 from support.parts import hugging_face_t5_names, hugging_face_to_official_t5, transformers_t5
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
@@ -305,6 +305,15 @@ def test_gguf_of_llama_cpp(tmp_path, state, encoder, spiece, dtype, carries_voca
     for text in ("a woman is talking", "ﬁne  x, 世界 ½ Ａ", "", "  lead", "wo\u0308man", "</s> <pad>"):
         assert loaded.tokenizer(text) == [*words.encode(text), words.eos_id()], text
     assert torch.equal(loaded.encode(PROMPTS)[0], expected.encode(PROMPTS)[0])
+
+
+def test_parts_in_a_folder_with_its_tokenizer(tmp_path, state, encoder, spiece):
+    """As google/umt5-xxl is published."""
+    index = write_parts(tmp_path / "umt5", state, {})
+    (tmp_path / "umt5" / "spiece.model").write_bytes(spiece)
+    for path in (index, index.parent):
+        loaded = TextEncoder.load(path, dtype=torch.float32)
+        assert torch.equal(loaded.encode(PROMPTS)[0], encoder.encode(PROMPTS)[0])
 
 
 @pytest.mark.parametrize("length", [3, 39, 41])

@@ -184,6 +184,10 @@ def _unknown(path: Path, head: bytes) -> CheckpointError:
 
 
 def _open_safetensors(path: Path) -> _Part:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # the library takes no other paths
+        raise CheckpointError(f"The name of {path} is no valid UTF-8; rename it.") from error
     file = safe_open(str(path), framework="pt", device="cpu")
     shapes: dict[str, Stored] = {}
     for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)

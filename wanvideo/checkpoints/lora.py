@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, some
 from ..linear.base import QuantizedLinear, branched, unbranched
+from ..modules.model import WanConfig, WanModel
 from .files import CheckpointFile, Stored
 from .reading import json_object
 from .state_dict import diffusers_name, kind_of
 
-__all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "remove_loras"]
+__all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "inspect_loras", "remove_loras"]
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +191,8 @@ class _Change:
         return up @ down
 
 
-def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> list[_Change]:
-    """All changes that the file makes to the model; warns of layers that do not exist here, rejects other shapes."""
+def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> tuple[list[_Change], list[str]]:
+    """All changes that the file makes to the model, and the layers that do not exist here; rejects other shapes."""
     layers, foreign = _grouped(file)
     if not layers:
         raise CheckpointError(f"The LoRA {spec.name} is {kind_of(file.names)}, not a LoRA.")
@@ -217,9 +218,7 @@ def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> list[_C
             f"The LoRA {spec.name} changes nothing in this model: none of its {len(unmatched)} layers, such as "
             f"{some(unmatched)}, exists here; it was made for another model."
         )
-    if unmatched:
-        logger.warning("LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), some(unmatched))
-    return changes
+    return changes, unmatched
 
 
 def _grouped(file: CheckpointFile) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -437,7 +436,14 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
     targets = _Targets(model)
     with ExitStack() as stack:
         files = [stack.enter_context(CheckpointFile(spec.path)) for spec in wanted]
-        by_spec = [_changes(file, spec, targets) for file, spec in zip(files, wanted, strict=True)]
+        by_spec = []
+        for file, spec in zip(files, wanted, strict=True):
+            changes, unmatched = _changes(file, spec, targets)
+            by_spec.append(changes)
+            if unmatched:
+                logger.warning(
+                    "LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), some(unmatched)
+                )
         remove_loras(model)
         record = _record(model)
         merging: dict[str, list[_Change]] = {}
@@ -453,6 +459,16 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
             _merge(targets.parameters[name], group, compute_device)
         for name, group in attaching.items():
             _attach(targets, name, group, record, compute_device)
+
+
+def inspect_loras(config: WanConfig, specs: Iterable[LoraSpec]) -> None:
+    """Raise what `apply_loras` raises for a model of that configuration, before one is loaded."""
+    with torch.device("meta"):
+        targets = _Targets(WanModel(config))
+    for spec in specs:
+        if spec.strength != 0:
+            with CheckpointFile(spec.path) as file:
+                _changes(file, spec, targets)
 
 
 @torch.no_grad()

@@ -105,9 +105,12 @@ def load_tokenizer(source: str | Path | None, near: str | Path | None = None) ->
     hub is asked only when it is named. Raises CheckpointError saying what to give.
     """
     if source is None:
-        for folder in [Path(near).expanduser().parent / name for name in _NEARBY] if near is not None else []:
-            if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-                return load_tokenizer(folder)
+        if near is not None:
+            beside = Path(near).expanduser()
+            beside = beside if beside.is_dir() else beside.parent  # a folder that holds the encoder in parts
+            for folder in [beside / name for name in _NEARBY]:
+                if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+                    return load_tokenizer(folder)
         where = "No tokenizer given" if near is None else f"{near} carries no tokenizer and none lies next to it"
         raise CheckpointError(f"{where}: {_HOW}.")
     path = Path(source).expanduser()
