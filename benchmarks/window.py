@@ -121,7 +121,7 @@ def measure(report: Report, model: Any, vae: Any, steps: int, cfg: float, ordina
             yield
 
     callbacks = Callbacks(stage=stage)
-    given = Conditioning(prompt, prompt, [speech], [image])
+    given = Conditioning([prompt], prompt, [speech], [image])
     windows = generate(model, Timed(vae, spent, ordinary), Clip(wanted.clip_dim), given, plan, callbacks)
     with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "window.mp4", FPS) as writer:
         writer.append(next(windows).frames)

@@ -12,17 +12,18 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..fp8_optimization import Fp8Linear, quantize_linears
 from ..media.audio import load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
-from ..multitalk.wav2vec import SAMPLE_RATE, Wav2Vec2Features
+from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
 from ..pipeline.prompts import encode_pieces, parse_prompt
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
-from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras
+from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, inspect_loras
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
 from ..wanvideo.encoders.vae import WanVAE
@@ -105,6 +106,7 @@ class VideoModel:
         shapes = inspect_dit(path, None if adapter is None else adapter.path, quantization)
         with comfyui.ordinary_tensors():
             check_mode(attention_mode, shapes.num_heads, shapes.head_dim, comfyui.device(), dtype)
+        inspect_loras(shapes, loras)
         merged = tuple(lora for lora in loras if lora.merge and lora.strength != 0)
         unmerged = tuple(lora for lora in loras if not lora.merge and lora.strength != 0)
         key = (
@@ -352,19 +354,43 @@ def _cached(prompt: str, identity: str | None, folder: Path | None, encode: Call
     """`encode(prompt)`, kept as one file per prompt and encoder; without an encoder the prompt alone is looked for."""
     if folder is None:
         return encode(prompt)
-    words = hashlib.sha256(prompt.encode()).hexdigest()[:32]
+    words = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     if identity is None:
-        found = sorted(folder.glob(f"{words}-*.safetensors"), key=lambda path: path.stat().st_mtime)
+        found = sorted(folder.glob(f"{words}-*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
         if len(found) > 1:
             logger.warning("The disk cache has a prompt from %d text encoders: the latest is used", len(found))
-        return load_file(found[-1])["features"] if found else encode(prompt)
-    file = folder / f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-    if file.is_file():
-        return load_file(file)["features"]
-    features = encode(prompt)
-    partial = file.with_suffix(".partial")
-    save_file({"features": aligned_contiguous(features)}, partial)
-    partial.replace(file)
+        for file in found:
+            features = _kept(file)
+            if features is not None:
+                return features
+        return encode(prompt)
+    file = folder / f"{words}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.safetensors"
+    features = _kept(file)
+    if features is None:
+        features = encode(prompt)
+        try:
+            partial = file.with_suffix(".partial")
+            save_file({"features": aligned_contiguous(features)}, partial)
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            logger.warning("The prompt cannot be kept in %s (%s): it will be encoded again", folder, error)
+    return features
+
+
+def _kept(file: Path) -> Tensor | None:
+    """The prompt features in a file of the cache; None without one, and, with a log line, for one that is damaged."""
+    if not file.exists():
+        return None
+    try:
+        with CheckpointFile(file) as content:
+            features = content.read("features") if "features" in content.shapes else torch.empty(0)
+        if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
+            raise CheckpointError(f"{file} holds no prompt features.")
+        if not torch.isfinite(features).all():
+            raise CheckpointError(f"{file} holds prompt features that are not finite.")
+    except CheckpointError as error:
+        logger.warning("The cached prompt is not used and is made again: %s", error)
+        return None
     return features
 
 
@@ -457,8 +483,10 @@ class SpeechModel:
 
     @classmethod
     def load(cls, path: Path, precision: str, *, keep_on_device: bool) -> SpeechModel:
-        if path.is_file() and (path.parent / "config.json").is_file():
-            path = path.parent  # the weights inside a Hugging Face folder
+        # The weights inside a Hugging Face folder, by the names that they have there: another file's neighbor may be
+        # another model's config.json.
+        if path.name in FOLDER_NAMES and (path.parent / "config.json").is_file():
+            path = path.parent
         dtype = PRECISIONS[precision]
         if comfyui.device().type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # half precision convolutions are slow on CPUs, and no smaller in effect

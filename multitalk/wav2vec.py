@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ from torch import Tensor
 
 from ..wanvideo.checkpoints.files import CheckpointFile
 from ..wanvideo.checkpoints.quantized import Weights
-from ..wanvideo.checkpoints.state_dict import check_heads, fill_module, json_object, kind_of, layers_of, stated_config
+from ..wanvideo.checkpoints.reading import fitting, json_object, reading
+from ..wanvideo.checkpoints.shards import index_in
+from ..wanvideo.checkpoints.state_dict import check_heads, fill_module, kind_of, layers_of, size_of, stated_config
 from ..wanvideo.encoders.base import Encoder, check_tensors, check_unused, empty_transformer
 from ..wanvideo.errors import CheckpointError, InputError
 
-__all__ = ["SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config"]
+__all__ = ["FOLDER_NAMES", "SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config", "wav2vec2_files"]
 
 SAMPLE_RATE = 16_000
 """Hz. What wav2vec2 reads."""
+
+FOLDER_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""What the weights in a Hugging Face folder are called."""
 
 PIECE_FRAMES = 200
 """Rows of the convolutions' output (320 samples each) computed at once: 4 s."""
@@ -34,16 +39,23 @@ the same weights run through `scaled_dot_product_attention`, whose memory grows 
 
 _STRIDES: dict[tuple[int, ...], list[int]] = {(10, 3, 3, 3, 3, 2, 2): [5, 2, 2, 2, 2, 2, 2]}  # by kernel sizes
 
-# What a folder's config.json (or our metadata) may add to the shapes.
-_CONFIG_FIELDS = (
-    "num_attention_heads",
-    "conv_stride",
-    "feat_extract_norm",
-    "do_stable_layer_norm",
-    "layer_norm_eps",
-    "hidden_act",
-    "feat_extract_activation",
-)
+_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 2**31
+
+
+# What a folder's config.json (or our metadata) may add to the shapes -> whether a value is of that kind.
+_CONFIG_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "num_attention_heads": _is_count,
+    "conv_stride": lambda value: isinstance(value, (list, tuple)) and all(map(_is_count, value)),
+    "feat_extract_norm": lambda value: value in ("group", "layer"),
+    "do_stable_layer_norm": lambda value: isinstance(value, bool),
+    "layer_norm_eps": lambda value: type(value) in (int, float) and 0 < value < 1,
+    "hidden_act": lambda value: value in _ACTIVATIONS,
+    "feat_extract_activation": lambda value: value in _ACTIVATIONS,
+}
 
 
 def wav2vec2_config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str = "The file") -> dict[str, Any]:
@@ -53,36 +65,43 @@ def wav2vec2_config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what
     the convolutions (else those of every public wav2vec2), whether layer norms stand before or after (else as
     the public models with such a front end have it). Raises CheckpointError for other models.
     """
-    convs: list[Tensor] = []
-    while (weight := state.get(f"feature_extractor.conv_layers.{len(convs)}.conv.weight")) is not None:
-        convs.append(weight)
-    layers = layers_of(state, "encoder.layers.")
-    dense = "encoder.layers.0.feed_forward.intermediate_dense.weight"
-    positions = state.get("encoder.pos_conv_embed.conv.parametrizations.weight.original1")
-    if not convs or not layers or positions is None or dense not in state:
+    stem = "feature_extractor.conv_layers."
+    convs = [size_of(state, f"{stem}{n}.conv.weight", 3, what) for n in range(layers_of(state, stem, what))]
+    layers = layers_of(state, "encoder.layers.", what)
+    positions = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    if not convs or not layers or positions not in state:
         raise CheckpointError(f"{what} is {kind_of(state)}, not a whole wav2vec2 model.")
-    hidden = int(positions.shape[0])
-    kernels = [int(weight.shape[-1]) for weight in convs]
-    stable = "feature_extractor.conv_layers.1.layer_norm.weight" in state
+    hidden, group, span = size_of(state, positions, 3, what)
+    kernels = [shape[-1] for shape in convs]
+    stable = f"{stem}1.layer_norm.weight" in state
     config: dict[str, Any] = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 64,
-        "intermediate_size": int(state[dense].shape[0]),
-        "conv_dim": [int(weight.shape[0]) for weight in convs],
+        "intermediate_size": size_of(state, "encoder.layers.0.feed_forward.intermediate_dense.weight", 2, what)[0],
+        "conv_dim": [shape[0] for shape in convs],
         "conv_kernel": kernels,
         "conv_stride": _STRIDES.get(tuple(kernels)),
-        "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in state,
+        "conv_bias": f"{stem}0.conv.bias" in state,
         "feat_extract_norm": "layer" if stable else "group",
         "do_stable_layer_norm": stable,
-        "num_conv_pos_embeddings": int(positions.shape[2]),
-        "num_conv_pos_embedding_groups": hidden // int(positions.shape[1]),
+        "num_conv_pos_embeddings": span,
+        "num_conv_pos_embedding_groups": hidden // group,
     }
+    for name, fits in _CONFIG_FIELDS.items():
+        if name in fields and not fits(fields[name]):
+            raise CheckpointError(
+                f"{what} is configured with {name} = {str(fields[name])[:40]}, which is no value of that kind; "
+                "download its config.json again."
+            )
     config |= {name: fields[name] for name in _CONFIG_FIELDS if name in fields}
     if config["conv_stride"] is None:
         raise CheckpointError(f"{what} has convolutions of sizes {kernels} and no config.json stating their strides.")
-    heads = config["num_attention_heads"]
-    check_heads(hidden, heads, what)
+    if len(config["conv_stride"]) != len(kernels):
+        raise CheckpointError(
+            f"{what} has {len(kernels)} convolutions, but is configured with the strides {config['conv_stride'][:20]}."
+        )
+    check_heads(hidden, config["num_attention_heads"], what)
     # Masking is for training; without it there is no `masked_spec_embed` to look for.
     return config | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
 
@@ -114,7 +133,7 @@ class Wav2Vec2Features(Encoder):
         and False for a file; give True or False to override. Raises CheckpointError for what is no wav2vec2 model.
         """
         path = Path(path).expanduser()
-        weights_file, fields, stated = _stated(path)
+        weights_file, fields, stated = wav2vec2_files(path)
         with CheckpointFile(weights_file) as file:
             fields = {**fields, **stated_config(file.metadata, str(weights_file))}
             weights = _weights(file, f"The wav2vec2 model {path}")
@@ -124,7 +143,7 @@ class Wav2Vec2Features(Encoder):
     def inspect(path: str | Path) -> None:
         """Raise what `load` raises, without reading a weight."""
         path = Path(path).expanduser()
-        weights_file, fields, _ = _stated(path)
+        weights_file, fields, _ = wav2vec2_files(path)
         with CheckpointFile(weights_file) as file:
             fields = {**fields, **stated_config(file.metadata, str(weights_file))}
             _model_for(_weights(file, f"The wav2vec2 model {path}"), fields)
@@ -297,26 +316,12 @@ _UNUSED = r"masked_spec_embed|(quantizer|project_q|project_hid|lm_head|projector
 
 def _model_for(weights: Weights, fields: Mapping[str, Any]) -> Any:
     """transformers' model that the weights fill, on the meta device."""
-    tensors = _one_weight_norm(weights.blank())
-    model = _empty_model(wav2vec2_config(tensors, fields, weights.what), "eager")
+    with fitting(weights.what):
+        tensors = _one_weight_norm(weights.blank())
+        model = _empty_model(wav2vec2_config(tensors, fields, weights.what), "eager")
     check_tensors(model, tensors, weights.what)
     check_unused(tensors, model.state_dict(), _UNUSED, weights.what)
     return model
-
-
-def _stated(path: Path) -> tuple[Path, dict[str, Any], bool]:
-    """(file of the weights, its config.json, whether samples are normalized) of a folder; of a file nothing is stated.
-
-    Raises CheckpointError for a folder of another model.
-    """
-    if not path.is_dir():
-        return path, {}, False
-    fields = _json_of(path / "config.json")
-    kind = fields.get("model_type", "wav2vec2")
-    if kind != "wav2vec2":
-        raise CheckpointError(f"{path} holds a {kind} model, not wav2vec2.")
-    normalize = bool(_json_of(path / "preprocessor_config.json").get("do_normalize", False))
-    return _weights_in(path), fields, normalize
 
 
 def _empty_model(config: Mapping[str, Any], attention: str) -> Any:
@@ -338,18 +343,38 @@ def _one_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def wav2vec2_files(path: str | Path) -> tuple[Path, dict[str, Any], bool]:
+    """(weights, fields of config.json, whether recordings are normalized) of a Hugging Face folder, or of one file.
+
+    Raises CheckpointError for a folder without weights or of another model.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path, {}, False
+    fields = json_object(path / "config.json")
+    kind = fields.get("model_type", "wav2vec2")
+    if kind != "wav2vec2":
+        raise CheckpointError(f"{path} holds a {str(kind)[:40]} model, not wav2vec2.")
+    normalize = json_object(path / "preprocessor_config.json").get("do_normalize", False)
+    if not isinstance(normalize, bool):
+        raise CheckpointError(
+            f"{path / 'preprocessor_config.json'} states do_normalize = {str(normalize)[:40]}, which is neither true "
+            "nor false; download it again."
+        )
+    return _weights_in(path), fields, normalize
+
+
 def _weights_in(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in FOLDER_NAMES:
         if (folder / name).is_file():
             return folder / name
-    candidates = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    index = index_in(folder)
+    if index is not None:
+        return index
+    with reading(folder):
+        candidates = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     if len(candidates) != 1:
         raise CheckpointError(
             f"{folder} holds no model.safetensors or pytorch_model.bin; give the wav2vec2 folder or file."
         )
     return candidates[0]
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; {} where there is no such file."""
-    return json_object(path.read_bytes(), str(path)) if path.is_file() else {}

@@ -104,11 +104,11 @@ def check_numbers(**values: Any) -> None:
 
 
 def check_window(frames: int, width: int, height: int) -> None:
-    """Raise InputError for a window that no GPU holds."""
+    """Raise InputError for a window of more than `MAX_WINDOW_PIXELS`."""
     if frames * width * height > MAX_WINDOW_PIXELS:
         raise InputError(
-            f"A window of {frames} frames of {width} x {height} pixels is too large for any GPU: choose a smaller size, or "
-            "fewer frames per window."
+            f"A window of {frames} frames of {width} x {height} pixels is too large: choose a smaller size, or fewer "
+            "frames per window."
         )
 
 

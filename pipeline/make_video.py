@@ -25,7 +25,7 @@ from ..media.images import load_image
 from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
 from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
-from ..multitalk.wav2vec import Wav2Vec2Features
+from ..multitalk.wav2vec import Wav2Vec2Features, wav2vec2_files
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
 from ..wanvideo.checkpoints.state_dict import kind_of
@@ -309,9 +309,8 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
         ("CLIP vision model", files.clip_vision, "a CLIP vision model"),
         ("wav2vec2 model", files.wav2vec, "a wav2vec2 model"),
     ):
-        path = Path(path).expanduser()
-        if path.is_dir() and option == "wav2vec2 model":
-            continue
+        if option == "wav2vec2 model":
+            path, _, _ = wav2vec2_files(path)  # maybe of a folder
         with CheckpointFile(path) as file:
             found = kind_of(file.names)
         # What is of no known kind is left to the loader, which says what it lacks.

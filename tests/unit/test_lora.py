@@ -14,10 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from support.corruptions import JSONS, VALUES
 from torch import Tensor, nn
 from wanvideo_infinitetalk.fp8_optimization import convert_fp8_linear, quantize_linears, quantize_weight_fp8
-from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, remove_loras
-from wanvideo_infinitetalk.wanvideo.errors import CheckpointError
+from wanvideo_infinitetalk.wanvideo.checkpoints.lora import (
+    LoraSpec,
+    active_loras,
+    apply_loras,
+    inspect_loras,
+    remove_loras,
+)
+from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear, GGUFTensor
 from wanvideo_infinitetalk.wanvideo.modules.model import WanConfig, WanModel
@@ -236,7 +243,8 @@ def test_alpha_rules_of_the_trainers_configuration(tmp_path, source):
             (tmp_path / "adapter_config.json").write_text(json.dumps(stated))
         model = make_model()
         expected = expected_weights(model, pairs, factor)
-        apply_loras(model, [LoraSpec(write(tmp_path / "l.safetensors", pairs, "peft", metadata=metadata))])
+        path = tmp_path / ("l.safetensors" if source == "header" else "adapter_model.safetensors")
+        apply_loras(model, [LoraSpec(write(path, pairs, "peft", metadata=metadata))])
         for layer, weight in expected.items():
             assert relative_l2(linear_of(model, layer).weight, weight) < 1e-6, (stated, layer)
 
@@ -431,6 +439,144 @@ def test_another_models_shapes_leave_the_model_as_it_was(tmp_path, merge):
         assert torch.equal(model.state_dict()[name], tensor), name
     x = torch.randn(2, CONFIG.dim)
     assert torch.equal(linear_of(model, LAYERS[0])(x), linear_of(plain, LAYERS[0])(x))
+
+
+# -------------------------------------------------------------------------------------- files that lie about themselves
+
+
+def rejected(path: Path, words: str) -> None:
+    """The file is rejected in one sentence, and the model is as it was."""
+    model, plain = make_model(), make_model()
+    with pytest.raises(CheckpointError, match=words):
+        inspect_loras(CONFIG, [LoraSpec(path)])
+    for merge in (True, False):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            apply_loras(model, [LoraSpec(path, merge=merge)])
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+    assert not active_loras(model)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("style", ["comfyui", "peft named", "kohya"])
+def test_the_bias_of_the_second_matrix_is_applied(tmp_path, style, merge):
+    """peft's lora_bias: factor * (B (A x) + bias)."""
+    model, pairs = make_model(), make_pairs()
+    layer, bias = LAYERS[0], torch.randn(CONFIG.dim)
+    expected = linear_of(model, layer).bias + 0.5 * 2.0 / RANK * bias
+    name = STYLES[style](layer)[1].removesuffix(".weight") + ".bias"
+    path = write(tmp_path / "l.safetensors", pairs, style, alpha=2.0, more={name: bias})
+    apply_loras(model, [LoraSpec(path, 0.5, merge)])
+    assert relative_l2(linear_of(model, layer).bias, expected) < 1e-6
+    remove_loras(model)
+
+
+def test_biases_that_have_no_place(tmp_path):
+    pairs = make_pairs()
+    down, up = STYLES["comfyui"](LAYERS[0])
+    for name, size in ((down, RANK), (up, 3)):
+        more = {name.replace(".weight", ".bias"): torch.ones(size)}
+        rejected(write(tmp_path / "l.safetensors", pairs, more=more), "bias|was made for another model")
+    more = {down.replace("weight", "default.weight"): torch.ones(RANK, CONFIG.dim)}
+    rejected(write(tmp_path / "l.safetensors", pairs, more=more), "which change one layer twice")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["down", "up", "diff", "bias", "alpha"])
+def test_values_that_are_not_finite(tmp_path, part, value):
+    pairs, more = make_pairs(), {}
+    stem = f"diffusion_model.{LAYERS[1]}"
+    if part in ("down", "up"):
+        pairs[LAYERS[1]][part == "up"][1, 1] = value
+    else:
+        name = {"diff": "diff_b", "bias": "lora_B.bias", "alpha": "alpha"}[part]
+        more[f"{stem}.{name}"] = torch.full((1,) if part == "alpha" else (CONFIG.dim,), value)
+    rejected(
+        write(tmp_path / "l.safetensors", pairs, more=more),
+        rf"l\.safetensors .*{LAYERS[1]}".replace(".self", r"\.self"),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,), (1, 2), (RANK, RANK)])
+def test_an_alpha_of_another_shape(tmp_path, shape):
+    more = {f"diffusion_model.{LAYERS[0]}.alpha": torch.ones(shape)}
+    rejected(write(tmp_path / "l.safetensors", make_pairs(), more=more), "not one finite number")
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "words"),
+    [
+        ((RANK, 64), (64, RANK + 1), r"two ranks for blocks\.0\.self_attn\.q\.weight, \[4, 64\] and \[64, 5\]"),
+        ((64,), (64, RANK), "no matrix"),
+        ((), (64, RANK), "no matrix"),
+        ((RANK, 0), (64, RANK), "no matrix"),
+        ((0, 64), (64, 0), "no matrix"),
+        ((64, RANK), (RANK, 64), "two ranks|another model"),
+        ((RANK, 32, 2), (64, RANK), r"by \[64, 32, 2\], which is \[64, 64\] here"),
+        ((RANK, 2, 32), (64, RANK, 2), "two ranks"),
+    ],
+)
+def test_matrices_of_other_shapes(tmp_path, down, up, words):
+    path = write(tmp_path / "l.safetensors", {LAYERS[0]: (torch.ones(down), torch.ones(up))})
+    rejected(path, words)
+
+
+def test_integers_are_no_change(tmp_path):
+    down, up = make_pairs()[LAYERS[0]]
+    rejected(write(tmp_path / "l.safetensors", {LAYERS[0]: (down.to(torch.int8), up)}), "floating-point")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("blocks.0.ffn.0.diff", (64, 96)), ("blocks.0.ffn.0.diff", (96 * 64,)), ("head.diff_m", (2, 64, 1))],
+)
+def test_whole_differences_have_exactly_the_shape(tmp_path, name, shape):
+    save_file({f"diffusion_model.{name}": torch.ones(shape)}, tmp_path / "l.safetensors")
+    if "diff_m" in name:
+        apply_loras(make_model(), [LoraSpec(tmp_path / "l.safetensors")])  # [1, 2, 64] here: the same up to ones
+    else:
+        rejected(tmp_path / "l.safetensors", r"which is \[96, 64\] here")
+
+
+def test_a_neighbors_configuration_is_not_this_files(tmp_path):
+    """ComfyUI's folder of LoRAs is shared: adapter_config.json there belongs to adapter_model.safetensors alone."""
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
+    model, pairs = make_model(), make_pairs()
+    expected = expected_weights(model, pairs)
+    apply_loras(model, [LoraSpec(write(tmp_path / "style.safetensors", pairs))])
+    assert all(relative_l2(linear_of(model, layer).weight, weight) < 1e-6 for layer, weight in expected.items())
+
+
+@pytest.mark.parametrize("text", JSONS)
+def test_a_configuration_that_is_no_object(tmp_path, text):
+    content = JSONS[text]
+    (tmp_path / "adapter_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    rejected(write(tmp_path / "adapter_model.safetensors", make_pairs()), "adapter_config")
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("field", ["lora_alpha", "use_rslora", "alpha_pattern"])
+def test_a_configuration_of_wrong_values(tmp_path, field, value):
+    metadata = {
+        "lora_adapter_metadata": json.dumps({field: {"self_attn.q": value} if field == "alpha_pattern" else value})
+    }
+    path = write(tmp_path / "l.safetensors", make_pairs(), metadata=metadata)
+    right = {"use_rslora": (None, True, "", [], {}, 0)}.get(field, (None, 0, -1, 1.5))
+    if any(value is r or (type(value) is type(r) and value == r) for r in right):
+        apply_loras(make_model(), [LoraSpec(path)])
+    else:
+        rejected(path, f"l.safetensors states .*{field}")
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
+def test_a_strength_is_finite(strength):
+    with pytest.raises(InputError, match="finite"):
+        LoraSpec("l.safetensors", strength)
+
+
+def test_another_kind_of_file_is_named(tmp_path, tiny_set):
+    for path, kind in ((tiny_set.vae, "a Wan2.1 VAE"), (tiny_set.text_encoder, "a T5 text encoder")):
+        rejected(path, f"{path.name} is {kind}, not a LoRA")
 
 
 @pytest.mark.parametrize(

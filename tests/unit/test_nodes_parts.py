@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import make_workflows, tiny_comfy
 from support.comfy_host import Host, NodeError, hosted
-from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
+from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 
 TINY = make_workflows.TINY
 
@@ -39,6 +42,34 @@ def sound(seconds: float = 1.0, rate: int = 22_050, channels: int = 2) -> dict[s
 def wav2vec(host: Host) -> Any:
     loader = {"model": TINY["wav2vec"], "base_precision": "fp16", "load_device": "offload_device"}
     return run(host, "Wav2VecModelLoader", **loader)[0]
+
+
+def test_a_neighbors_configuration_is_not_this_files(host: Host, tmp_path, tiny_set) -> None:
+    """ComfyUI's folders are shared: config.json there belongs to the file with the name of a folder's weights."""
+    from wanvideo_infinitetalk.comfy_nodes.models import SpeechModel
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for file in (tiny_set.wav2vec_file, tiny_set.wav2vec / "model.safetensors"):
+        shutil.copy(file, tmp_path)
+    SpeechModel.load(tmp_path / tiny_set.wav2vec_file.name, "fp32", keep_on_device=False)
+    with pytest.raises(CheckpointError, match="holds a bert model"):
+        SpeechModel.load(tmp_path / "model.safetensors", "fp32", keep_on_device=False)
+
+
+def test_a_wrong_lora_is_rejected_before_the_weights_are_read(host: Host, tmp_path, tiny_set, monkeypatch) -> None:
+    from wanvideo_infinitetalk.comfy_nodes import models
+
+    monkeypatch.setattr(models, "load_dit", lambda *args, **kwargs: pytest.fail("read"))
+    save_file({"blocks.0.self_attn.q.diff": torch.ones(3)}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors was made for another model"):
+        models.VideoModel.load(
+            tiny_set.model,
+            adapter=None,
+            precision="fp32",
+            quantization="disabled",
+            attention_mode="sdpa",
+            loras=(LoraSpec(tmp_path / "lora.safetensors"),),
+        )
 
 
 def embed(host: Host, wav2vec: Any, *recordings: dict[str, Any], **changes: Any) -> tuple[Any, Any, int]:
@@ -196,6 +227,46 @@ def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
 
 
 # --- images
+
+
+DAMAGED_FEATURES: dict[str, Any] = {
+    "another name": {"x": torch.ones(2, 4)},
+    "no rows": {"features": torch.ones(0, 4)},
+    "one axis": {"features": torch.ones(4)},
+    "whole numbers": {"features": torch.ones(2, 4, dtype=torch.int64)},
+    "NaN": {"features": torch.full((2, 4), torch.nan)},
+    "cut": b"short",
+    "empty": b"",
+    "folder": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_FEATURES)
+@pytest.mark.parametrize("identity", ["encoder", None])
+def test_a_damaged_prompt_cache_heals(host: Host, tmp_path, caplog, identity: str | None, damage: str) -> None:
+    from wanvideo_infinitetalk.comfy_nodes.models import _cached
+
+    made = []
+
+    def encode(prompt: str) -> torch.Tensor:
+        made.append(prompt)
+        return torch.full((3, 4), float(len(made)))
+
+    first = _cached("a \ud800 prompt", "encoder", tmp_path, encode)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = DAMAGED_FEATURES[damage]
+    file.unlink()
+    if content is None:
+        file.mkdir()
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        save_file(content, file)
+    assert torch.equal(_cached("a \ud800 prompt", identity, tmp_path, encode), first + 1)
+    assert "is made again" in caplog.text
+    if identity is not None and damage != "folder":
+        assert torch.equal(_cached("a \ud800 prompt", identity, tmp_path, encode), first + 1)
+        assert len(made) == 2
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from support.corruptions import JSONS, VALUES
 from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError
 from wanvideo_infinitetalk.wanvideo.kernels import selftest
@@ -123,12 +124,43 @@ def test_backends_without_a_package_need_no_self_test(monkeypatch):
     assert unavailable_reasons("emulated_nvfp4", CPU) == ()
 
 
-def test_a_damaged_cache_is_tested_again(backend):
-    name = backend("pass")
-    selftest.cache_file().parent.mkdir(parents=True)
-    selftest.cache_file().write_text("{not json")
-    assert unavailable_reasons(name, CPU) == ()
-    assert json.loads(selftest.cache_file().read_text())
+@pytest.mark.parametrize("text", JSONS)
+def test_a_damaged_cache_is_written_anew(monkeypatch, tmp_path, caplog, text):
+    monkeypatch.setenv("INFINITETALK_CACHE", str(tmp_path))
+    content = JSONS[text]
+    selftest.cache_file().write_bytes(content if isinstance(content, bytes) else content.encode())
+    tested = []
+
+    def test() -> selftest.Verdict:
+        tested.append(1)
+        return selftest.Verdict("x", True)
+
+    for _ in range(2):
+        assert selftest.kept_verdict("x", None, CPU, test).ok
+    assert len(tested) == 1
+    assert len(json.loads(selftest.cache_file().read_text())) >= 1
+    assert text == "large number" or "testing again" in caplog.text
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("field", [None, "backend", "ok", "reason", "cosine", "cases", "more"])
+def test_a_damaged_verdict_is_made_anew(monkeypatch, tmp_path, field, value, caplog):
+    monkeypatch.setenv("INFINITETALK_CACHE", str(tmp_path))
+    good = selftest.Verdict("x", True, "", 0.5, 3)
+    selftest.kept_verdict("x", None, CPU, lambda: good)
+    stored = json.loads(selftest.cache_file().read_text())
+    (key,) = stored
+    stored[key] = value if field is None else {**stored[key], field: value}
+    selftest.cache_file().write_text(json.dumps(stored))
+    again = selftest.kept_verdict("x", None, CPU, lambda: good)
+    kept = type(value) is {"ok": bool, "backend": str, "reason": str, "cases": int}.get(str(field))
+    kept |= field == "cosine" and type(value) in (int, float, type(None))
+    if kept:
+        assert json.loads(selftest.cache_file().read_text()) == json.loads(json.dumps(stored))
+    else:
+        assert again == good
+        assert "is damaged: testing again" in caplog.text
+        assert json.loads(selftest.cache_file().read_text())[key]["cases"] == 3
 
 
 def test_the_verdict_depends_on_versions(monkeypatch):

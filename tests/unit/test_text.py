@@ -10,6 +10,7 @@ import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import save_file
+from support.corruptions import write_llama_t5, write_parts
 from support.goldens import relative_error
 from support.parts import hugging_face_t5_names, hugging_face_to_official_t5, transformers_t5
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
@@ -285,6 +286,47 @@ def test_scaled_fp8(tmp_path, state, encoder, spiece, dtype, scale_name, per_row
     assert relative_error(loaded.encode(PROMPTS)[2], expected.encode(PROMPTS)[2]) <= 1e-6
 
 
+@pytest.mark.parametrize("carries_vocabulary", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gguf_of_llama_cpp(tmp_path, state, encoder, spiece, dtype, carries_vocabulary):
+    """The weights are the dequantized ones, rounded once, and the header's vocabulary gives SentencePiece's tokens."""
+    path = tmp_path / "umt5-xxl-encoder-Q8_0.gguf"
+    meant = write_llama_t5(path, state, spiece if carries_vocabulary else None)
+    if not carries_vocabulary:
+        with pytest.raises(CheckpointError, match="carries no tokenizer and none lies next to it"):
+            TextEncoder.load(path)
+        (tmp_path / "spiece.model").write_bytes(spiece)
+    loaded = TextEncoder.load(path, dtype=dtype)
+    expected = TextEncoder.from_state_dict(meant, encoder.tokenizer, dtype=dtype)
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.model.state_dict().items())
+    assert not torch.equal(meant["shared.weight"], state["shared.weight"])
+    words = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    for text in ("a woman is talking", "ﬁne  x, 世界 ½ Ａ", "", "  lead", "wo\u0308man", "</s> <pad>"):
+        assert loaded.tokenizer(text) == [*words.encode(text), words.eos_id()], text
+    assert torch.equal(loaded.encode(PROMPTS)[0], expected.encode(PROMPTS)[0])
+
+
+def test_parts_in_a_folder_with_its_tokenizer(tmp_path, state, encoder, spiece):
+    """As google/umt5-xxl is published."""
+    index = write_parts(tmp_path / "umt5", state, {})
+    (tmp_path / "umt5" / "spiece.model").write_bytes(spiece)
+    for path in (index, index.parent):
+        loaded = TextEncoder.load(path, dtype=torch.float32)
+        assert torch.equal(loaded.encode(PROMPTS)[0], encoder.encode(PROMPTS)[0])
+
+
+@pytest.mark.parametrize("length", [3, 39, 41])
+def test_a_gguf_vocabulary_whose_parts_do_not_fit(tmp_path, state, spiece, length, monkeypatch):
+    import gguf
+
+    add = gguf.GGUFWriter.add_token_scores
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_scores", lambda self, scores: add(self, [0.0] * length))
+    write_llama_t5(tmp_path / "t5.gguf", state, spiece)
+    with pytest.raises(CheckpointError, match=r"t5\.gguf"):
+        TextEncoder.load(tmp_path / "t5.gguf")
+
+
 def test_plain_fp8(state, encoder):
     stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
     loaded = TextEncoder.from_state_dict(stored, encoder.tokenizer)
@@ -312,7 +354,7 @@ def test_models_that_are_refused(tmp_path, state, spiece):
         TextEncoder.from_state_dict(t5)
     with pytest.raises(CheckpointError, match="lacks 1 of"):
         TextEncoder.from_state_dict({k: v for k, v in state.items() if "block.1.layer.1.layer_norm" not in k})
-    with pytest.raises(CheckpointError, match="no whole UMT5"):
+    with pytest.raises(CheckpointError, match=r"lacks embed_tokens\.weight"):
         TextEncoder.from_state_dict({k: v for k, v in state.items() if "shared" not in k})
     packed = {k: v.to(torch.uint8) if k.endswith("wi_0.weight") else v for k, v in state.items()}
     with pytest.raises(CheckpointError, match="uint8"):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,21 @@ from ..modules.attention import AttentionMode
 from ..modules.model import AudioConfig, HuMoConfig, WanConfig, WanModel
 from .files import CheckpointFile, Progress, Stored
 from .quantized import StoredWeight, Weights
-from .state_dict import bare_names, check_complete, check_heads, check_shape, kind_of, renamed, stated_config
+from .reading import fitting
+from .state_dict import (
+    DIT_KIND,
+    bare_names,
+    check_complete,
+    check_heads,
+    check_shape,
+    diffusers_name,
+    kind_of,
+    layers_of,
+    renamed,
+    size_of,
+    stated_config,
+    stated_number,
+)
 
 __all__ = [
     "DitFiles",
@@ -69,15 +85,38 @@ KEPT = {"float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2", "nvfp4": "fp4"
 
 
 def public_names(names: Iterable[str], anchor: str) -> dict[str, str]:
-    """As `bare_names`; `multitalk_audio_proj.` is another name of `audio_proj.`."""
-    return {
-        renamed(bare, {"multitalk_audio_proj.": "audio_proj."}): stored
-        for bare, stored in bare_names(names, anchor).items()
+    """As `bare_names`; `multitalk_audio_proj.` is another name of `audio_proj.`, and diffusers' names become public."""
+    bare = bare_names(names, anchor)
+    table = _public_layers(bare) if any(name.startswith("condition_embedder.") for name in bare) else {}
+    return {_public_name(name, table): stored for name, stored in bare.items()}
+
+
+def _public_name(bare: str, table: Mapping[str, str]) -> str:
+    if bare in table:  # a modulation: a parameter of its own
+        return table[bare]
+    layer, dot, last = bare.rpartition(".")
+    return renamed(table.get(layer, layer) + dot + last, {"multitalk_audio_proj.": "audio_proj."})
+
+
+def _public_layers(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' name -> public name, of every layer (and modulation) of a DiT with the blocks that `names` have."""
+    with torch.device("meta"):
+        model = WanModel(WanConfig(model_type="i2v", in_dim=36, dim=HEAD_DIM, ffn_dim=8, num_heads=1, num_layers=1))
+    layers = {name if name.endswith("modulation") else name.rpartition(".")[0] for name in model.state_dict()}
+    blocks = layers_of(names, "blocks.")
+    every = {
+        layer.replace("blocks.0.", f"blocks.{number}.", 1)
+        for layer in layers
+        for number in range(blocks if layer.startswith("blocks.") else 1)
     }
+    return {diffusers_name(layer): layer for layer in every}
 
 
 def dit_config(
-    state_dict: Mapping[str, Shaped], metadata: Mapping[str, str] | None = None, what: str = "The file"
+    state_dict: Mapping[str, Shaped],
+    metadata: Mapping[str, str] | None = None,
+    what: str = "The file",
+    audio_what: str | None = None,
 ) -> WanConfig:
     """The configuration of a DiT from the shapes of its tensors (bare public names; the meta device will do).
 
@@ -85,43 +124,43 @@ def dit_config(
         state_dict: of a T2V or I2V model, with or without the layers of an InfiniteTalk adapter or of HuMo.
         metadata: of the safetensors file; its "config" may state `num_heads`, `text_len` and `audio_blocks`.
         what: names the file in errors.
+        audio_what: names the file that the audio layers come from, where that is another.
 
     Raises:
         CheckpointError: the tensors are those of another model, or do not fit each other.
     """
-    stated = _stated(metadata or {}, what)
+    stated = stated_config(metadata or {}, what)
     _check_model(state_dict, what)
-    dim, in_dim = (int(n) for n in state_dict[DIT_ANCHOR].shape[:2])
+
+    def shape(name: str, rank: int = 2) -> tuple[int, ...]:
+        return size_of(state_dict, name, rank, what)
+
+    dim, in_dim, *kernel = shape(DIT_ANCHOR, 5)
     humo = HUMO_ANCHOR in state_dict
     image = "img_emb.proj.1.weight" in state_dict
     _check_sizes(dim, in_dim, image, humo, what)
-    heads = stated.get("num_heads", dim // HEAD_DIM)
+    heads = stated_number(stated, "num_heads", dim // HEAD_DIM, what)
     check_heads(dim, heads, what)
-    patch = tuple(int(n) for n in state_dict[DIT_ANCHOR].shape[2:])
-    try:
-        return WanConfig(
+    with fitting(what):
+        config = WanConfig(
             model_type="i2v" if image else "t2v",
-            patch_size=(patch[0], patch[1], patch[2]),
-            text_len=stated.get("text_len", 512),
+            patch_size=(kernel[0], kernel[1], kernel[2]),
+            text_len=stated_number(stated, "text_len", 512, what),
             in_dim=in_dim,
             dim=dim,
-            ffn_dim=int(state_dict["blocks.0.ffn.0.weight"].shape[0]),
-            freq_dim=int(state_dict["time_embedding.0.weight"].shape[1]),
-            text_dim=int(state_dict["text_embedding.0.weight"].shape[1]),
-            out_dim=int(state_dict["head.head.weight"].shape[0]) // (patch[0] * patch[1] * patch[2]),
+            ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+            freq_dim=shape("time_embedding.0.weight")[1],
+            text_dim=shape("text_embedding.0.weight")[1],
+            out_dim=shape("head.head.weight")[0] // math.prod(kernel),
             num_heads=heads,
-            num_layers=_num_blocks(state_dict),
-            audio=None if humo else _audio_config(state_dict, stated, what),
-            humo=_humo_config(state_dict) if humo else None,
-            clip_dim=int(state_dict["img_emb.proj.1.weight"].shape[1]) if image else WanConfig.clip_dim,
+            num_layers=layers_of(state_dict, "blocks.", what),
+            humo=_humo_config(state_dict, what) if humo else None,
+            clip_dim=shape("img_emb.proj.1.weight")[1] if image else WanConfig.clip_dim,
         )
-    except KeyError as error:
-        raise CheckpointError(f"{what} lacks {error.args[0]}; it is incomplete or another model.") from error
-
-
-def _stated(metadata: Mapping[str, str], what: str) -> dict[str, int]:
-    """The whole numbers under "config" in the metadata: what the shapes do not say."""
-    return {name: value for name, value in stated_config(metadata, what).items() if isinstance(value, int)}
+    if humo:
+        return config
+    with fitting(audio_what or what):
+        return replace(config, audio=_audio_config(state_dict, stated, audio_what or what))
 
 
 def _check_model(names: Iterable[str], what: str) -> None:
@@ -129,9 +168,15 @@ def _check_model(names: Iterable[str], what: str) -> None:
     for mark, kind in OTHER_MODELS:
         if any(mark in name for name in names):
             raise CheckpointError(f"{what} is {kind}, which is not supported; InfiniteTalk needs Wan2.1 I2V 14B.")
-    if DIT_ANCHOR not in names or "blocks.0.self_attn.q.weight" not in names:
+    kind = kind_of(names)
+    if DIT_ANCHOR not in names or kind != DIT_KIND:
         raise CheckpointError(
-            f"{what} is {kind_of(names)}, not a Wan2.1 diffusion transformer; InfiniteTalk needs Wan2.1 I2V 14B."
+            f"{what} is {kind}, not a Wan2.1 diffusion transformer; InfiniteTalk needs Wan2.1 I2V 14B."
+        )
+    if "blocks.0.self_attn.q.weight" not in names:
+        raise CheckpointError(
+            f"{what} is a diffusion transformer without blocks.0.self_attn.q.weight: it is incomplete or no Wan2.1; "
+            "InfiniteTalk needs Wan2.1 I2V 14B."
         )
 
 
@@ -151,31 +196,27 @@ def _check_sizes(dim: int, in_dim: int, image: bool, humo: bool, what: str) -> N
         raise CheckpointError(f"{what} is {kind}; it is not supported, InfiniteTalk needs Wan2.1 I2V 14B.")
 
 
-def _num_blocks(names: Iterable[str]) -> int:
-    return 1 + max(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
-
-
-def _audio_config(state: Mapping[str, Shaped], stated: Mapping[str, int], what: str) -> AudioConfig | None:
+def _audio_config(state: Mapping[str, Shaped], stated: Mapping[str, Any], what: str) -> AudioConfig | None:
     """Of the InfiniteTalk layers, None where the file has none.
 
     proj1 reads `window` rows per first frame and proj1_vf `window + vae_scale - 1` rows per later latent frame.
     """
-    if "audio_proj.proj1.weight" not in state:
+    if not any(name.startswith("audio_proj.proj1.") for name in state):
         return None
     vae_scale = 4
-    hidden, first = (int(n) for n in state["audio_proj.proj1.weight"].shape)
-    later = int(state["audio_proj.proj1_vf.weight"].shape[1])
+    hidden, first = size_of(state, "audio_proj.proj1.weight", 2, what)
+    later = size_of(state, "audio_proj.proj1_vf.weight", 2, what)[1]
     features = (later - first) // (vae_scale - 1)
-    output_dim = int(state["blocks.0.audio_cross_attn.kv_linear.weight"].shape[1])
+    output_dim = size_of(state, "blocks.0.audio_cross_attn.kv_linear.weight", 2, what)[1]
     # All public ones read the twelve layers of wav2vec2-base.
-    blocks = stated.get("audio_blocks", 12 if features % 12 == 0 else 1)
+    blocks = stated_number(stated, "audio_blocks", 12 if features % 12 == 0 else 1, what)
     if features < 1 or first % features or features % blocks:
         raise CheckpointError(f"{what} has an audio projection of {first} and {later} inputs, which fit no window.")
     return AudioConfig(
         audio_window=first // features,
         intermediate_dim=hidden,
         output_dim=output_dim,
-        context_tokens=int(state["audio_proj.proj3.weight"].shape[0]) // output_dim,
+        context_tokens=size_of(state, "audio_proj.proj3.weight", 2, what)[0] // output_dim,
         vae_scale=vae_scale,
         norm_output_audio="audio_proj.norm.weight" in state,
         blocks=blocks,
@@ -183,18 +224,18 @@ def _audio_config(state: Mapping[str, Shaped], stated: Mapping[str, int], what: 
     )
 
 
-def _humo_config(state: Mapping[str, Shaped]) -> HuMoConfig:
+def _humo_config(state: Mapping[str, Shaped], what: str) -> HuMoConfig:
     """Of HuMo's layers: eight rows per latent frame, of the five groups of whisper layers that all public ones read."""
     seq_len, blocks = HuMoConfig.seq_len, HuMoConfig.blocks
-    hidden, features = (int(n) for n in state[HUMO_ANCHOR].shape)
-    output_dim = int(state["audio_proj.audio_proj_glob_norm.layer.weight"].shape[0])
+    hidden, features = size_of(state, HUMO_ANCHOR, 2, what)
+    (output_dim,) = size_of(state, "audio_proj.audio_proj_glob_norm.layer.weight", 1, what)
     return HuMoConfig(
         seq_len=seq_len,
         blocks=blocks,
         channels=features // (seq_len * blocks),
         intermediate_dim=hidden,
         output_dim=output_dim,
-        context_tokens=int(state["audio_proj.audio_proj_glob_3.layer.weight"].shape[0]) // output_dim,
+        context_tokens=size_of(state, "audio_proj.audio_proj_glob_3.layer.weight", 2, what)[0] // output_dim,
     )
 
 
@@ -204,8 +245,8 @@ def _humo_config(state: Mapping[str, Shaped]) -> HuMoConfig:
 class DitFiles:
     """The one or two files of a model, opened: their tensors under public names, and what they make together.
 
-    Raises CheckpointError where a file is of another kind, or the adapter was made for another model. No weight is read
-    before `read`.
+    Raises CheckpointError where a file is of another kind, lacks tensors or has some of another shape, or the adapter
+    was made for another model; the sentence names the file at fault. No weight is read before `read`.
     """
 
     def __init__(self, path: str | Path, adapter: str | Path | None = None) -> None:
@@ -213,7 +254,7 @@ class DitFiles:
         self._where: dict[str, tuple[CheckpointFile, Weights]] = {}  # public name -> file, its weights
         try:
             base = self._stack.enter_context(CheckpointFile(path))
-            self.what = f"The model {base.path.name}"
+            self.what = self.audio_what = f"The model {base.path.name}"
             if public_names(base.names, ADAPTER_ANCHOR) and not public_names(base.names, DIT_ANCHOR):
                 raise CheckpointError(
                     f"{self.what} is an InfiniteTalk adapter, not the model itself; give it as the adapter, and "
@@ -222,10 +263,10 @@ class DitFiles:
             names = public_names(base.names, DIT_ANCHOR) or {name: name for name in base.names}
             _check_model(names, self.what)
             self._add(base, names, self.what)
-            metadata = dict(base.metadata)
+            # By itself first, so that what is wrong with one file is not said of the other.
+            self.config = dit_config(self.shapes, base.metadata, self.what)
             if adapter is not None:
-                metadata = _joined(metadata, self._add_adapter(Path(adapter)), self.what)
-            self.config = dit_config(self.shapes, metadata, self.what)
+                self._add_adapter(base, Path(adapter))
         except BaseException:
             self.close()
             raise
@@ -244,6 +285,12 @@ class DitFiles:
         file, weights = self._where[name]
         return file.mapped(weights.stored[name].name)
 
+    def what_of(self, name: str) -> str:
+        """The file that holds the tensor `name`, or should, in words for errors."""
+        if name in self._where:
+            return self._where[name][1].what
+        return self.audio_what if _is_audio(name) else self.what
+
     def close(self) -> None:
         self._stack.close()
 
@@ -257,39 +304,47 @@ class DitFiles:
         weights = Weights(file.shapes, file.read, file.metadata, what=what, names=names)
         self._where.update(dict.fromkeys(weights, (file, weights)))
 
-    def _add_adapter(self, path: Path) -> dict[str, str]:
-        """Put the adapter's layers in (over those of a merged file) and return the file's metadata."""
+    def _add_adapter(self, base: CheckpointFile, path: Path) -> None:
+        """Put the adapter's layers in (over those of a merged file)."""
         file = self._stack.enter_context(CheckpointFile(path))
+        what = f"The adapter {file.path.name}"
         names = public_names(file.names, ADAPTER_ANCHOR)
-        what = f"The adapter {path.name}"
-        _check_adapter(what, names, file, self.what, self.shapes)
+        _check_adapter(what, names, file, self.what, self.config)
+        for name in [name for name in self._where if _is_audio(name)]:  # all of a merged file's
+            del self._where[name]
         self._add(file, names, what)
-        return file.metadata
+        self.audio_what = what
+        metadata = _joined(base.metadata, file.metadata, what)
+        self.config = dit_config(self.shapes, metadata, self.what, what)
 
 
-def _joined(base: dict[str, str], adapter: dict[str, str], what: str) -> dict[str, str]:
-    """Metadata of both files, where the adapter's "config" comes on top."""
-    return {**base, "config": json.dumps({**_stated(base, what), **_stated(adapter, what)})}
+def _is_audio(name: str) -> bool:
+    """Whether a tensor is one of the InfiniteTalk layers."""
+    return name.startswith("audio_proj.") or ".audio_cross_attn." in name or ".norm_x." in name
 
 
-def _check_adapter(
-    what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: Mapping[str, Shaped]
-) -> None:
-    if not names or "audio_proj.proj1.weight" not in names:
+def _joined(base: Mapping[str, str], adapter: Mapping[str, str], what: str) -> dict[str, str]:
+    """Metadata of both files, where the "config" of the adapter (`what`) comes on top."""
+    return {**base, "config": json.dumps({**stated_config(base, ""), **stated_config(adapter, what)})}
+
+
+def _check_adapter(what: str, names: Mapping[str, str], file: CheckpointFile, base_what: str, base: WanConfig) -> None:
+    if not any(name.startswith("audio_proj.proj1.") for name in names):
         raise CheckpointError(
             f"{what} is {kind_of(file.names)}, not an InfiniteTalk or MultiTalk adapter (it has no audio_cross_attn)."
+            if not names
+            else f"{what} is an InfiniteTalk adapter without audio_proj.proj1: it is incomplete."
         )
     if DIT_ANCHOR in names:
         raise CheckpointError(f"{what} is a whole model with audio layers; give it as the model, without an adapter.")
-    if DIT_ANCHOR not in base:
-        return  # what the base is then is said elsewhere
-    width = int(file.shapes[names["blocks.0.norm_x.weight"]].shape[0]) if "blocks.0.norm_x.weight" in names else 0
-    sizes = (width, _num_blocks(names))
-    base_sizes = (int(base[DIT_ANCHOR].shape[0]), _num_blocks(base))
-    if sizes != base_sizes:
+    if base.humo is not None:
+        raise CheckpointError(f"{base_what} is HuMo, which takes no InfiniteTalk adapter; give Wan2.1 I2V 14B.")
+    (width,) = size_of({bare: file.shapes[stored] for bare, stored in names.items()}, "blocks.0.norm_x.weight", 1, what)
+    sizes = (width, layers_of(names, "blocks.", what))
+    if sizes != (base.dim, base.num_layers):
         raise CheckpointError(
             f"{what} was made for a model {sizes[0]} wide with {sizes[1]} blocks, but t{base_what[1:]} is "
-            f"{base_sizes[0]} wide with {base_sizes[1]}; the 14B adapter needs Wan2.1 I2V 14B."
+            f"{base.dim} wide with {base.num_layers}; the 14B adapter needs Wan2.1 I2V 14B."
         )
 
 
@@ -375,22 +430,23 @@ class _Filler:
 
     def check(self) -> None:
         """Raise CheckpointError unless the files fill the model, InputError for a second quantization."""
-        expected, what = self.model.state_dict(), self.files.what
-        check_complete(expected, self.stored, what)
-        unexpected = [name for name in self.stored if name not in expected]
-        if unexpected:
-            raise CheckpointError(
-                f"{what} holds {len(unexpected)} tensors that Wan2.1 has no place for, such as {some(unexpected)}; it "
-                "is another model."
-            )
+        expected, what_of = self.model.state_dict(), self.files.what_of
+        for what in dict.fromkeys((self.files.what, self.files.audio_what)):
+            check_complete([name for name in expected if what_of(name) == what], self.stored, what)
+            unexpected = [name for name in self.stored if name not in expected and what_of(name) == what]
+            if unexpected:
+                raise CheckpointError(
+                    f"{what} holds {len(unexpected)} tensors that Wan2.1 has no place for, such as {some(unexpected)}; "
+                    "it is another model."
+                )
         for name, blank in expected.items():
             stored = self.stored[name]
             if not stored.fits(blank.shape):
-                check_shape(name, stored.stored, blank.shape, what)
+                check_shape(name, stored.stored, blank.shape, what_of(name))
             if not stored.is_floating_point():
                 raise CheckpointError(
-                    f"{what} stores {name} as {stored.dtype} without saying how to unpack it; use another version of "
-                    "the file, in 16 bits for instance."
+                    f"{what_of(name)} stores {name} as {stored.dtype} without saying how to unpack it; use another "
+                    "version of the file, in 16 bits for instance."
                 )
         reject_second_quantization(
             [KEPT.get(self.stored[f"{name}.weight"].format or "") for name in self.linears if _in_blocks(name)],

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError, InputError, some
 from ..linear.base import QuantizedLinear, branched, unbranched
+from ..modules.model import WanConfig, WanModel
 from .files import CheckpointFile, Stored
-from .state_dict import json_object
+from .reading import json_object
+from .state_dict import diffusers_name, kind_of
 
-__all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "remove_loras"]
+__all__ = ["LoraSpec", "LowRankBranch", "active_loras", "apply_loras", "inspect_loras", "remove_loras"]
 
 logger = logging.getLogger(__name__)
+
+MAX_ALPHA = 1e6
+"""Trainers' alphas are between 1 and a few hundred."""
 
 MERGEABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +60,8 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))  # one type, so that equal specs compare equal
+        if not math.isfinite(self.strength):
+            raise InputError(f"The strength of the LoRA {self.name} is {self.strength}; give a finite number.")
 
     @property
     def name(self) -> str:
@@ -65,6 +72,8 @@ class LoraSpec:
 
 # The end of a tensor's name -> what the tensor is. peft puts an adapter's name between ("lora_A.default.weight").
 _ENDINGS = (
+    (re.compile(r"(\.lora_A(\.[^.]+)??|[._]lora[._]down)\.bias$"), "down_bias"),
+    (re.compile(r"(\.lora_B(\.[^.]+)??|[._]lora[._]up)\.bias$"), "up_bias"),
     (re.compile(r"\.lora_A(\.[^.]+)??(\.weight)?$"), "down"),
     (re.compile(r"\.lora_B(\.[^.]+)??(\.weight)?$"), "up"),
     (re.compile(r"[._]lora[._]down(\.weight)?$"), "down"),
@@ -102,38 +111,6 @@ _PREFIXES = (
     "_",
 )
 
-# Public name -> the name of the same layer in diffusers' WanTransformer3DModel. The first part that fits is replaced,
-# then the next: a block's layer has one of each group.
-_DIFFUSERS_NAMES = (
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"(attn\d)\.([qkv])$", r"\1.to_\2"),
-    (r"(attn\d)\.o$", r"\1.to_out.0"),
-    (r"(attn\d)\.([kv])_img$", r"\1.add_\2_proj"),
-    (r"(attn\d)\.norm_k_img$", r"\1.norm_added_k"),
-    (r"\.ffn\.0$", ".ffn.net.0.proj"),
-    (r"\.ffn\.2$", ".ffn.net.2"),
-    (r"^(blocks\.\d+)\.norm3$", r"\1.norm2"),
-    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
-    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
-    (r"^time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
-    (r"^time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
-    (r"^time_projection\.1$", "condition_embedder.time_proj"),
-    (r"^img_emb\.proj\.0$", "condition_embedder.image_embedder.norm1"),
-    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
-    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
-    (r"^img_emb\.proj\.4$", "condition_embedder.image_embedder.norm2"),
-    (r"^head\.head$", "proj_out"),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"\.modulation$", ".scale_shift_table"),
-)
-
-
-def _diffusers_name(public: str) -> str:
-    for pattern, replacement in _DIFFUSERS_NAMES:
-        public = re.sub(pattern, replacement, public)
-    return public
-
 
 class _Targets:
     """The parameters of a model under every name that LoRA files use for them."""
@@ -144,7 +121,7 @@ class _Targets:
         layers = {name.rpartition(".")[0] for name in self.parameters}
         layers |= {name for name in self.parameters if name.endswith("modulation")}
         self._names: dict[str, str] = {}
-        for rename in (_diffusers_name, str):  # public names win
+        for rename in (diffusers_name, str):  # public names win
             for layer in layers:
                 self._names[rename(layer)] = layer
                 self._names[rename(layer).replace(".", "_")] = layer
@@ -154,7 +131,7 @@ class _Targets:
         layer = self._layer(stem)
         if layer is None:
             return None
-        last = {"diff_b": "bias", "diff_m": "modulation"}.get(kind, "weight")
+        last = {"diff_b": "bias", "up_bias": "bias", "diff_m": "modulation"}.get(kind, "weight")
         for name in (f"{layer}.{last}", layer):
             if name in self.parameters:
                 return name
@@ -214,31 +191,34 @@ class _Change:
         return up @ down
 
 
-def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> list[_Change]:
-    """All changes that the file makes to the model; warns of layers that do not exist here, rejects other shapes."""
+def _changes(file: CheckpointFile, spec: LoraSpec, targets: _Targets) -> tuple[list[_Change], list[str]]:
+    """All changes that the file makes to the model, and the layers that do not exist here; rejects other shapes."""
     layers, foreign = _grouped(file)
+    if not layers:
+        raise CheckpointError(f"The LoRA {spec.name} is {kind_of(file.names)}, not a LoRA.")
     rules = _AlphaRules(file)
     changes, unmatched, outside = [], list(foreign), 0
     for stem, parts in layers.items():
         for kind, names in _pieces(parts):
             parameter = targets.find(stem, kind) if kind != _HALF else None
+            if kind == "up_bias" and targets.find(stem, "pair") and not (parameter or "").endswith(".bias"):
+                raise CheckpointError(f"The LoRA {spec.name} adds a bias to {stem}, which has none in this model.")
             if parameter is None:
                 unmatched.append(f"{stem} ({kind})")
             elif not _selected(parameter, spec.blocks):
                 outside += 1
             else:
-                factor = spec.strength * (rules.factor(stem, parts) if kind == "pair" else 1.0)
-                change = _Change(file, spec, parameter, names, factor)
+                change = _Change(file, spec, parameter, names, spec.strength)
                 _check_shape(change, targets.shape(parameter), file.shapes)
-                changes.append(change)
+                _check_values(change)
+                factor = rules.factor(stem, parts) if kind in ("pair", "up_bias") else 1.0
+                changes.append(replace(change, factor=spec.strength * factor))
     if not changes and not outside:
         raise CheckpointError(
             f"The LoRA {spec.name} changes nothing in this model: none of its {len(unmatched)} layers, such as "
             f"{some(unmatched)}, exists here; it was made for another model."
         )
-    if unmatched:
-        logger.warning("LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), some(unmatched))
-    return changes
+    return changes, unmatched
 
 
 def _grouped(file: CheckpointFile) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -252,10 +232,21 @@ def _grouped(file: CheckpointFile) -> tuple[dict[str, dict[str, str]], list[str]
         for ending, kind in _ENDINGS:
             stem, found = ending.subn("", name)
             if found:
-                layers.setdefault(stem, {})[kind] = name
+                other = layers.setdefault(stem, {}).setdefault(kind, name)
+                if other != name:
+                    raise CheckpointError(
+                        f"The LoRA {file.path} holds both {other} and {name}, which change one layer twice; use a file "
+                        "with one adapter."
+                    )
                 break
         else:
             foreign.append(name)
+    for parts in layers.values():
+        if "down_bias" in parts:
+            raise CheckpointError(
+                f"The LoRA {file.path} has a bias between its two matrices ({parts['down_bias']}), which is not "
+                "supported; use a file without it."
+            )
     return layers, foreign
 
 
@@ -263,7 +254,9 @@ def _pieces(parts: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     """What one layer's tensors make: (kind, names)."""
     if "down" in parts and "up" in parts:
         yield "pair", {"down": parts["down"], "up": parts["up"]}
-    elif "down" in parts or "up" in parts:
+        if "up_bias" in parts:  # B (A x) + bias, all of it times the factor
+            yield "up_bias", {"diff": parts["up_bias"]}
+    elif parts.keys() & {"down", "up", "up_bias"}:
         yield _HALF, dict(parts)
     for kind in ("diff", "diff_b", "diff_m"):
         if kind in parts:
@@ -273,35 +266,61 @@ def _pieces(parts: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
 class _AlphaRules:
     """alpha / rank of a file's layers: from the layer's `alpha`, else from the trainer's configuration, else 1.
 
-    The configuration is peft's: in the safetensors header (as diffusers writes it) or in `adapter_config.json` next
-    to the file. Rank-stabilized LoRAs (arXiv 2312.03732) divide by the square root of the rank.
+    The configuration is peft's: in the safetensors header (as diffusers writes it), or in the `adapter_config.json` of
+    the folder that peft wrote, whose weights it calls `adapter_model`. Rank-stabilized LoRAs (arXiv 2312.03732) divide
+    by the square root of the rank.
     """
 
     def __init__(self, file: CheckpointFile) -> None:
         self.file = file
-        stated = _stated(file)
-        self.alpha = stated.get("lora_alpha")
-        self.rank_stabilized = bool(stated.get("use_rslora", False))
-        self.alphas: dict[str, float] = stated.get("alpha_pattern") or {}
+        self.what, stated = _stated(file)
+        self.alpha = self._number(stated.get("lora_alpha"), "lora_alpha")
+        self.rank_stabilized = stated.get("use_rslora") or False
+        if not isinstance(self.rank_stabilized, bool):
+            raise self._rejected("use_rslora", self.rank_stabilized)
+        patterns = stated.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise self._rejected("alpha_pattern", patterns)
+        self.alphas = {name: self._number(alpha, f"alpha_pattern {name}") for name, alpha in patterns.items()}
 
     def factor(self, stem: str, parts: Mapping[str, str]) -> float:
         rank = int(self.file.shapes[parts["down"]].shape[0])
         divisor = math.sqrt(rank) if self.rank_stabilized else rank
         if "alpha" in parts:
-            return float(self.file.read(parts["alpha"]).float().item()) / divisor
-        special = [alpha for name, alpha in self.alphas.items() if stem.endswith(name)]
+            return self._stored_alpha(parts["alpha"]) / divisor
+        special = [alpha for name, alpha in self.alphas.items() if f".{stem}".endswith(f".{name}")]
         alpha = special[0] if special else self.alpha
         return float(rank if alpha is None else alpha) / divisor
 
+    def _stored_alpha(self, name: str) -> float:
+        stored = self.file.shapes[name]
+        numbers = stored.shape.numel() == 1 and stored.dtype != torch.bool
+        alpha = float(self.file.read(name).float().item()) if numbers else math.nan
+        if not abs(alpha) <= MAX_ALPHA:
+            raise CheckpointError(
+                f"The LoRA {self.file.path} stores {name} as {list(stored.shape)} of {stored.dtype}, which is not one "
+                "finite number of that kind; use another version of it."
+            )
+        return alpha
 
-def _stated(file: CheckpointFile) -> dict[str, Any]:
-    """peft's configuration of a file, {} without one; keys without the component's name ("transformer.")."""
-    text: str | bytes | None = file.metadata.get("lora_adapter_metadata")
-    neighbor = file.path.with_name("adapter_config.json")
-    if text is None and neighbor.is_file():
-        text = neighbor.read_bytes()
-    stated = json_object(text, f"The configuration of the LoRA {file.path}")
-    return {key.rpartition(".")[2]: value for key, value in stated.items()}
+    def _number(self, value: Any, name: str) -> float | None:
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not abs(value) <= MAX_ALPHA:
+            raise self._rejected(name, value)
+        return float(value)
+
+    def _rejected(self, name: str, value: object) -> CheckpointError:
+        return CheckpointError(f"{self.what} states {name} = {str(value)[:40]}, which is no value of that kind.")
+
+
+def _stated(file: CheckpointFile) -> tuple[str, dict[str, Any]]:
+    """(what to call it, peft's configuration of a file); keys without the component's name ("transformer.")."""
+    what = f"The configuration of the LoRA {file.path}"
+    stated = json_object(file.metadata.get("lora_adapter_metadata"), what)
+    if not stated and file.path.stem == "adapter_model":  # any other file's neighbor may be another LoRA's
+        stated = json_object(file.path.with_name("adapter_config.json"))
+    return what, {key.rpartition(".")[2]: value for key, value in stated.items()}
 
 
 def _selected(parameter: str, blocks: frozenset[int] | None) -> bool:
@@ -312,19 +331,45 @@ def _selected(parameter: str, blocks: frozenset[int] | None) -> bool:
 
 
 def _check_shape(change: _Change, expected: tuple[int, ...], shapes: Mapping[str, Stored]) -> None:
-    """Raises CheckpointError unless the change has the parameter's number of rows and columns."""
-    if "diff" in change.names:
-        got = tuple(shapes[change.names["diff"]].shape)
-        fits = math.prod(got) == math.prod(expected)
+    """Raises CheckpointError unless the change has the parameter's shape, up to axes of size 1."""
+    lora = f"The LoRA {change.spec.name}"
+    stored = {part: shapes[name] for part, name in change.names.items()}
+    for part, tensor in stored.items():
+        if not tensor.is_floating_point() or 0 in tensor.shape or (part != "diff" and len(tensor.shape) < 2):
+            raise CheckpointError(
+                f"{lora} stores {change.names[part]} as {list(tensor.shape)} of {tensor.dtype}, which is no matrix of "
+                "floating-point numbers; it is damaged or of an unknown kind."
+            )
+    if "diff" in stored:
+        got = tuple(stored["diff"].shape)
+        fits = _without_ones(got) == _without_ones(expected)
     else:
-        down, up = (shapes[change.names[part]] for part in ("down", "up"))
-        got = (int(up.shape[0]), math.prod(down.shape[1:]))
-        fits = got == (expected[0], math.prod(expected[1:])) and math.prod(up.shape[1:]) == down.shape[0]
+        down, up = stored["down"].shape, stored["up"].shape
+        if math.prod(up[1:]) != down[0]:
+            raise CheckpointError(
+                f"{lora} has matrices of two ranks for {change.parameter}, {list(down)} and {list(up)}; it is damaged."
+            )
+        got = (up[0], *down[1:])
+        flat = (expected[0], math.prod(expected[1:]))
+        fits = up[0] == expected[0] and (_without_ones(got) == _without_ones(expected) or got == flat)
     if not fits:
         raise CheckpointError(
-            f"The LoRA {change.spec.name} was made for another model: it changes {change.parameter} by {list(got)}, "
-            f"which is {list(expected)} here."
+            f"{lora} was made for another model: it changes {change.parameter} by {list(got)}, which is "
+            f"{list(expected)} here."
         )
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _check_values(change: _Change) -> None:
+    """Raises CheckpointError where the change is not finite, before anything is applied."""
+    for name in change.names.values():
+        if not torch.isfinite(change.file.read(name, dtype=torch.float32)).all():
+            raise CheckpointError(
+                f"The LoRA {change.spec.name} holds NaN or infinite values in {name}; download it again or use another."
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- applying
@@ -391,7 +436,14 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
     targets = _Targets(model)
     with ExitStack() as stack:
         files = [stack.enter_context(CheckpointFile(spec.path)) for spec in wanted]
-        by_spec = [_changes(file, spec, targets) for file, spec in zip(files, wanted, strict=True)]
+        by_spec = []
+        for file, spec in zip(files, wanted, strict=True):
+            changes, unmatched = _changes(file, spec, targets)
+            by_spec.append(changes)
+            if unmatched:
+                logger.warning(
+                    "LoRA %s: %d of its layers do not exist here: %s", spec.name, len(unmatched), some(unmatched)
+                )
         remove_loras(model)
         record = _record(model)
         merging: dict[str, list[_Change]] = {}
@@ -407,6 +459,16 @@ def apply_loras(model: nn.Module, specs: Iterable[LoraSpec], compute_device: str
             _merge(targets.parameters[name], group, compute_device)
         for name, group in attaching.items():
             _attach(targets, name, group, record, compute_device)
+
+
+def inspect_loras(config: WanConfig, specs: Iterable[LoraSpec]) -> None:
+    """Raise what `apply_loras` raises for a model of that configuration, before one is loaded."""
+    with torch.device("meta"):
+        targets = _Targets(WanModel(config))
+    for spec in specs:
+        if spec.strength != 0:
+            with CheckpointFile(spec.path) as file:
+                _changes(file, spec, targets)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ parameter is replaced by a tensor of the file, in memory of its own and aligned 
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, some
 from ..kernels.layout import ALIGNMENT
 from .files import Stored, own_memory
+from .reading import json_object
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +26,19 @@ __all__ = [
     "check_complete",
     "check_heads",
     "check_shape",
+    "diffusers_name",
     "fill_module",
     "find_prefix",
-    "json_object",
     "kind_of",
     "layers_of",
     "owns_aligned_memory",
     "renamed",
+    "size_of",
     "stated_config",
+    "stated_number",
 ]
+
+DIT_KIND = "a diffusion transformer (DiT)"
 
 # A name that only this kind of model has -> what to call it. The first match wins.
 _KINDS = (
@@ -41,8 +46,10 @@ _KINDS = (
     ("encoder.downsamples.", "a Wan2.1 VAE"),
     ("first_stage_model.", "an image VAE"),
     ("decoder.up_blocks.", "a VAE in diffusers names"),
-    ("patch_embedding.weight", "a diffusion transformer (DiT)"),  # CLIP has the name too, and is recognized before
-    ("blocks.0.ffn.gate.0.weight", "a T5 text encoder"),
+    ("condition_embedder.", DIT_KIND),
+    ("patch_embedding.weight", DIT_KIND),  # CLIP has the name too, and is recognized before
+    ("blocks.0.ffn.gate.0.", "a T5 text encoder"),
+    ("enc.blk.0.", "a T5 text encoder"),
     ("encoder.block.0.layer.0.SelfAttention.", "a T5 text encoder"),
     ("visual.transformer.", "a CLIP vision model"),
     ("encoder.layers.0.self_attn.q_proj.", "a CLIP model"),
@@ -62,6 +69,42 @@ def kind_of(names: Iterable[str]) -> str:
         if any(mark in name for name in names):
             return kind
     return "a file of unknown kind"
+
+
+MAX_LAYERS = 1000
+
+# Public name -> the name of the same layer in diffusers' WanTransformer3DModel. The first part that fits is replaced,
+# then the next: a block's layer has one of each group.
+_DIFFUSERS_NAMES = (
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"(attn\d)\.([qkv])$", r"\1.to_\2"),
+    (r"(attn\d)\.o$", r"\1.to_out.0"),
+    (r"(attn\d)\.([kv])_img$", r"\1.add_\2_proj"),
+    (r"(attn\d)\.norm_k_img$", r"\1.norm_added_k"),
+    (r"\.ffn\.0$", ".ffn.net.0.proj"),
+    (r"\.ffn\.2$", ".ffn.net.2"),
+    (r"^(blocks\.\d+)\.norm3$", r"\1.norm2"),
+    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
+    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
+    (r"^time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
+    (r"^time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
+    (r"^time_projection\.1$", "condition_embedder.time_proj"),
+    (r"^img_emb\.proj\.0$", "condition_embedder.image_embedder.norm1"),
+    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
+    (r"^img_emb\.proj\.4$", "condition_embedder.image_embedder.norm2"),
+    (r"^head\.head$", "proj_out"),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"\.modulation$", ".scale_shift_table"),
+)
+
+
+def diffusers_name(public: str) -> str:
+    """diffusers' name of a layer of the DiT: "blocks.0.ffn.2" -> "blocks.0.ffn.net.2"."""
+    for pattern, replacement in _DIFFUSERS_NAMES:
+        public = re.sub(pattern, replacement, public)
+    return public
 
 
 def find_prefix(names: Iterable[str], anchor: str) -> str | None:
@@ -91,34 +134,54 @@ def renamed(name: str, table: Mapping[str, str]) -> str:
     return name
 
 
-def layers_of(names: Iterable[str], stem: str) -> int:
-    """How many of `stem0.`, `stem1.`, ... there are without a gap (`stem` is "encoder.layers.", say)."""
-    numbers = {int(number) for name in names if name.startswith(stem) and (number := _leading_number(name, stem))}
-    count = 0
-    while count in numbers:
-        count += 1
-    return count
+def layers_of(names: Iterable[str], stem: str, what: str = "The file") -> int:
+    """How many of `stem0.`, `stem1.`, ... there are (`stem` is "encoder.layers.", say).
 
-
-def _leading_number(name: str, stem: str) -> str:
-    number = name[len(stem) :].split(".", 1)[0]
-    return number if number.isdigit() else ""
-
-
-def json_object(text: str | bytes | None, what: str) -> dict[str, Any]:
-    """The JSON object in `text`; {} for None and for other JSON values.
-
-    Raises CheckpointError, which names `what`, for a text that is no JSON.
+    Raises CheckpointError for a gap, and for more than MAX_LAYERS: no public model has a tenth of them.
     """
-    try:
-        content = {} if text is None else json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{what} is no valid JSON ({error}); download the file again.") from error
-    return content if isinstance(content, dict) else {}
+    pattern = re.compile(re.escape(stem) + r"([0-9]+)\.")
+    numbers = {match[1] for name in names if (match := pattern.match(name))}
+    if len(numbers) > MAX_LAYERS:
+        raise CheckpointError(f"{what} has {len(numbers)} layers {stem}*, more than any model; it is damaged.")
+    expected = {str(number) for number in range(len(numbers))}
+    if numbers != expected:
+        gap, odd = (min(group, key=lambda n: (len(n), n)) for group in (expected - numbers, numbers - expected))
+        raise CheckpointError(
+            f"{what} has a layer {stem}{odd[:20]}, but no {stem}{gap}; it is incomplete, damaged or another model."
+        )
+    return len(numbers)
+
+
+def size_of(state: Mapping[str, Any], name: str, rank: int, what: str) -> tuple[int, ...]:
+    """The shape of the tensor `name`; CheckpointError unless it has `rank` dimensions, none of them empty."""
+    if name not in state:
+        raise CheckpointError(f"{what} lacks {name}; it is incomplete or another model.")
+    shape = tuple(int(size) for size in state[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(
+            f"{what} stores {name} as {list(shape)} instead of {rank} dimensions of 1 or more; it is damaged or "
+            "another model."
+        )
+    return shape
+
+
+def stated_number(fields: Mapping[str, Any], name: str, otherwise: int, what: str) -> int:
+    """The whole number `name` of a model's configuration, `otherwise` where it is not stated.
+
+    Raises CheckpointError for what is no whole number from 1 to 2**31.
+    """
+    value = fields.get(name)
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+        raise CheckpointError(
+            f"{what} is configured with {name} = {str(value)[:40]}, which is no number of that kind; download it again."
+        )
+    return value
 
 
 def stated_config(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
-    """The JSON object under "config" in the metadata of a safetensors file, {} without one.
+    """The JSON object under "config" in the metadata of a file, {} without one.
 
     Our small test models state there what shapes do not (the number of heads, say). Public files have none.
     """
@@ -127,7 +190,7 @@ def stated_config(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
 
 def check_heads(width: int, heads: int, what: str) -> None:
     """Raise CheckpointError unless `width` channels divide into `heads` attention heads."""
-    if heads < 1 or width % heads:
+    if heads < 1 or width < 1 or width % heads:
         raise CheckpointError(f"{what} is {width} wide, which does not divide into {heads} attention heads.")
 
 

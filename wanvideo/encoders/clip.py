@@ -17,7 +17,17 @@ from torch import Tensor
 
 from ..checkpoints.files import CheckpointFile
 from ..checkpoints.quantized import Weights
-from ..checkpoints.state_dict import check_heads, fill_module, find_prefix, layers_of, renamed, stated_config
+from ..checkpoints.reading import fitting
+from ..checkpoints.state_dict import (
+    check_heads,
+    fill_module,
+    find_prefix,
+    layers_of,
+    renamed,
+    size_of,
+    stated_config,
+    stated_number,
+)
 from ..errors import CheckpointError, InputError
 from .base import Encoder, check_tensors, check_unused, empty_transformer
 
@@ -83,26 +93,19 @@ def _vision_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _config(state: Mapping[str, Tensor], fields: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Arguments of transformers' CLIPVisionConfig from the shapes, one block less than the file has."""
-    needed = (
-        "embeddings.patch_embedding.weight",
-        "embeddings.position_embedding.weight",
-        "encoder.layers.0.mlp.fc1.weight",
-    )
-    missing = [name for name in needed if name not in state]
-    layers = layers_of(state, "encoder.layers.")
-    if missing or layers < 2:
-        raise CheckpointError(f"{what} is no whole CLIP vision model: it lacks {(missing or ['its blocks'])[0]}.")
-    patch = state["embeddings.patch_embedding.weight"]
-    width, size = int(patch.shape[0]), int(patch.shape[-1])
-    side = round((state["embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
-    heads = int(fields.get("num_attention_heads", _HEADS.get(width, width // 64)))
+    layers = layers_of(state, "encoder.layers.", what)
+    if layers < 2:
+        raise CheckpointError(f"{what} is no whole CLIP vision model: it lacks blocks (it has {layers}).")
+    width, _, _, size = size_of(state, "embeddings.patch_embedding.weight", 4, what)
+    positions, _ = size_of(state, "embeddings.position_embedding.weight", 2, what)
+    heads = stated_number(fields, "num_attention_heads", _HEADS.get(width, width // 64), what)
     check_heads(width, heads, what)
     return {
         "hidden_size": width,
-        "intermediate_size": int(state["encoder.layers.0.mlp.fc1.weight"].shape[0]),
+        "intermediate_size": size_of(state, "encoder.layers.0.mlp.fc1.weight", 2, what)[0],
         "num_hidden_layers": layers - 1,
         "num_attention_heads": heads,
-        "image_size": side * size,
+        "image_size": round((positions - 1) ** 0.5) * size,
         "patch_size": size,
         "hidden_act": "gelu",  # exact; the library's default, quick_gelu, is OpenAI's and is wrong here
         "layer_norm_eps": 1e-5,
@@ -113,10 +116,12 @@ def _empty_model(weights: Weights, fields: Mapping[str, Any]) -> tuple[Any, str]
     """transformers' model that the weights fill, on the meta device, and what it puts before each name."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    what, tensors = weights.what, _vision_tensors(weights.blank())
-    config = _config(tensors, fields, what)
-    # 257 tokens once per window: eager is fast enough.
-    model = empty_transformer(CLIPVisionModel, CLIPVisionConfig(**config))
+    what = weights.what
+    with fitting(what):
+        tensors = _vision_tensors(weights.blank())
+        config = _config(tensors, fields, what)
+        # 257 tokens once per window: eager is fast enough.
+        model = empty_transformer(CLIPVisionModel, CLIPVisionConfig(**config))
     # Some releases of the library put the whole tower behind "vision_model.".
     outer = find_prefix(model.state_dict(), _ANCHORS[1]) or ""
     unused = rf"({re.escape(outer)})?(encoder\.layers\.{config['num_hidden_layers']}\..*|embeddings\.position_ids|head)"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..checkpoints.files import CheckpointFile
 from ..checkpoints.quantized import Weights
-from ..checkpoints.state_dict import bare_names, fill_module, layers_of
+from ..checkpoints.reading import fitting, small_file
+from ..checkpoints.state_dict import bare_names, fill_module, layers_of, size_of
 from ..errors import CheckpointError, InputError
 from .base import Encoder, check_tensors, check_unused, empty_transformer
 
@@ -69,14 +70,12 @@ class SentencePieceTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, content: bytes, path: Path) -> None:
         import tokenizers
 
-        if not path.is_file():
-            raise CheckpointError(f"The tokenizer {path} does not exist.")
         try:
-            self._model = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:
+            self._model = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{path} is no tokenizer.json; download it again.") from error
         self._model.no_padding()
         self._model.no_truncation()
@@ -106,9 +105,12 @@ def load_tokenizer(source: str | Path | None, near: str | Path | None = None) ->
     hub is asked only when it is named. Raises CheckpointError saying what to give.
     """
     if source is None:
-        for folder in [Path(near).expanduser().parent / name for name in _NEARBY] if near is not None else []:
-            if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-                return load_tokenizer(folder)
+        if near is not None:
+            beside = Path(near).expanduser()
+            beside = beside if beside.is_dir() else beside.parent  # a folder that holds the encoder in parts
+            for folder in [beside / name for name in _NEARBY]:
+                if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+                    return load_tokenizer(folder)
         where = "No tokenizer given" if near is None else f"{near} carries no tokenizer and none lies next to it"
         raise CheckpointError(f"{where}: {_HOW}.")
     path = Path(source).expanduser()
@@ -117,10 +119,11 @@ def load_tokenizer(source: str | Path | None, near: str | Path | None = None) ->
             if (path / name).is_file():
                 return load_tokenizer(path / name)
         raise CheckpointError(f"The folder {path} holds no tokenizer.json and no spiece.model: {_HOW}.")
-    if path.is_file():
-        if path.suffix == ".json":
-            return JsonTokenizer(path)
-        return SentencePieceTokenizer(path.read_bytes(), f"The tokenizer {path}")
+    if path.exists():
+        content = small_file(path)
+        if path.suffix == ".json" or content[:1] == b"{":
+            return JsonTokenizer(content, path)
+        return SentencePieceTokenizer(content, f"The tokenizer {path}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".json", ".model"):
         return load_tokenizer(_from_hub(str(source)))
     raise CheckpointError(f"The tokenizer {path} does not exist: {_HOW}.")
@@ -156,18 +159,36 @@ _LAYER = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
+# Of llama.cpp, in GGUF files.
+_GGUF_LAYER = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
 _EMBEDDING = "embed_tokens.weight"
 _OUTER = {"token_embedding.weight": _EMBEDDING, "norm.weight": "final_layer_norm.weight"}
+_GGUF_OUTER = {"token_embd.weight": _EMBEDDING, "enc.output_norm.weight": "final_layer_norm.weight"}
 
 
 def transformers_names(names: Sequence[str]) -> dict[str, str]:
-    """{name in transformers' encoder stack: name in the file}, from official or Hugging Face names, any prefix.
+    """{name in transformers' encoder stack: name in the file}, from official, Hugging Face or llama.cpp's names.
 
-    Empty when the names are of neither kind. Scales and markers of quantized files are left out.
+    Any prefix may stand before them. Empty when the names are of no kind. Scales and markers of quantized files are
+    left out.
     """
-    official = bare_names(names, "blocks.0.attn.q.weight")
-    if official:
-        return {new: name for bare, name in official.items() if (new := _official(bare))}
+    for anchor, stem, outer, inner in (
+        ("blocks.0.attn.q.weight", "blocks.", _OUTER, _LAYER),
+        ("enc.blk.0.attn_q.weight", "enc.blk.", _GGUF_OUTER, _GGUF_LAYER),
+    ):
+        if found := bare_names(names, anchor):
+            return {new: name for bare, name in found.items() if (new := _renamed(bare, stem, outer, inner))}
     bare = bare_names(names, "encoder.block.0.layer.0.SelfAttention.q.weight")
     stack = {n.removeprefix("encoder."): name for n, name in bare.items() if re.fullmatch(r"encoder\..*\.weight", n)}
     if "shared.weight" in bare:
@@ -175,37 +196,27 @@ def transformers_names(names: Sequence[str]) -> dict[str, str]:
     return stack
 
 
-def _official(name: str) -> str | None:
-    if name in _OUTER:
-        return _OUTER[name]
-    parts = name.split(".", 2)
-    if parts[0] != "blocks" or len(parts) < 3:
-        return None
-    inner, _, kind = parts[2].rpartition(".")
-    return f"block.{parts[1]}.{_LAYER[inner]}.weight" if inner in _LAYER and kind == "weight" else None
+def _renamed(name: str, stem: str, outer: Mapping[str, str], layer: Mapping[str, str]) -> str | None:
+    if name in outer:
+        return outer[name]
+    number, _, rest = name.removeprefix(stem).partition(".")
+    inner, _, kind = rest.rpartition(".")
+    return f"block.{number}.{layer[inner]}.weight" if inner in layer and kind == "weight" else None
 
 
 def _config(shapes: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     """Arguments of transformers' UMT5Config; `shapes` by the names of the encoder stack."""
     stem = "block.0.layer."
-    needed = (
-        _EMBEDDING,
-        f"{stem}0.SelfAttention.relative_attention_bias.weight",
-        f"{stem}1.DenseReluDense.wi_0.weight",
-    )
-    missing = [name for name in needed if name not in shapes]
-    if missing:
-        raise CheckpointError(f"{what} is no whole UMT5 encoder: it lacks {missing[0]}.")
-    layers = layers_of(shapes, "block.")
-    bias = shapes[needed[1]]
+    layers = layers_of(shapes, "block.", what)
+    vocabulary, width = size_of(shapes, _EMBEDDING, 2, what)
+    buckets, heads = size_of(shapes, f"{stem}0.SelfAttention.relative_attention_bias.weight", 2, what)
     if layers > 1 and f"block.{layers - 1}.layer.0.SelfAttention.relative_attention_bias.weight" not in shapes:
         raise CheckpointError(f"{what} is a T5 encoder, not UMT5 (it has one position table for all layers).")
-    buckets, heads = (int(size) for size in bias.shape)
     return {
-        "vocab_size": int(shapes[_EMBEDDING].shape[0]),
-        "d_model": int(shapes[_EMBEDDING].shape[1]),
-        "d_kv": int(shapes[f"{stem}0.SelfAttention.q.weight"].shape[0]) // heads,
-        "d_ff": int(shapes[needed[2]].shape[0]),
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": size_of(shapes, f"{stem}0.SelfAttention.q.weight", 2, what)[0] // heads,
+        "d_ff": size_of(shapes, f"{stem}1.DenseReluDense.wi_0.weight", 2, what)[0],
         "num_layers": layers,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
@@ -214,8 +225,12 @@ def _config(shapes: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     }
 
 
-_ANCHORS = ("blocks.0.attn.q.weight", "encoder.block.0.layer.0.SelfAttention.q.weight")
-"""Of official names and of Hugging Face's."""
+_ANCHORS = (
+    "blocks.0.attn.q.weight",
+    "enc.blk.0.attn_q.weight",
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+)
+"""Of official names, of llama.cpp's and of Hugging Face's."""
 
 _UNUSED = r"spiece_model|encoder\.embed_tokens\.weight|(decoder|lm_head)\..*"
 
@@ -229,15 +244,17 @@ def _empty_model(weights: Weights, tokenizer: Tokenizer | None) -> tuple[Any, di
     from transformers import UMT5Config, UMT5EncoderModel
 
     what, blank = weights.what, weights.blank()
-    names = transformers_names(list(blank))
-    tensors = {new: blank[name] for new, name in names.items()}
-    config = _config(tensors, what)
+    with fitting(what):
+        names = transformers_names(list(blank))
+        tensors = {new: blank[name] for new, name in names.items()}
+        config = _config(tensors, what)
+        # 512 tokens once: eager is fast enough.
+        model = empty_transformer(UMT5EncoderModel, UMT5Config(**config))
     if tokenizer is not None and tokenizer.size > config["vocab_size"]:
         raise CheckpointError(
             f"{what} knows {config['vocab_size']} tokens, but its tokenizer has {tokenizer.size}: "
             "they do not belong together."
         )
-    model = empty_transformer(UMT5EncoderModel, UMT5Config(**config))  # 512 tokens once: eager is fast enough
     model.shared = model.encoder.embed_tokens  # one table, filled once, whatever the release calls it
     check_tensors(model.encoder, tensors, what)
     check_unused(blank, set(names.values()), _UNUSED, what)
@@ -278,7 +295,7 @@ class TextEncoder(Encoder):
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
     ) -> TextEncoder:
-        """Read an UMT5 encoder in official or Hugging Face names: bf16, fp16, float32, fp8 or scaled fp8.
+        """Read an UMT5 encoder in official, Hugging Face or llama.cpp's names: 16 or 32 bits, fp8, scaled fp8 or GGUF.
 
         `tokenizer` as in `load_tokenizer`; with None the one that the file carries (`spiece_model`) is used, else one
         that lies next to it. Raises CheckpointError for other files and where no tokenizer is found.

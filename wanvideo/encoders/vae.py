@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.files import CheckpointFile
 from ..checkpoints.quantized import Weights
-from ..checkpoints.state_dict import fill_module, kind_of, renamed, stated_config
+from ..checkpoints.reading import fitting
+from ..checkpoints.state_dict import fill_module, kind_of, renamed, size_of, stated_config
 from ..errors import CheckpointError, InputError
 from ..kernels.frames import FRAMES
 from ..kernels.selftest import elementwise_reasons
@@ -75,7 +76,7 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
     if missing:
         raise CheckpointError(f"{what} is {kind_of(state)}, not a Wan2.1 VAE: it has no {missing[0]}.")
 
-    base_dim = int(state["encoder.conv1.weight"].shape[0])
+    base_dim = size_of(state, "encoder.conv1.weight", 5, what)[0]
     blocks: list[int] = [0]  # residual blocks of each level
     widths: list[int] = [base_dim]
     temporal: list[bool] = []
@@ -84,7 +85,7 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
         stem = f"encoder.downsamples.{number}."
         if f"{stem}residual.2.weight" in state:
             blocks[-1] += 1
-            widths[-1] = int(state[f"{stem}residual.2.weight"].shape[0])
+            widths[-1] = size_of(state, f"{stem}residual.2.weight", 5, what)[0]
         elif f"{stem}resample.1.weight" in state:
             temporal.append(f"{stem}time_conv.weight" in state)
             blocks.append(0)
@@ -100,7 +101,7 @@ def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig
         )
     return VaeConfig(
         base_dim=base_dim,
-        z_dim=int(state["conv2.weight"].shape[0]),
+        z_dim=size_of(state, "conv2.weight", 5, what)[0],
         dim_mult=tuple(width // base_dim for width in widths),
         num_res_blocks=blocks[0],
         temporal=tuple(temporal),
@@ -146,6 +147,16 @@ def diffusers_names(name: str, num_res_blocks: int) -> str:
     return name
 
 
+def _statistics(values: Any, name: str, count: int, what: str) -> list[float]:
+    """`count` finite numbers of a VAE's configuration, deviations larger than 0."""
+    numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(abs(v) < 1e30 and (v > 0 or name != "latents_std") for v in values):
+        raise CheckpointError(f"{what} is configured with a {name} that is no list of numbers of that kind.")
+    if len(values) != count:
+        raise CheckpointError(f"{what} has {count} latent channels, but {name} has {len(values)} values.")
+    return [float(value) for value in values]
+
+
 _MOMENTS = ("latents_mean", "latents_std")
 
 
@@ -158,20 +169,16 @@ def _empty_model(weights: Weights, stated: Mapping[str, Any]) -> tuple[Any, VaeC
     from diffusers import AutoencoderKLWan
 
     what, blank = weights.what, weights.blank()
-    config = vae_config(blank, what)
+    with fitting(what):
+        config = vae_config(blank, what)
+        tensors = _renamed(blank, config)
     options: dict[str, Any] = {}
     if config.z_dim != 16:
         options = {"latents_mean": [0.0] * config.z_dim, "latents_std": [1.0] * config.z_dim}
     for name in _MOMENTS:
         if stated.get(name) is not None:
-            try:
-                options[name] = [float(value) for value in stated[name]]
-            except (TypeError, ValueError) as error:
-                raise CheckpointError(f"{what} states a {name} that is no list of numbers.") from error
-    for name, values in options.items():
-        if len(values) != config.z_dim:
-            raise CheckpointError(f"{what} has {config.z_dim} latent channels, but {name} has {len(values)} values.")
-    with torch.device("meta"):
+            options[name] = _statistics(stated[name], name, config.z_dim, what)
+    with fitting(what), torch.device("meta"):
         model: Any = AutoencoderKLWan(
             base_dim=config.base_dim,
             z_dim=config.z_dim,
@@ -180,7 +187,6 @@ def _empty_model(weights: Weights, stated: Mapping[str, Any]) -> tuple[Any, VaeC
             temperal_downsample=list(config.temporal),
             **options,
         )
-    tensors = _renamed(blank, config)
     check_tensors(model, tensors, what)
     check_unused(tensors, model.state_dict(), "", what)
     return model, config

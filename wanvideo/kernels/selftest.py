@@ -385,13 +385,24 @@ def _key(name: str, package: str | None, device: torch.device) -> str:
 
 def _read_cache() -> dict[str, dict]:
     try:
-        stored = json.loads(cache_file().read_text())
+        stored = json.loads(cache_file().read_bytes())
+        if not isinstance(stored, dict):
+            raise TypeError(f"a {type(stored).__name__} instead of a table")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         logger.warning("verdicts of earlier self-tests in %s cannot be read (%s): testing again", cache_file(), error)
         return {}
-    return stored if isinstance(stored, dict) else {}
+    return stored
+
+
+def _verdict(stored: object) -> Verdict | None:
+    """The verdict that a cache's entry states; None for an entry that is none."""
+    kinds: dict[str, list[type]] = {"backend": [str], "ok": [bool], "reason": [str], "cases": [int]}
+    kinds["cosine"] = [float, int, type(None)]
+    if not isinstance(stored, dict) or stored.keys() != kinds.keys():
+        return None
+    return Verdict(**stored) if all(type(stored[name]) in kind for name, kind in kinds.items()) else None
 
 
 def _write_cache(key: str, result: Verdict) -> None:
@@ -411,9 +422,12 @@ def _write_cache(key: str, result: Verdict) -> None:
 def kept_verdict(name: str, package: str | None, device: torch.device, test: Callable[[], Verdict]) -> Verdict:
     """The verdict on code from a package on this machine: from the file when it is known there, else from `test`."""
     key = _key(name, package, device)
-    stored = _read_cache().get(key)
+    entries = _read_cache()
+    stored = _verdict(entries.get(key))
     if stored is not None:
-        return Verdict(**stored)
+        return stored
+    if key in entries:
+        logger.warning("the verdict on %s in %s is damaged: testing again", name, cache_file())
     logger.info("testing %s in a child process before its first use", name)
     result = test()
     _write_cache(key, result)
