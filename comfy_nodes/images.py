@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..pipeline.bounds import check_numbers
+from ..pipeline.bounds import check_numbers, check_window
 from ..pipeline.windows import plan_windows
 from ..wanvideo.errors import InputError
 from .comfyui import advanced, io
@@ -212,6 +212,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
         if colormatch not in COLOR_STRENGTH:
             raise InputError(f"colormatch {colormatch} is not part of this pack: choose reinhard.")
         check_numbers(width=width, height=height)
+        check_window(frame_window_size, width, height)
         plan_windows(1, frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler
         plan = LongVideo(
             vae=vae,
@@ -265,6 +266,7 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
         cls, width: int, height: int, num_frames: int, control_embeds: Any = None, extra_latents: Any = None
     ) -> Any:
         _reject_control(control_embeds, extra_latents)
+        check_window(num_frames, width, height)
         return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, (num_frames - 1) // 4 * 4 + 1))
 
 
@@ -382,6 +384,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
         _reject_control(control_embeds, extra_latents)
+        check_window(num_frames, width, height)
         window = keyframe_window(
             vae,
             width // 16 * 16,

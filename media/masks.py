@@ -26,6 +26,9 @@ INSET = 0.05
 """Share of each speaker's part of the image that is left free on every side."""
 
 
+MAX_SIDE = 4096
+"""Pixels. Larger masks are read at this size: the model's own are below 1,024."""
+
 OVERLAP = 0.05
 """Share of the smaller of two masks that may lie in the other one without a word: soft brushes, rounding."""
 
@@ -41,6 +44,7 @@ def load_mask(path: str | Path) -> torch.Tensor:
     ComfyUI's mask editor leaves in a photo.
     """
     image = open_image(path)
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.NEAREST)
     pixels = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
     if pixels[..., 3].min() < 1:
         mask, how = _by_alpha(pixels[..., :3], pixels[..., 3])
@@ -98,9 +102,17 @@ def _is_flat(colors: np.ndarray) -> bool:
 
 
 def speaker_planes(masks: torch.Tensor, speakers: int) -> list[torch.Tensor]:
-    """[H, W] or [N, H, W] as one plane per speaker, without the background that may follow them."""
-    planes = masks if masks.ndim == 3 else masks[None]
-    return list(planes[: speakers if len(planes) == speakers + 1 else None].float().cpu())
+    """[H, W] or [N, H, W] as one plane per speaker, without the background that may follow them.
+
+    A last plane that overlaps the others is no background; it is kept, for `latent_masks` to reject their number.
+    """
+    planes = list((masks if masks.ndim == 3 else masks[None]).float().cpu())
+    if len(planes) == speakers + 1:
+        *people, background = planes
+        shared = torch.minimum(torch.stack(people).amax(0), background).sum()
+        if shared <= OVERLAP * background.sum():
+            return people
+    return planes
 
 
 def default_masks(speakers: int, height: int, width: int) -> torch.Tensor:
@@ -222,4 +234,9 @@ def _plane(mask: torch.Tensor, image: tuple[int, int]) -> torch.Tensor:
     if not math.isfinite(largest):
         raise InputError("A mask holds NaN or infinite values: give numbers from 0 to 1.")
     held = ((values > 0.5 * largest) if largest > 0 else torch.zeros_like(values)).float()
+    height, width = mask.shape
+    if abs(width * image[1] - height * image[0]) > 0.05 * width * image[1]:
+        logger.warning(
+            "A mask of %d x %d is stretched over the image of %d x %d, which has another aspect", width, height, *image
+        )
     return F.interpolate(held[None, None], size=(image[1], image[0]), mode="nearest")[0, 0]

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["BOUNDS", "MAX_WINDOW_PIXELS", "Bound", "check_numbers", "parse_number"]
+__all__ = ["BOUNDS", "MAX_WINDOW_PIXELS", "Bound", "check_numbers", "check_window", "parse_number"]
 
 MAX_WINDOW_PIXELS = 2**30
 """Frames x width x height of one window: 81 frames of 3,640 x 3,640 pixels, more than any GPU holds."""
@@ -101,6 +101,15 @@ def check_numbers(**values: Any) -> None:
     for name, value in values.items():
         if not BOUNDS[name].accepts(value):
             raise InputError(f"{name} {shown(value)} cannot be used: give {BOUNDS[name].words}.")
+
+
+def check_window(frames: int, width: int, height: int) -> None:
+    """Raise InputError for a window that no GPU holds."""
+    if frames * width * height > MAX_WINDOW_PIXELS:
+        raise InputError(
+            f"A window of {frames} frames of {width} x {height} pixels is too large for any GPU: choose a smaller size, "
+            "or fewer frames per window."
+        )
 
 
 def parse_number(name: str, text: str) -> float | list[float]:

@@ -14,7 +14,7 @@ import torch
 from ..media.images import DEFAULT_AREA, fit_size
 from ..media.masks import latent_masks
 from ..wanvideo.errors import InputError
-from .bounds import BOUNDS, MAX_WINDOW_PIXELS, check_numbers
+from .bounds import BOUNDS, check_numbers, check_window
 from .guidance import guide, per_step
 from .nonfinite import AttentionPolicy
 from .sampling import Schedule
@@ -145,11 +145,7 @@ def plan_video(
         raise InputError(f"There is no mode '{config.mode}': choose one of {', '.join(MODES)}.")
     check_numbers(**{name: value for name, value in vars(config).items() if name in BOUNDS})
     width, height = fit_size(image, config.width, config.height, config.area)
-    if width * height * config.frames > MAX_WINDOW_PIXELS:
-        raise InputError(
-            f"A window of {config.frames} frames of {width} x {height} pixels is too large for any GPU: choose a "
-            "smaller size, or fewer frames per window."
-        )
+    check_window(config.frames, width, height)
     planes = latent_masks(masks, len(speech), image, width, height)
     total = max(speech) if config.total_frames is None else config.total_frames
     windows = plan_windows(total, config.frames, config.motion_frames)

@@ -153,6 +153,19 @@ def test_every_node_rejects_numbers_outside_of_its_widgets(host: Host) -> None:
     assert tried > 150
 
 
+@pytest.mark.parametrize("node", ["WanVideoEmptyEmbeds", "WanVideoImageToVideoEncode", "WanVideoImageToVideoMultiTalk"])
+def test_windows_that_no_gpu_holds(host: Host, node: str) -> None:
+    given: dict[str, Any] = {"width": 2048, "height": 8000, "num_frames": 1001}
+    if node == "WanVideoImageToVideoMultiTalk":
+        given |= {"frame_window_size": given.pop("num_frames"), "motion_frame": 9, "vae": None}
+        given |= {"force_offload": False, "colormatch": "disabled"}
+    if node == "WanVideoImageToVideoEncode":
+        given |= dict.fromkeys(("noise_aug_strength", "start_latent_strength", "end_latent_strength"), 0.0)
+        given |= {"force_offload": False}
+    with pytest.raises(InputError, match=r"1001 frames of 2048 x 8000 pixels is too large"):
+        host.nodes[node].execute(**given)
+
+
 SAMPLER = {
     "steps": "steps",
     "cfg": "cfg",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.image_files import JPEG_DAMAGE, MASKS, PNG_DAMAGE, area, encoded, photo, write
-from wanvideo_infinitetalk.media import images
+from wanvideo_infinitetalk.media import images, masks
 from wanvideo_infinitetalk.media.images import load_image
 from wanvideo_infinitetalk.media.masks import load_mask
 from wanvideo_infinitetalk.wanvideo.errors import InputError
@@ -91,6 +91,14 @@ def test_a_photo_in_the_place_of_a_mask_is_said(tmp_path: Path, caplog: pytest.L
     MASKS["soft"](area()).save(tmp_path / "mask.png")
     load_mask(tmp_path / "mask.png")
     assert not caplog.messages
+
+
+def test_large_masks_are_read_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "MAX_SIDE", 30)
+    MASKS["mask editor"](area()).save(tmp_path / "mask.png")
+    mask = load_mask(tmp_path / "mask.png").numpy()
+    assert mask.shape == (20, 30)
+    assert abs(float(mask.mean()) - area().mean()) < 0.01
 
 
 def test_an_empty_layer_is_no_mask(tmp_path: Path) -> None:

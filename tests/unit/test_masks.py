@@ -90,6 +90,13 @@ def test_the_largest_value_is_white(white) -> None:
     assert masks[1].mean() == pytest.approx(3 / 6)
 
 
+@pytest.mark.parametrize(("size", "said"), [((60, 40), False), ((61, 40), False), ((40, 60), True), ((40, 40), True)])
+def test_masks_of_another_aspect_are_named(size, said, caplog: pytest.LogCaptureFixture) -> None:
+    masks = [_half(size[1], size[0], left) for left in (True, False)]
+    latent_masks(masks, 2, (90, 60), 96, 64)
+    assert (f"A mask of {size[0]} x {size[1]} is stretched over the image of 90 x 60" in caplog.text) == said
+
+
 def test_without_masks_the_sentence_speaks_of_the_aspect() -> None:
     with pytest.raises(InputError, match=r"96 x 160 video shows the middle of the 480 x 270 image") as caught:
         latent_masks(None, 3, (480, 270), 96, 160)
@@ -127,9 +134,10 @@ def test_a_speaker_is_where_a_mask_is_above_half(scale) -> None:
 def test_masks_from_files_and_with_their_background(tmp_path) -> None:
     Image.fromarray(np.array([[0, 51, 255]], np.uint8)).save(tmp_path / "mask.png")
     assert torch.allclose(load_mask(tmp_path / "mask.png"), torch.tensor([[0.0, 0.2, 1.0]]))
-    planes = torch.rand(3, 2, 2)
-    assert [len(speaker_planes(planes, speakers)) for speakers in (2, 3)] == [2, 3]
-    assert torch.equal(speaker_planes(planes[0], 1)[0], planes[0])
+    thirds = torch.eye(3).expand(2, 3, 3).transpose(0, 1)  # [3, 2, 3], each one column
+    assert [len(speaker_planes(thirds, speakers)) for speakers in (2, 3)] == [2, 3]
+    assert torch.equal(speaker_planes(thirds[0], 1)[0], thirds[0])
+    assert len(speaker_planes(torch.cat([thirds[:2], thirds[:1]]), 2)) == 3  # no background
 
 
 def test_masks_are_cut_like_the_image() -> None:
