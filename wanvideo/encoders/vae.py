@@ -24,7 +24,7 @@ from ..errors import CheckpointError, InputError
 from ..kernels.frames import FRAMES
 from ..kernels.selftest import elementwise_reasons
 from .base import Encoder, check_tensors, check_unused
-from .vae_frames import FrameDecoder, FrameEncoder
+from .vae_frames import ALIGNED_CHANNELS, FrameDecoder, FrameEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -389,8 +389,9 @@ class WanVAE(Encoder):
     def _runs_channels_last(self, module: nn.Module) -> bool:
         if self.channels_last is not None:
             return self.channels_last
-        supported = self.dtype in FRAMES.operands[0].dtypes and not elementwise_reasons(FRAMES.device, self.device)
-        return supported and "forward" not in vars(module)  # where `compile_model` puts the compiled one
+        if self.config.base_dim % ALIGNED_CHANNELS or "forward" in vars(module):  # or `compile_model` was here
+            return False
+        return self.dtype in FRAMES.operands[0].dtypes and not elementwise_reasons(FRAMES.device, self.device)
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, each [1, z, 1, 1, 1]."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..kernels import frames as triton_kernels
 from ..kernels import reference
+from ..modules.attention import attention
 
-__all__ = ["FrameDecoder", "FrameEncoder"]
+__all__ = ["ALIGNED_CHANNELS", "FrameDecoder", "FrameEncoder"]
 
 HISTORY = 2
 """Frames that a convolution over three frames reads before its own."""
@@ -52,11 +53,14 @@ class _Stack:
         self._history: dict[nn.Module, Tensor | None] = {}
         self._weights: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
 
-    def _parameters(self, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """Weight with channels last, padded to `ALIGNED_CHANNELS` or a `TILE`, and bias of a convolution."""
+    def _parameters(self, layer: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+        """Weight with channels last and bias of a convolution that is given so many channels.
+
+        What is given beyond the weight's own are zeros; what it gives is padded to `ALIGNED_CHANNELS` or a `TILE`.
+        """
         if layer not in self._weights:
             weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-            spare_out, spare_in = (-n % ALIGNED_CHANNELS for n in weight.shape[:2])
+            spare_in, spare_out = channels - weight.shape[1], -weight.shape[0] % ALIGNED_CHANNELS
             if -weight.shape[0] % TILE <= TILE // 4:
                 spare_out = -weight.shape[0] % TILE
             if spare_out or spare_in:
@@ -67,7 +71,7 @@ class _Stack:
 
     def _convolve(self, layer: Any, padded: Tensor) -> Pending:
         """A convolution of `padded` [B, T, H, W, C] without padding of its own; its bias is left to the next kernel."""
-        weight, bias = self._parameters(layer)
+        weight, bias = self._parameters(layer, padded.shape[-1])
         if weight.ndim == 5:
             y = F.conv3d(padded.movedim(-1, 1), weight, stride=layer.stride).movedim(1, -1)
         else:
@@ -106,8 +110,8 @@ class _Stack:
         exact = F.normalize(sums.float(), dim=-1) * (sums.shape[-1] ** 0.5) * gamma
         tokens = exact.to(sums.dtype).flatten(2, 3).flatten(0, 1)  # [B T, H W, C]
         qkv = F.linear(tokens, block.to_qkv.weight.detach().flatten(1), block.to_qkv.bias)
-        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        q, k, v = (part.unsqueeze(2) for part in qkv.chunk(3, dim=-1))
+        attended = attention(q, k, v, "sdpa").squeeze(2)
         out = F.linear(attended, block.proj.weight.detach().flatten(1))
         return Pending(out.view(sums.shape), block.proj.bias, sums)
 
