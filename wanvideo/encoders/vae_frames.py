@@ -117,8 +117,8 @@ class _Stack:
 
     def _middle(self, block: Any, x: Pending) -> Pending:
         x = self._residual_block(block.resnets[0], x)
-        for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-            x = self._residual_block(resnet, self._attention(attention, x))
+        for middle, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+            x = self._residual_block(resnet, self._attention(middle, x))
         return x
 
     def _first(self, layer: nn.Module, frames: Tensor) -> Pending:
