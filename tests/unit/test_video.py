@@ -183,6 +183,36 @@ def test_a_killed_process_leaves_every_appended_frame(tmp_path) -> None:
     assert len(_decode(tmp_path / "out.partial.mp4")[0]) == 144
 
 
+def test_fragments_come_into_force_by_their_last_write(tmp_path, monkeypatch) -> None:
+    """What is on the disk before it plays as what was there before."""
+    partial = tmp_path / "out.partial.mp4"
+    writer = VideoWriter(tmp_path / "out.mp4", FPS, _tone(3, 16000), 16000)
+    writer.append(_frames(30))
+    size, states = partial.stat().st_size, []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: fsync(number) or states.append(partial.read_bytes()))
+    writer.append(_frames(30, start=30))
+    before, after = states
+    assert len(before) == len(after) == partial.stat().st_size > size
+    assert [i for i in range(len(before)) if before[i] != after[i]] == [*range(size + 2, size + 8)]
+    (tmp_path / "torn.mp4").write_bytes(before)
+    assert len(_decode(tmp_path / "torn.mp4")[0]) == 30
+    assert len(_decode(partial)[0]) == 60
+
+
+def test_sound_is_where_it_was_in_the_recording(tmp_path) -> None:
+    clicks = np.zeros(3 * 48000, np.float32)
+    for second in (0.5, 1.0, 2.0, 2.5):
+        clicks[round(second * 48000) :][:480] = 0.5
+    with VideoWriter(tmp_path / "out.mp4", FPS, clicks, 48000) as writer:
+        for start in (0, 25, 50):
+            writer.append(_frames(25, start=start))
+    _, sound, rate = _decode(tmp_path / "out.mp4")
+    for second in (0.5, 1.0, 2.0, 2.5):
+        near = np.abs(sound[round((second - 0.1) * rate) : round((second + 0.1) * rate)])
+        assert abs(np.argmax(near > 0.2) / rate - 0.1) < 0.005
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.999])
 def test_a_write_that_was_stopped_half_way_leaves_what_came_before(tmp_path, share) -> None:
     """What `_add_whole` has written at any moment before its last eight bytes."""
