@@ -623,7 +623,9 @@ def _as_shown(frame: Any, pixel_aspect: Fraction | None) -> np.ndarray:
     width = frame.width
     if pixel_aspect and Fraction(1, 4) <= pixel_aspect <= 4:  # others are nonsense
         width = max(1, round(frame.width * pixel_aspect))
-    pixels = frame.reformat(width=width, format="rgb24", src_colorspace=matrix).to_ndarray()
+    full = 2 if frame.color_range == 2 else 1  # of the values; RGB has all of them
+    shown = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, src_color_range=full, dst_color_range=2)
+    pixels = shown.to_ndarray()
     display = frame.side_data.get("DISPLAYMATRIX")
     return pixels if display is None else _turned(pixels, np.frombuffer(display, np.int32))
 
