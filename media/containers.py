@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,6 @@ def decoded(container: Any, stream: Any, path: Path) -> Iterator[Any]:
 
 def reason(error: Exception) -> str:
     """Why FFmpeg could not read a file."""
-    if isinstance(error, av.error.ArgumentError):
+    if getattr(error, "errno", None) == errno.EINVAL:
         return "its format is none of those that are read"
     return str(getattr(error, "strerror", None) or error)

@@ -308,7 +308,6 @@ class VideoWriter:
 
     def _encode(self, frames: torch.Tensor) -> bytes:
         """A fragmented MP4 of these frames and their sound, their times being those in the whole video."""
-        images = self._image_encoder()
         buffer = io.BytesIO()
         options = {
             "movflags": "frag_keyframe+delay_moov+default_base_moof+skip_trailer",
@@ -317,21 +316,19 @@ class VideoWriter:
         if self.written.frames:
             options["movflags"] += "+frag_discont"  # times go on where those of the fragments before ended
         with av.open(buffer, "w", format="mp4", options=options) as container:
-            shown = container.add_stream_from_template(images, opaque=True)
+            images = self._add_images(container)
             heard = None if self._sound is None else container.add_stream_from_template(self._sound.stream, opaque=True)
             for index, frame in enumerate(frames, self.written.frames):
-                _mux(container, shown, images.encode(self._image(frame, index)))
+                _mux(container, images, images.encode(self._image(frame, index)))
                 # Frame by frame, so that both streams are interleaved as players want them.
                 if self._sound is not None:
                     packets = self._sound.encode(Fraction(index + 1) / self.fps)
                     _mux(container, heard, packets, self._sound.priming)
-            _mux(container, shown, images.encode(None))
+            _mux(container, images, images.encode(None))
         return buffer.getvalue()
 
-    def _image_encoder(self) -> Any:
-        """A stream of a container that writes nothing; its packets go into others."""
+    def _add_images(self, container: Any) -> Any:
         assert self._size is not None
-        container: Any = av.open(io.BytesIO(), "w", format="null")
         options = {"crf": str(self.crf), "preset": "medium"}
         stream = container.add_stream(_h264(), rate=self.fps, options=options)
         stream.height, stream.width = (side + side % 2 for side in self._size)  # 4:2:0 halves both
@@ -340,8 +337,6 @@ class VideoWriter:
         stream.codec_context.time_base = 1 / self.fps
         stream.codec_context.colorspace = stream.codec_context.color_primaries = BT709
         stream.codec_context.color_trc = BT709
-        stream.codec_context.flags |= int(av.codec.context.Flags.global_header)
-        container.start_encoding()
         return stream
 
     def _image(self, frame: torch.Tensor, index: int) -> Any:
@@ -472,10 +467,10 @@ class _SoundTrack:
         self.position = 0  # samples taken so far
         self._written = 0  # samples encoded so far, at the stream's rate
         self._stream_rate = self.rate if self.rate in SOUND_RATES else SOUND_RATES[-1]
-        container: Any = av.open(io.BytesIO(), "w", format="null")
-        self.stream = container.add_stream("aac", rate=self._stream_rate, layout=self.layout)
+        self._container: Any = av.open(os.devnull, "w", format="null")  # kept, which its stream does not do
+        self.stream = self._container.add_stream("aac", rate=self._stream_rate, layout=self.layout)
         self.stream.codec_context.flags |= int(av.codec.context.Flags.global_header)
-        container.start_encoding()
+        self._container.start_encoding()
         self._resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self._stream_rate)
         self.priming = 0
 
@@ -508,7 +503,7 @@ class _SoundTrack:
             self._written += frame.samples
             packets += self.stream.encode(frame)
         if packets and self.priming == 0:
-            self.priming = max(0, -packets[0].pts)
+            self.priming = max(0, -(packets[0].pts or 0))
         return packets
 
 
@@ -628,7 +623,9 @@ def _as_shown(frame: Any, pixel_aspect: Fraction | None) -> np.ndarray:
     width = frame.width
     if pixel_aspect and Fraction(1, 4) <= pixel_aspect <= 4:  # others are nonsense
         width = max(1, round(frame.width * pixel_aspect))
-    pixels = frame.reformat(width=width, format="rgb24", src_colorspace=matrix).to_ndarray()
+    full = 2 if frame.color_range == 2 else 1  # of the values; RGB has all of them
+    shown = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, src_color_range=full, dst_color_range=2)
+    pixels = shown.to_ndarray()
     display = frame.side_data.get("DISPLAYMATRIX")
     return pixels if display is None else _turned(pixels, np.frombuffer(display, np.int32))
 
