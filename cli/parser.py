@@ -20,13 +20,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
 from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
 
 if TYPE_CHECKING:
     from ..pipeline.make_video import Job
+    from ..wanvideo.checkpoints.lora import LoraSpec
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     ):
         kind = str if option == "--tokenizer" else Path
         files.add_argument(option, type=kind, required=required, metavar="F", help=text)
+    files.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        dest="loras",
+        metavar="F[:X]",
+        help="a LoRA with its strength (1), as in style.safetensors:0.8; several times for several",
+    )
 
     size = parser.add_argument_group("size and length")
     _add_config(
@@ -107,6 +117,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_number(size, "--max-frames", None, "stop after so many frames, 25 per second")
     _add_sampling(parser)
     _add_machine(parser)
+
+
+def _lora(given: str) -> LoraSpec:
+    """FILE or FILE:STRENGTH; what follows the last colon is the strength where it is a number."""
+    from ..pipeline.bounds import parse_number
+    from ..wanvideo.checkpoints.lora import LoraSpec
+
+    path, colon, last = given.rpartition(":")
+    try:
+        float(last)
+    except ValueError:
+        path = ""
+    if not (path and colon):
+        return LoraSpec(given)
+    try:
+        return LoraSpec(path, cast(float, parse_number("lora_strength", last)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the strength {error}") from None
 
 
 def _add_config(group: Any, *options: tuple[str, str]) -> None:
@@ -230,6 +258,7 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
         attention_mode=args.attention_mode,
         attention_policy=args.attention_policy,
         quantization=args.quantization,
+        loras=tuple(args.loras),
         base_dtype=dtypes[args.base_precision],
         device=args.device,
         blocks_to_swap=args.blocks_to_swap,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import how_linears_run
+from ..fp8_optimization import how_linears_run, quantize_linears
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -28,6 +28,7 @@ from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features, wav2vec2_files
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
+from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
 from ..wanvideo.checkpoints.state_dict import kind_of
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.text import TextEncoder
@@ -98,6 +99,8 @@ class Job:
         max_frames: where to stop although the recording goes on; None: nowhere.
         attention_mode: one of `ATTENTION_MODES`. attention_policy: one of `POLICIES`, which step uses it.
         quantization: one of `QUANTIZATIONS`.
+        loras: LoRA files with their strengths. They are merged into weights of 16 and 32 bits, before these are
+            quantized; a file that changes weights which came quantized is added to the layers' outputs.
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
         blocks_to_swap: transformer blocks that wait in host memory while others run.
@@ -118,6 +121,7 @@ class Job:
     attention_mode: str = "auto"
     attention_policy: str = "default"
     quantization: str = "disabled"
+    loras: Sequence[LoraSpec] = ()
     base_dtype: torch.dtype | None = None
     device: str = "auto"
     blocks_to_swap: int = 0
@@ -269,6 +273,8 @@ def check(job: Job) -> Checked:
     device = choose_device(job.device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
+    for lora in job.loras:
+        check_numbers(lora_strength=lora.strength)
     prompt = parse_prompt(job.prompt)
     check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
@@ -289,6 +295,7 @@ def check(job: Job) -> Checked:
     )
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
     _check_encoders(job.files)
+    inspect_loras(dit, job.loras)
     return Checked(device, dtype, dit, source, speech, prompt, plan)
 
 
@@ -420,15 +427,22 @@ def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[T
 def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     events.stage("Loading the model")
     swap = BlockSwap(blocks=job.blocks_to_swap) if job.blocks_to_swap else None
+    home = "cpu" if swap else checked.device
+    after_merging = job.quantization != "disabled" and any(lora.merge and lora.strength for lora in job.loras)
     model = load_dit(
         job.files.model,
         job.files.adapter,
         base_dtype=checked.dtype,
-        quantization=job.quantization,
-        device="cpu" if swap else checked.device,
+        quantization="disabled" if after_merging else job.quantization,
+        device="cpu" if after_merging else home,  # the GPU may hold the quantized weights only
         attention_mode=job.attention_mode,
         progress=events.reading,
     )
+    if job.loras:
+        apply_loras(model, job.loras, checked.device)
+    if after_merging:
+        quantize_linears(model, job.quantization, checked.dtype)  # so that weights are rounded once
+        model.to(home)
     if swap is not None:
         Offloader(model, checked.device, swap).load()
     return model

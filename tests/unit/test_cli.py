@@ -30,6 +30,7 @@ from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
 from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
+from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
 
 SECONDS = 0.52
@@ -682,3 +683,107 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert caught.value.code == 0
         assert "infinitetalk" in capsys.readouterr().out
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRAs
+
+
+def lora_file(path: Path, columns: int = 128) -> Path:
+    """A change of the first block's queries that is seen in the video."""
+    generator = torch.Generator().manual_seed(3)
+    pair = {"A": torch.randn(4, columns, generator=generator), "B": torch.randn(128, 4, generator=generator)}
+    tensors = {f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": value for part, value in pair.items()}
+    tensors["diffusion_model.blocks.0.ffn.2.diff_b"] = torch.randn(128, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a.safetensors:-2", "a.safetensors", -2.0),
+        (r"C:\x.safetensors", r"C:\x.safetensors", 1.0),
+        (r"C:\x.safetensors:0.8", r"C:\x.safetensors", 0.8),
+        ("a:b.safetensors", "a:b.safetensors", 1.0),
+        ("a:b.safetensors:1e-1", "a:b.safetensors", 0.1),
+        ("a:0.5:2", "a:0.5", 2.0),
+        (":2", ":2", 1.0),
+    ],
+)
+def test_the_strength_of_a_lora_follows_the_last_colon(given: str, path: str, strength: float) -> None:
+    spec = cli._lora(given)
+    assert (str(spec.path), spec.strength) == (path, strength)
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "1e9", "-1001"])
+def test_strengths_that_are_out_of_bounds(
+    run: Callable[..., Ran], capsys: pytest.CaptureFixture[str], strength: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(lora=f"style.safetensors:{strength}")
+    assert caught.value.code == 2
+    assert "argument --lora: the strength" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", ["disabled", "fp8_e4m3fn_scaled"])
+def test_loras_change_the_video_and_their_strengths_add_up(
+    run: Callable[..., Ran], tmp_path: Path, quantization: str
+) -> None:
+    lora = lora_file(tmp_path / "a:b.safetensors")
+    videos = []
+    for strengths in ((), (2,), (1.5, 0.5), (0,)):
+        ran = run(
+            *(f"--lora={lora}:{strength}" for strength in strengths),
+            quantization=quantization,
+            base_precision="fp32",
+            max_frames=5,
+        )
+        assert ran.code == 0, ran.err
+        assert ran.err.count("changes, merged") == sum(strength != 0 for strength in strengths)
+        videos.append((tmp_path / "video.mp4").read_bytes())
+    assert videos[0] == videos[3] != videos[1] == videos[2]
+
+
+def test_a_lora_is_merged_before_weights_are_quantized_and_not_into_weights_that_are(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path
+) -> None:
+    lora = lora_file(tmp_path / "lora.safetensors")
+    ran = run("--lora", str(lora), quantization="fp8_e4m3fn_scaled", max_frames=5)
+    assert "2 changes, merged" in ran.err
+    model = load_file(tiny_set.model)
+    model = {n: t.to(torch.float8_e4m3fn) if "attn." in n and t.ndim == 2 else t for n, t in model.items()}
+    save_file(model, tmp_path / "fp8.safetensors", metadata={"config": '{"num_heads": 2}'})
+    ran = run("--lora", str(lora), model=tmp_path / "fp8.safetensors", max_frames=5, blocks_to_swap=1)
+    assert ran.code == 0, ran.err
+    assert "2 changes, not merged" in ran.err
+
+
+@pytest.mark.usefixtures("unread")
+def test_loras_that_cannot_be_used(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path) -> None:
+    assert_rejected(run(lora=tmp_path / "no.safetensors"), "no.safetensors", "does not exist")
+    assert_rejected(run(lora=lora_file(tmp_path / "l.safetensors", 64)), "l.safetensors was made for another model")
+    assert_rejected(run(lora=f"{tiny_set.vae}:0.5"), "not a LoRA")
+    lora = lora_file(tmp_path / "out.mp4")
+    assert_rejected(run(lora=lora, out=lora), "out.mp4")
+
+
+def test_loras_are_part_of_what_is_made(tiny_set: TinySet, tmp_path: Path) -> None:
+    one, other = lora_file(tmp_path / "one"), tmp_path / "other"
+    shutil.copyfile(tiny_set.model, other)
+    files = generate.ModelFiles(*["nowhere"] * 5)
+
+    def what(*specs: LoraSpec) -> dict[str, str]:
+        return generate._what(generate.Job(files, ("a.wav",), "out.mp4", loras=specs))
+
+    made = [
+        what(),
+        what(LoraSpec(one)),
+        what(LoraSpec(one, 0.5)),
+        what(LoraSpec(other)),
+        what(LoraSpec(one), LoraSpec(other)),
+        what(LoraSpec(other), LoraSpec(other)),
+        what(LoraSpec(one, 0.5), LoraSpec(other)),
+    ]
+    assert all(a != b for i, a in enumerate(made) for b in made[:i])
