@@ -254,7 +254,7 @@ class Checked:
     Attributes:
         dit: shapes of the model, as its files state them.
         source: the image, or the frames of the source video.
-        speech: 16 kHz waveform of each speaker.
+        speech: 16 kHz waveform of each speaker, as far as frames are made of it.
         prompt: pieces of the prompt.
         plan: size, windows, schedule and masks.
     """
@@ -285,11 +285,12 @@ def check(job: Job) -> Checked:
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
     speech = [load_speech(path) for path in job.audio]
+    if job.max_frames is not None:
+        speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
-    longest = max(frames, default=0)
     config = replace(
         job.config,
-        total_frames=longest if job.max_frames is None else min(longest, job.max_frames),
+        total_frames=max(frames, default=0),
         device=device,
         attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
     )

@@ -26,7 +26,9 @@ from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
 from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
 from wanvideo_infinitetalk.media import video
+from wanvideo_infinitetalk.media.audio import load_speech
 from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
@@ -787,3 +789,29 @@ def test_loras_are_part_of_what_is_made(tiny_set: TinySet, tmp_path: Path) -> No
         what(LoraSpec(one, 0.5), LoraSpec(other)),
     ]
     assert all(a != b for i, a in enumerate(made) for b in made[:i])
+
+
+# ----------------------------------------------------------------------------------------------------------- listening
+
+
+def test_no_more_is_encoded_than_the_frames_need(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are the node's, which normalizes the whole recording and cuts it then."""
+    soundfile.write(tmp_path / "long.wav", tone(3.0, 16000), 16000)
+    whole = load_speech(tmp_path / "long.wav")
+    encoded = []
+    encode = Wav2Vec2Features.__call__
+
+    def spy(self: Wav2Vec2Features, waveform: np.ndarray, *args: object) -> torch.Tensor:
+        encoded.append((len(waveform), encode(self, waveform, *args)))
+        return encoded[-1][1]
+
+    monkeypatch.setattr(Wav2Vec2Features, "__call__", spy)
+    assert run(audio=tmp_path / "long.wav", max_frames=9).code == 0
+    assert run(max_frames=100).code == 0
+    assert [samples for samples, _ in encoded] == [9 * 640 + 1, int(SECONDS * 16000)]
+    monkeypatch.undo()
+    node = Wav2Vec2Features.load(tiny_set.wav2vec)(whole[: int(9 / 25 * 16000) + 1], 9, 25.0)
+    assert torch.equal(encoded[0][1], node)
+    assert probe(tmp_path / "video.mp4").frames == FRAMES
