@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -114,7 +114,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         ("--frames", "frames per window, 4n + 1 (%(default)s)"),
         ("--motion-frames", "frames carried over (%(default)s)"),
     )
-    _add_number(size, "--max-frames", None, "stop after so many frames, 25 per second")
+    _add_number(size, "--max-frames", "stop after so many frames, 25 per second")
     _add_sampling(parser)
     _add_machine(parser)
 
@@ -138,15 +138,16 @@ def _lora(given: str) -> LoraSpec:
 
 
 def _add_config(group: Any, *options: tuple[str, str]) -> None:
-    """Numeric options (name, help) of the `GenerateConfig`, with its defaults."""
+    """Numeric options (name, help) of the `GenerateConfig`; its default stands for %(default)s."""
     from ..pipeline.plan import GenerateConfig
 
     for name, text in options:
-        _add_number(group, name, getattr(GenerateConfig, name.removeprefix("--").replace("-", "_")), text)
+        default = getattr(GenerateConfig, name.removeprefix("--").replace("-", "_"))
+        _add_number(group, name, text.replace("%(default)s", str(default)))
 
 
-def _add_number(group: Any, option: str, default: Any, text: str) -> None:
-    """An option for a number within its bounds."""
+def _add_number(group: Any, option: str, text: str) -> None:
+    """An option for a number within its bounds; None where it is not given."""
     from ..pipeline.bounds import BOUNDS, parse_number
 
     name = option.removeprefix("--").replace("-", "_")
@@ -157,14 +158,20 @@ def _add_number(group: Any, option: str, default: Any, text: str) -> None:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    group.add_argument(option, type=number, default=default, metavar="N" if BOUNDS[name].whole else "X", help=text)
+    group.add_argument(option, type=number, metavar="N" if BOUNDS[name].whole else "X", help=text)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     from ..pipeline.plan import MODES
+    from ..pipeline.presets import PRESETS
     from ..pipeline.schedulers import SCHEDULERS
 
     group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="settings where no option says otherwise; fast needs a step LoRA",
+    )
     _add_config(
         group,
         ("--steps", "%(default)s; 4 to 8 with distilled models"),
@@ -194,12 +201,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--attention-policy", choices=tuple(POLICIES), default="default", help="which step uses the mode"
     )
     group.add_argument(
-        "--quantization", choices=QUANTIZATIONS, default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS)
+        "--quantization", choices=QUANTIZATIONS, metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)"
     )
     group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
-    _add_number(group, "--blocks-to-swap", 0, "blocks that wait in host memory (%(default)s)")
-    group.add_argument("--tiled-vae", action="store_true", help="encode and decode in tiles, for small GPUs")
+    _add_number(group, "--blocks-to-swap", "blocks that wait in host memory (0)")
+    group.add_argument(
+        "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles, for small GPUs"
+    )
 
 
 def _run_generate(args: argparse.Namespace) -> None:
@@ -222,48 +231,20 @@ def _run_generate(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
+    """The job of the options that are given."""
     import torch
 
-    from ..pipeline.make_video import DEFAULT_NEGATIVE, DEFAULT_PROMPT, Job
+    from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
+    from ..pipeline.presets import build_job
 
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return Job(
-        files=files,
-        audio=tuple(audio),
-        out=args.out,
-        image=args.image,
-        video=args.video,
-        masks=tuple(args.masks),
-        prompt=DEFAULT_PROMPT if args.prompt is None else args.prompt,
-        negative=DEFAULT_NEGATIVE if args.negative_prompt is None else args.negative_prompt,
-        config=GenerateConfig(
-            width=args.width,
-            height=args.height,
-            frames=args.frames,
-            motion_frames=args.motion_frames,
-            steps=args.steps,
-            shift=args.shift,
-            scheduler=args.scheduler,
-            start_step=args.start_step,
-            cfg=args.cfg,
-            audio_cfg=args.audio_cfg,
-            audio_scale=args.audio_scale,
-            seed=args.seed,
-            mode=args.mode,
-            color_correction=args.color_correction,
-            tiled_vae=args.tiled_vae,
-        ),
-        max_frames=args.max_frames,
-        attention_mode=args.attention_mode,
-        attention_policy=args.attention_policy,
-        quantization=args.quantization,
-        loras=tuple(args.loras),
-        base_dtype=dtypes[args.base_precision],
-        device=args.device,
-        blocks_to_swap=args.blocks_to_swap,
-        resume=args.resume,
-    )
+    named = {"negative_prompt": "negative", "base_precision": "base_dtype"}
+    known = {entry.name for kind in (Job, GenerateConfig) for entry in fields(kind)}
+    settings = {named.get(name, name): value for name, value in vars(args).items() if value is not None}
+    settings["base_dtype"] = dtypes[args.base_precision]
+    settings |= {"files": files, "audio": tuple(audio), "masks": tuple(args.masks), "loras": tuple(args.loras)}
+    return build_job({name: value for name, value in settings.items() if name in known}, args.preset)
 
 
 def _run_job(job: Job, again: str = "") -> None:

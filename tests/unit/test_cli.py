@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
+from wanvideo_infinitetalk.pipeline.presets import PRESETS, build_job
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
@@ -815,3 +816,69 @@ def test_no_more_is_encoded_than_the_frames_need(
     node = Wav2Vec2Features.load(tiny_set.wav2vec)(whole[: int(9 / 25 * 16000) + 1], 9, 25.0)
     assert torch.equal(encoded[0][1], node)
     assert probe(tmp_path / "video.mp4").frames == FRAMES
+
+
+# ------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.fixture
+def job_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable[..., generate.Job]:
+    """`run`, and the job that the command makes of the options."""
+    jobs: list[generate.Job] = []
+    monkeypatch.setattr(cli, "_run_job", lambda job, again="": jobs.append(job))
+
+    def go(*flags: str, **options: object) -> generate.Job:
+        bare = dict.fromkeys(("width", "height", "frames", "motion_frames", "steps", "cfg", "audio_cfg"))
+        ran = run(*flags, **{**bare, **options})
+        assert ran.code == 0, ran.err
+        return jobs.pop()
+
+    return go
+
+
+def test_options_that_are_not_given_are_the_library_s(
+    job_of: Callable[..., generate.Job], tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path
+) -> None:
+    models = {name: path for name, path in vars(tiny_set).items() if name != "wav2vec_file"}
+    job = generate.Job(generate.ModelFiles(**models), (speech,), tmp_path / "video.mp4", image)
+    assert replace(job_of(), config=job.config) == job
+    assert job_of(mode="infinitetalk").config == job.config
+
+
+def test_every_option_arrives_in_the_job(job_of: Callable[..., generate.Job]) -> None:
+    options = {"steps": 3, "cfg": 2.0, "seed": 7, "scheduler": "euler", "mode": "multitalk", "max_frames": 9}
+    options |= {"negative_prompt": "n", "prompt": "p", "blocks_to_swap": 1, "quantization": "fp8_e5m2", "device": "cpu"}
+    options |= {"base_precision": "fp16", "attention_mode": "eager", "attention_policy": "ends_16bit"}
+    job = job_of("--tiled-vae", "--resume", **options)
+    renamed = {"negative": "n", "base_dtype": torch.float16, "tiled_vae": True, "resume": True}
+    for name, value in (options | renamed).items():
+        if name not in ("negative_prompt", "base_precision"):
+            assert getattr(job, name, getattr(job.config, name, None)) == value, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_in_what_no_option_says(job_of: Callable[..., generate.Job], preset: str) -> None:
+    for given in ({}, {"steps": 7}):
+        job = job_of(preset=preset, **given)
+        for name, value in (PRESETS[preset] | given).items():
+            assert getattr(job.config if hasattr(job.config, name) else job, name) == value, name
+    default = job_of()
+    assert (job_of(preset=preset, quantization="disabled").quantization, default.blocks_to_swap) == ("disabled", 0)
+    with pytest.raises(InfiniteTalkError, match=f"no preset 'slow': choose one of .*{preset}"):
+        build_job({}, "slow")
+
+
+def test_the_fast_preset_asks_for_a_step_lora(
+    job_of: Callable[..., generate.Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_of(preset="fast", lora=tmp_path / "step.safetensors")
+    job_of(preset="quality")
+    assert "step LoRA" not in caplog.text
+    job_of(preset="fast")
+    assert "choose a step LoRA" in caplog.text
+
+
+def test_low_memory_runs_on_the_tiny_models(run: Callable[..., Ran]) -> None:
+    ran = run(preset="low-memory", max_frames=5)
+    assert ran.code == 0, ran.err
+    assert "fp8_e4m3fn_scaled" in ran.err
