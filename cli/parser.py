@@ -200,9 +200,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attention-policy", choices=tuple(POLICIES), default="default", help="which step uses the mode"
     )
-    group.add_argument(
-        "--quantization", choices=QUANTIZATIONS, metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)"
-    )
+    group.add_argument("--quantization", metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)")
     group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     _add_number(group, "--blocks-to-swap", "blocks that wait in host memory (0)")
@@ -289,9 +287,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--out", type=Path, default=Path("demo.mp4"), metavar="V", help="video to write (%(default)s)")
     parser.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
-    parser.add_argument(
-        "--quantization", choices=QUANTIZATIONS, default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS)
-    )
+    parser.add_argument("--quantization", default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS))
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there")
 

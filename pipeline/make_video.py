@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import how_linears_run, quantize_linears
+from ..fp8_optimization import Quantization, how_linears_run, quantize_linears
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -35,7 +35,7 @@ from ..wanvideo.encoders.text import TextEncoder
 from ..wanvideo.encoders.vae import WanVAE
 from ..wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
 from ..wanvideo.kernels.layout import GuardStats
-from ..wanvideo.modules.attention import check_mode, count_kernels
+from ..wanvideo.modules.attention import canonical_mode, check_mode, count_kernels
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
@@ -184,6 +184,8 @@ def make_video(job: Job, events: Events | None = None) -> Result:
 
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
+    mode, quantization = canonical_mode(job.attention_mode), Quantization.parse(job.quantization).name
+    job = replace(job, attention_mode=mode, quantization=quantization)
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 

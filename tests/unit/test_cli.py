@@ -167,7 +167,7 @@ def test_a_generation_names_its_kernels_weights_and_guard_copies_in_one_line(run
     ran = run(attention_mode="sage3_fp8", quantization="fp8_e4m3fn_scaled", steps=2, max_frames=9)
     (line,) = [line for line in ran.err.splitlines() if line.startswith("Attention ")]
     # Two windows of two steps of one pass: self attention by the mode, text, image and speech by SDPA.
-    assert "Attention sage3_fp8 (policy default) by " in line
+    assert "Attention sageattn_3_fp8 (policy default) by " in line
     assert re.search(r"emulated_fp8 \(8 calls\)", line)
     assert re.search(r"sdpa \(24 calls\)", line)
     assert re.search(r"linears \d+ x fp8_e4m3fn_scaled", line)
@@ -882,3 +882,10 @@ def test_low_memory_runs_on_the_tiny_models(run: Callable[..., Ran]) -> None:
     ran = run(preset="low-memory", max_frames=5)
     assert ran.code == 0, ran.err
     assert "fp8_e4m3fn_scaled" in ran.err
+
+
+def test_names_are_read_in_any_spelling(run: Callable[..., Ran]) -> None:
+    ran = run(attention_mode="SageAttn3_FP8", quantization="FP8-E4M3FN-scaled", max_frames=5)
+    assert ran.code == 0, ran.err
+    assert "Attention sageattn_3_fp8 (policy default)" in ran.err
+    assert_rejected(run(quantization="fp8_e4m3"), "the nearest is fp8_e4m3fn")
