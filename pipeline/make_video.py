@@ -278,6 +278,7 @@ def check(job: Job) -> Checked:
     for lora in job.loras:
         check_numbers(lora_strength=lora.strength)
     prompt = parse_prompt(job.prompt)
+    _check_missing(job)
     check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
@@ -300,6 +301,25 @@ def check(job: Job) -> Checked:
     _check_encoders(job.files)
     inspect_loras(dit, job.loras)
     return Checked(device, dtype, dit, source, speech, prompt, plan)
+
+
+def _check_missing(job: Job) -> None:
+    """Name all files at once that do not exist; a single one is left to its reader, which says more about it."""
+    given: dict[str, object] = {entry.name: getattr(job.files, entry.name) for entry in fields(job.files)}
+    if not Path(str(job.files.tokenizer)).suffix:
+        del given["tokenizer"]  # maybe a name of the hub
+    given |= {"image": job.image, "video": job.video}
+    for name, values in (("recording", job.audio), ("mask", job.masks)):
+        given |= {name if len(values) == 1 else f"{name} {number}": path for number, path in enumerate(values, 1)}
+    given |= {f"LoRA {number}": lora.path for number, lora in enumerate(job.loras, 1) if lora.strength}
+    missing = [
+        f"{name.replace('_', ' ')} {path}"
+        for name, value in given.items()
+        for path in _paths(value, strings=True)
+        if not path.exists()
+    ]
+    if len(missing) > 1:
+        raise InputError(f"{len(missing)} files do not exist: {', '.join(missing)}; check the paths.")
 
 
 def _open_source(job: Job) -> FrameSource:

@@ -889,3 +889,28 @@ def test_names_are_read_in_any_spelling(run: Callable[..., Ran]) -> None:
     assert ran.code == 0, ran.err
     assert "Attention sageattn_3_fp8 (policy default)" in ran.err
     assert_rejected(run(quantization="fp8_e4m3"), "the nearest is fp8_e4m3fn")
+
+
+@pytest.mark.usefixtures("unread")
+def test_all_missing_files_are_named_at_once(run: Callable[..., Ran], tmp_path: Path) -> None:
+    names = {
+        "model": "model",
+        "adapter": "adapter",
+        "vae": "vae",
+        "text-encoder": "text encoder",
+        "clip-vision": "clip vision",
+        "wav2vec": "wav2vec",
+        "tokenizer": "tokenizer",
+        "image": "image",
+        "audio": "recording 1",
+        "audio-2": "recording 2",
+        "lora": "LoRA 1",
+    }
+    gone = {option: tmp_path / f"no {option}.bin" for option in names}
+    ran = run(**gone, masks=[tmp_path / "no mask", tmp_path / "no other mask"])
+    assert_rejected(ran, "13 files do not exist: ", f"mask 2 {tmp_path / 'no other mask'}, ")
+    for option, name in names.items():
+        assert f"{name} {gone[option]}" in ran.err
+    assert_rejected(run(vae=gone["vae"], image=gone["image"]), "2 files do not exist: vae", "no image.bin; check")
+    assert_rejected(run(image=None, video=gone["model"], audio=gone["audio"]), "2 files", "video", "recording")
+    assert_rejected(run(tokenizer="owner/name", vae=gone["vae"], lora=f"{gone['lora']}:0"), "no vae.bin does not exist")
