@@ -11,15 +11,12 @@ from pathlib import Path
 from .. import assets
 from ..pipeline.make_video import Job, ModelFiles
 from ..pipeline.plan import GenerateConfig
-from .tiny_models import TinySet, make_tiny
+from .tiny_models import TALKING_DEFAULTS, TinySet, make_tiny
 
 __all__ = ["demo_job"]
 
-SIZE = 128
-STEPS = 8
-FRAMES, MOTION = 81, 9
-SHIFT = 3.0
-"""What the talking set was trained for; like the distilled 14B models it needs no guidance."""
+SIZE, STEPS = int(TALKING_DEFAULTS["width"]), int(TALKING_DEFAULTS["steps"])
+FRAMES, MOTION = int(TALKING_DEFAULTS["frames"]), int(TALKING_DEFAULTS["motion_frames"])
 
 
 @contextmanager
@@ -66,9 +63,9 @@ def demo_job(
                 frames=FRAMES,
                 motion_frames=MOTION,
                 steps=STEPS,
-                shift=SHIFT,
-                cfg=1.0,
-                audio_cfg=1.0,
+                shift=TALKING_DEFAULTS["shift"],
+                cfg=TALKING_DEFAULTS["cfg"],
+                audio_cfg=TALKING_DEFAULTS["audio_cfg"],
             ),
             attention_mode=attention_mode,
             quantization=quantization,

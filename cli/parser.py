@@ -234,7 +234,7 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
 
     from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
-    from ..pipeline.presets import build_job
+    from ..pipeline.presets import build_job, stated_defaults
 
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     named = {"negative_prompt": "negative", "base_precision": "base_dtype"}
@@ -242,7 +242,8 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
     settings = {named.get(name, name): value for name, value in vars(args).items() if value is not None}
     settings["base_dtype"] = dtypes[args.base_precision]
     settings |= {"files": files, "audio": tuple(audio), "masks": tuple(args.masks), "loras": tuple(args.loras)}
-    return build_job({name: value for name, value in settings.items() if name in known}, args.preset)
+    settings = {name: value for name, value in settings.items() if name in known}
+    return build_job(settings, args.preset, stated_defaults(args.model))
 
 
 def _run_job(job: Job, again: str = "") -> None:

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
-from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
+from wanvideo_infinitetalk.cli.tiny_models import RANDOM_DEFAULTS, TALKING_DEFAULTS, TinySet, dit_weights, make_tiny
 from wanvideo_infinitetalk.media import video
 from wanvideo_infinitetalk.media.audio import load_speech
 from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
@@ -840,9 +840,12 @@ def test_options_that_are_not_given_are_the_library_s(
     job_of: Callable[..., generate.Job], tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path
 ) -> None:
     models = {name: path for name, path in vars(tiny_set).items() if name != "wav2vec_file"}
-    job = generate.Job(generate.ModelFiles(**models), (speech,), tmp_path / "video.mp4", image)
-    assert replace(job_of(), config=job.config) == job
-    assert job_of(mode="infinitetalk").config == job.config
+    state = load_file(models["model"])
+    save_file(state, tmp_path / "no defaults.safetensors", metadata={"config": '{"num_heads": 2}'})
+    models["model"] = tmp_path / "no defaults.safetensors"
+    assert job_of(model=models["model"]) == generate.Job(
+        generate.ModelFiles(**models), (speech,), tmp_path / "video.mp4", image
+    )
 
 
 def test_every_option_arrives_in_the_job(job_of: Callable[..., generate.Job]) -> None:
@@ -914,3 +917,39 @@ def test_all_missing_files_are_named_at_once(run: Callable[..., Ran], tmp_path: 
     assert_rejected(run(vae=gone["vae"], image=gone["image"]), "2 files do not exist: vae", "no image.bin; check")
     assert_rejected(run(image=None, video=gone["model"], audio=gone["audio"]), "2 files", "video", "recording")
     assert_rejected(run(tokenizer="owner/name", vae=gone["vae"], lora=f"{gone['lora']}:0"), "no vae.bin does not exist")
+
+
+# ---------------------------------------------------------------------------------------------------- models' defaults
+
+
+def test_the_tiny_models_state_their_defaults(
+    job_of: Callable[..., generate.Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def of(job: generate.Job, names: Iterable[str]) -> dict[str, float]:
+        return {name: getattr(job.config, name) for name in names}
+
+    assert of(job_of(), RANDOM_DEFAULTS) == RANDOM_DEFAULTS
+    talking = make_tiny(tmp_path / "talking")
+    assert of(job_of(model=talking.model), TALKING_DEFAULTS) == TALKING_DEFAULTS
+    assert inspect_dit(talking.model, talking.adapter).num_heads == 3
+    assert "The model's own defaults: width 128, height 128" in caplog.text or "steps 8" in caplog.text
+    job = job_of(steps=5, width=96, cfg=2)
+    assert of(job, ("steps", "width", "height", "cfg", "frames")) == dict(
+        steps=5, width=96, height=None, cfg=2, frames=RANDOM_DEFAULTS["frames"]
+    )
+    quality = job_of(preset="quality")
+    assert of(quality, ("steps", "cfg", "width")) == {"steps": 40, "cfg": 5, "width": RANDOM_DEFAULTS["width"]}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"steps": 0, "cfg": "x", "depth": 3, "seed": true, "shift": 2}', "[1]", "{", "null", "9" * 5000]
+)
+def test_defaults_that_are_none(
+    job_of: Callable[..., generate.Job], tiny_set: TinySet, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(tiny_set.model), path, metadata={"config": '{"num_heads": 2}', "defaults": text})
+    job = job_of(model=path)
+    assert job.config == plan.GenerateConfig(shift=2 if "shift" in text else 7.0)
+    assert ("left out: cfg, depth, seed, steps" in caplog.text) == ("shift" in text)
+    assert job_of(model=tmp_path / "nowhere").config == plan.GenerateConfig()
