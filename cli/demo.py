@@ -23,6 +23,8 @@ FRAMES, MOTION = int(TALKING_DEFAULTS["frames"]), int(TALKING_DEFAULTS["motion_f
 def demo_job(
     out: str | Path,
     *,
+    image: str | Path | None = None,
+    audio: str | Path | None = None,
     models: str | Path | None = None,
     attention_mode: str = "auto",
     quantization: str = "disabled",
@@ -31,6 +33,7 @@ def demo_job(
     """The demo's job; its files are there as long as the context is open.
 
     Args:
+        image, audio: others than the demo's own.
         models: folder to keep the tiny checkpoints in, or one that holds a set, such as the random one, which is used
             as it is. None: they are removed afterwards.
     """
@@ -53,8 +56,8 @@ def demo_job(
                 clip_vision=tiny.clip_vision,
                 wav2vec=tiny.wav2vec,
             ),
-            audio=(recording,),
-            image=portrait,
+            audio=(recording if audio is None else audio,),
+            image=portrait if image is None else image,
             out=out,
             prompt="A woman speaks to the camera in the evening light.",
             config=GenerateConfig(

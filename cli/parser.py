@@ -75,6 +75,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     for number in (2, 3, 4):
         what.add_argument(f"--audio-{number}", type=Path, metavar="A", help=f"the recording of speaker {number}")
     what.add_argument(
+        "--one-after-the-other", action="store_true", help="each recording begins where the one before ends"
+    )
+    what.add_argument(
         "--masks", type=Path, nargs="+", default=[], metavar="M", help="one image per speaker, white where they are"
     )
     what.add_argument("--prompt", metavar="T", help="what to show; a | b: one for each window (a person talking)")
@@ -181,6 +184,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         ("--audio-scale", "weight of the speech (%(default)s)"),
         ("--seed", "of the random numbers (%(default)s)"),
     )
+    group.add_argument(
+        "--apg", action="store_true", dest="use_apg", default=None, help="adaptive projected guidance, for high --cfg"
+    )
     group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
     group.add_argument("--mode", choices=tuple(MODES), default="infinitetalk", help="%(default)s")
     _add_config(
@@ -203,6 +209,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantization", metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)")
     group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    group.add_argument(
+        "--text-encoder-device", default="auto", metavar="D", help="cpu: leave the GPU to others (%(default)s)"
+    )
     _add_number(group, "--blocks-to-swap", "blocks that wait in host memory (0)")
     group.add_argument(
         "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles, for small GPUs"
@@ -290,6 +299,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
     parser.add_argument("--quantization", default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS))
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--image", type=Path, metavar="P", help="another image that will speak, a drawn face")
+    parser.add_argument("--audio", type=Path, metavar="A", help="another recording")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there")
 
 
@@ -298,6 +309,8 @@ def _run_demo(args: argparse.Namespace) -> None:
 
     with demo_job(
         args.out,
+        image=args.image,
+        audio=args.audio,
         models=args.models,
         attention_mode=args.attention_mode,
         quantization=args.quantization,

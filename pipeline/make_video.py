@@ -62,7 +62,7 @@ FPS = 25
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
 """Fields of a `Job` where a string is a path."""
 
-NOT_WHAT = ("out", "resume", "config", "device", "blocks_to_swap")
+NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 UNKNOWN_KIND = kind_of(())
@@ -93,6 +93,7 @@ class Job:
         audio: one recording per speaker, one to four.
         out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
+        one_after_the_other: each recording begins where the one before ends, instead of all at once.
         masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
         prompt, negative: what to show, and what not; `prompts` has the syntax of the first one.
         config: size, length of windows, steps, guidance, seed ...; its device and attention policy are set here.
@@ -103,9 +104,10 @@ class Job:
             quantized; a file that changes weights which came quantized is added to the layers' outputs.
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
+        text_encoder_device: where the prompts are encoded; "auto": on the device.
         blocks_to_swap: transformer blocks that wait in host memory while others run.
         resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
-            must be the same; device, blocks_to_swap and tiled_vae may differ.
+            must be the same; devices, blocks_to_swap and tiled_vae may differ.
     """
 
     files: ModelFiles
@@ -113,6 +115,7 @@ class Job:
     out: str | Path
     image: str | Path | None = None
     video: str | Path | None = None
+    one_after_the_other: bool = False
     masks: Sequence[str | Path] = ()
     prompt: str = DEFAULT_PROMPT
     negative: str = DEFAULT_NEGATIVE
@@ -124,6 +127,7 @@ class Job:
     loras: Sequence[LoraSpec] = ()
     base_dtype: torch.dtype | None = None
     device: str = "auto"
+    text_encoder_device: str = "auto"
     blocks_to_swap: int = 0
     resume: bool = False
 
@@ -192,7 +196,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
-        sound, rate = _sound(job.audio)
+        sound, rate = _sound(job.audio, job.one_after_the_other)
         writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
         if start is not None and start.state.windows == len(plan.windows):
             writer.close()  # it ended while the video was put in place
@@ -262,6 +266,7 @@ class Checked:
     """
 
     device: torch.device
+    text_encoder_device: torch.device
     dtype: torch.dtype
     dit: WanConfig
     source: FrameSource
@@ -273,6 +278,7 @@ class Checked:
 def check(job: Job) -> Checked:
     """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
     device = choose_device(job.device)
+    text_encoder_device = device if job.text_encoder_device == "auto" else choose_device(job.text_encoder_device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
     for lora in job.loras:
@@ -288,6 +294,8 @@ def check(job: Job) -> Checked:
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
     speech = [load_speech(path) for path in job.audio]
+    if job.one_after_the_other and speech:
+        speech = arrange(speech, one_after_the_other=True)
     if job.max_frames is not None:
         speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
@@ -300,7 +308,7 @@ def check(job: Job) -> Checked:
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
     _check_encoders(job.files)
     inspect_loras(dit, job.loras)
-    return Checked(device, dtype, dit, source, speech, prompt, plan)
+    return Checked(device, text_encoder_device, dtype, dit, source, speech, prompt, plan)
 
 
 def _check_missing(job: Job) -> None:
@@ -370,6 +378,7 @@ def _how(job: Job, device: torch.device) -> dict[str, str]:
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
         "the device": f"{device.type}{gpu}",
+        "the text encoder's device": job.text_encoder_device,
         "the number of swapped blocks": str(job.blocks_to_swap),
         "tiling of the VAE": str(job.config.tiled_vae),
         "torch": torch.__version__,
@@ -413,14 +422,15 @@ def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
         )
 
 
-def _sound(recordings: Sequence[str | Path]) -> tuple[np.ndarray, int]:
-    """The sound of the video: the recordings as they are, all at once; mono samples and their rate in Hz."""
+def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple[np.ndarray, int]:
+    """The sound of the video: the recordings as they are, on one time line; mono samples and their rate in Hz."""
     waves = [read_audio(path) for path in recordings]
     if len(waves) == 1:
         return waves[0]
     import soxr
 
-    return mix(arrange([soxr.resample(w, r, SOUND_RATE) for w, r in waves], one_after_the_other=False)), SOUND_RATE
+    resampled = [soxr.resample(wave, rate, SOUND_RATE) for wave, rate in waves]
+    return mix(arrange(resampled, one_after_the_other=one_after_the_other)), SOUND_RATE
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -437,7 +447,10 @@ def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[T
     """Embeddings of the prompt's pieces and of the negative one, float32 on the CPU; the encoder is let go."""
     events.stage("Encoding the prompt")
     encoder = TextEncoder.load(
-        job.files.text_encoder, tokenizer=job.files.tokenizer, dtype=checked.dtype, device=checked.device
+        job.files.text_encoder,
+        tokenizer=job.files.tokenizer,
+        dtype=checked.dtype,
+        device=checked.text_encoder_device,
     )
 
     def encode(texts: Sequence[str]) -> list[Tensor]:

@@ -953,3 +953,70 @@ def test_defaults_that_are_none(
     assert job.config == plan.GenerateConfig(shift=2 if "shift" in text else 7.0)
     assert ("left out: cfg, depth, seed, steps" in caplog.text) == ("shift" in text)
     assert job_of(model=tmp_path / "nowhere").config == plan.GenerateConfig()
+
+
+# ------------------------------------------------------------------------------------------------- what the nodes could
+
+
+def test_recordings_one_after_the_other(
+    run: Callable[..., Ran], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each speaker's line is silent while the other speaks, and so is the sound."""
+    encoded = []
+    encode = Wav2Vec2Features.__call__
+    monkeypatch.setattr(Wav2Vec2Features, "__call__", lambda self, line: encoded.append(line) or encode(self, line))
+    masks = []
+    for side in range(2):
+        plane = np.zeros((40, 40), dtype=np.uint8)
+        plane[:, 20 * side : 20 * side + 20] = 255
+        Image.fromarray(plane).save(tmp_path / f"mask{side}.png")
+        masks.append(tmp_path / f"mask{side}.png")
+    soundfile.write(tmp_path / "second.wav", tone(0.4, 44100), 44100)
+    ran = run("--one-after-the-other", audio_2=tmp_path / "second.wav", masks=masks)
+    assert ran.code == 0, ran.err
+    assert probe(tmp_path / "video.mp4").frames == FRAMES + 10
+    first, second = encoded
+    begin = int(SECONDS * 16000)
+    assert len(first) == len(second) == begin + 6400
+    assert first[:begin].any()
+    assert second[begin:].any()
+    assert not first[begin:].any()
+    assert not second[:begin].any()
+    wave, rate = generate._sound([tmp_path / "speech.wav", tmp_path / "second.wav"], True)
+    assert len(wave) / rate == pytest.approx(SECONDS + 0.4, abs=0.001)
+
+
+def test_adaptive_projected_guidance(run: Callable[..., Ran], tmp_path: Path) -> None:
+    videos = []
+    for flags in ((), ("--apg",)):
+        assert run(*flags, cfg=4, audio_cfg=3, steps=2, max_frames=5).code == 0
+        videos.append((tmp_path / "video.mp4").read_bytes())
+    assert videos[0] != videos[1]
+
+
+def test_the_text_encoder_s_device(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    load = generate.TextEncoder.load
+    monkeypatch.setattr(
+        generate.TextEncoder, "load", lambda *a, device, **k: devices.append(device) or load(*a, device=device, **k)
+    )
+    monkeypatch.setattr(
+        generate, "choose_device", lambda name: torch.device("cpu", 0) if name == "cpu" else torch.device("cpu")
+    )
+    assert run(max_frames=5).code == 0
+    assert run(max_frames=5, text_encoder_device="cpu").code == 0
+    assert devices == [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.undo()
+    assert_rejected(run(text_encoder_device="tpu"), "no device 'tpu'")
+
+
+def test_the_demo_takes_another_image_and_recording(
+    tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[generate.Job] = []
+    monkeypatch.setattr(cli, "_run_job", jobs.append)
+    models = ["--models", str(tiny_set.model.parent)]
+    assert cli.main(["demo", "--image", str(image), "--audio", str(speech), *models]) == 0
+    assert cli.main(["demo", *models]) == 0
+    assert (jobs[0].image, jobs[0].audio) == (image, (speech,))
+    assert [Path(str(jobs[1].image)).name, Path(jobs[1].audio[0]).name] == ["portrait.png", "speech.wav"]
