@@ -396,7 +396,10 @@ def input_files(job: Job) -> Iterator[Path]:
 def _paths(value: object, strings: bool) -> Iterator[Path]:
     """The paths in a value, and in what it is made of; where `strings`, strings are paths too."""
     if isinstance(value, Path) or (strings and isinstance(value, str)):
-        yield Path(value).expanduser()
+        try:
+            yield Path(value).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"The home folder in {value} is not known here: write the path without ~.") from error
     elif is_dataclass(value):
         for entry in fields(value):
             yield from _paths(getattr(value, entry.name), strings)

@@ -1020,3 +1020,45 @@ def test_the_demo_takes_another_image_and_recording(
     assert cli.main(["demo", *models]) == 0
     assert (jobs[0].image, jobs[0].audio) == (image, (speech,))
     assert [Path(str(jobs[1].image)).name, Path(jobs[1].audio[0]).name] == ["portrait.png", "speech.wav"]
+
+
+# --------------------------------------------------------------------------------------------------- bare environments
+
+
+AS_NOBODY = """
+import pwd, sys
+
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = unknown
+from wanvideo_infinitetalk.cli.parser import main
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import cache_file
+print(cache_file())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no pwd")
+def test_a_video_without_a_home(tiny_set: TinySet, tmp_path: Path) -> None:
+    """No HOME, a user without a name, and the C locale."""
+
+    def run(*more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        bare = {"PATH": os.defpath, "LC_ALL": "C", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        bare |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
+        command = [sys.executable, "-c", AS_NOBODY, "generate", "--image", "i.png", "--out", "ö.mp4"]
+        for role, path in vars(tiny_set).items():
+            command += [] if role == "wav2vec_file" else [f"--{role.replace('_', '-')}", str(path)]
+        command += ["--frames", "5", "--motion-frames", "1", "--steps", "1", "--width", "32", "--height", "32", *more]
+        return subprocess.run(command, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    soundfile.write(tmp_path / "ü.wav", tone(0.3, 16000), 16000)
+    Image.new("RGB", (32, 32)).save(tmp_path / "i.png")
+    ran = run("--audio", "ü.wav", "--max-frames", "5", "--attention-mode", "sageattn")
+    assert ran.returncode == 0, ran.stderr
+    assert probe(tmp_path / "ö.mp4").frames == 5
+    assert Path(ran.stdout.splitlines()[0]) == tmp_path / f"wanvideo_infinitetalk-{os.getuid()}" / "trials.json"
+    ran = run("--audio", "~/a.wav", XDG_CACHE_HOME=str(tmp_path / "i.png"))
+    assert ran.returncode == 2
+    assert ran.stderr.endswith("The home folder in ~/a.wav is not known here: write the path without ~.\n")
+    assert ran.stdout.startswith(f"{tmp_path / 'i.png'}/wanvideo_infinitetalk")
