@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .wanvideo.errors import InputError, some
+from .wanvideo.errors import InputError, nearest, plain, some
 from .wanvideo.kernels import contract, reference
 from .wanvideo.kernels import linear as kernels
 from .wanvideo.kernels.contract import Contract, Described, Device, Operand, Size
@@ -124,9 +124,12 @@ class Quantization:
 
     @staticmethod
     def parse(name: str) -> Quantization:
-        """Raises InputError for a name that is not in QUANTIZATIONS."""
-        if name not in QUANTIZATIONS:
-            raise InputError(f"quantization '{name}' is unknown; choose one of {', '.join(QUANTIZATIONS)}.")
+        """In any case and with any separators; raises InputError for a name that is not in QUANTIZATIONS."""
+        known = {plain(known): known for known in QUANTIZATIONS}.get(plain(str(name)))
+        if known is None:
+            choices = f"{', '.join(QUANTIZATIONS)}{nearest(str(name), QUANTIZATIONS)}"
+            raise InputError(f"quantization '{name}' is unknown; choose one of {choices}.")
+        name = known
         fast = name.endswith("_fast")
         stem = name.removesuffix("_fast")
         return Quantization(name, stem.removesuffix("_scaled"), stem.endswith("_scaled"), fast)

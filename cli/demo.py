@@ -11,21 +11,20 @@ from pathlib import Path
 from .. import assets
 from ..pipeline.make_video import Job, ModelFiles
 from ..pipeline.plan import GenerateConfig
-from .tiny_models import TinySet, make_tiny
+from .tiny_models import TALKING_DEFAULTS, TinySet, make_tiny
 
 __all__ = ["demo_job"]
 
-SIZE = 128
-STEPS = 8
-FRAMES, MOTION = 81, 9
-SHIFT = 3.0
-"""What the talking set was trained for; like the distilled 14B models it needs no guidance."""
+SIZE, STEPS = int(TALKING_DEFAULTS["width"]), int(TALKING_DEFAULTS["steps"])
+FRAMES, MOTION = int(TALKING_DEFAULTS["frames"]), int(TALKING_DEFAULTS["motion_frames"])
 
 
 @contextmanager
 def demo_job(
     out: str | Path,
     *,
+    image: str | Path | None = None,
+    audio: str | Path | None = None,
     models: str | Path | None = None,
     attention_mode: str = "auto",
     quantization: str = "disabled",
@@ -34,6 +33,7 @@ def demo_job(
     """The demo's job; its files are there as long as the context is open.
 
     Args:
+        image, audio: others than the demo's own.
         models: folder to keep the tiny checkpoints in, or one that holds a set, such as the random one, which is used
             as it is. None: they are removed afterwards.
     """
@@ -56,8 +56,8 @@ def demo_job(
                 clip_vision=tiny.clip_vision,
                 wav2vec=tiny.wav2vec,
             ),
-            audio=(recording,),
-            image=portrait,
+            audio=(recording if audio is None else audio,),
+            image=portrait if image is None else image,
             out=out,
             prompt="A woman speaks to the camera in the evening light.",
             config=GenerateConfig(
@@ -66,9 +66,9 @@ def demo_job(
                 frames=FRAMES,
                 motion_frames=MOTION,
                 steps=STEPS,
-                shift=SHIFT,
-                cfg=1.0,
-                audio_cfg=1.0,
+                shift=TALKING_DEFAULTS["shift"],
+                cfg=TALKING_DEFAULTS["cfg"],
+                audio_cfg=TALKING_DEFAULTS["audio_cfg"],
             ),
             attention_mode=attention_mode,
             quantization=quantization,

@@ -18,15 +18,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
 from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
 
 if TYPE_CHECKING:
     from ..pipeline.make_video import Job
+    from ..wanvideo.checkpoints.lora import LoraSpec
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     for number in (2, 3, 4):
         what.add_argument(f"--audio-{number}", type=Path, metavar="A", help=f"the recording of speaker {number}")
     what.add_argument(
+        "--one-after-the-other", action="store_true", help="each recording begins where the one before ends"
+    )
+    what.add_argument(
         "--masks", type=Path, nargs="+", default=[], metavar="M", help="one image per speaker, white where they are"
     )
     what.add_argument("--prompt", metavar="T", help="what to show; a | b: one for each window (a person talking)")
@@ -95,6 +99,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     ):
         kind = str if option == "--tokenizer" else Path
         files.add_argument(option, type=kind, required=required, metavar="F", help=text)
+    files.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        dest="loras",
+        metavar="F[:X]",
+        help="a LoRA with its strength (1), as in style.safetensors:0.8; several times for several",
+    )
 
     size = parser.add_argument_group("size and length")
     _add_config(
@@ -104,21 +117,40 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         ("--frames", "frames per window, 4n + 1 (%(default)s)"),
         ("--motion-frames", "frames carried over (%(default)s)"),
     )
-    _add_number(size, "--max-frames", None, "stop after so many frames, 25 per second")
+    _add_number(size, "--max-frames", "stop after so many frames, 25 per second")
     _add_sampling(parser)
     _add_machine(parser)
 
 
+def _lora(given: str) -> LoraSpec:
+    """FILE or FILE:STRENGTH; what follows the last colon is the strength where it is a number."""
+    from ..pipeline.bounds import parse_number
+    from ..wanvideo.checkpoints.lora import LoraSpec
+
+    path, colon, last = given.rpartition(":")
+    try:
+        float(last)
+    except ValueError:
+        path = ""
+    if not (path and colon):
+        return LoraSpec(given)
+    try:
+        return LoraSpec(path, cast(float, parse_number("lora_strength", last)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the strength {error}") from None
+
+
 def _add_config(group: Any, *options: tuple[str, str]) -> None:
-    """Numeric options (name, help) of the `GenerateConfig`, with its defaults."""
+    """Numeric options (name, help) of the `GenerateConfig`; its default stands for %(default)s."""
     from ..pipeline.plan import GenerateConfig
 
     for name, text in options:
-        _add_number(group, name, getattr(GenerateConfig, name.removeprefix("--").replace("-", "_")), text)
+        default = getattr(GenerateConfig, name.removeprefix("--").replace("-", "_"))
+        _add_number(group, name, text.replace("%(default)s", str(default)))
 
 
-def _add_number(group: Any, option: str, default: Any, text: str) -> None:
-    """An option for a number within its bounds."""
+def _add_number(group: Any, option: str, text: str) -> None:
+    """An option for a number within its bounds; None where it is not given."""
     from ..pipeline.bounds import BOUNDS, parse_number
 
     name = option.removeprefix("--").replace("-", "_")
@@ -129,14 +161,20 @@ def _add_number(group: Any, option: str, default: Any, text: str) -> None:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    group.add_argument(option, type=number, default=default, metavar="N" if BOUNDS[name].whole else "X", help=text)
+    group.add_argument(option, type=number, metavar="N" if BOUNDS[name].whole else "X", help=text)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     from ..pipeline.plan import MODES
+    from ..pipeline.presets import PRESETS
     from ..pipeline.schedulers import SCHEDULERS
 
     group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="settings where no option says otherwise; fast needs a step LoRA",
+    )
     _add_config(
         group,
         ("--steps", "%(default)s; 4 to 8 with distilled models"),
@@ -145,6 +183,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         ("--audio-cfg", "speech guidance, likewise (%(default)s)"),
         ("--audio-scale", "weight of the speech (%(default)s)"),
         ("--seed", "of the random numbers (%(default)s)"),
+    )
+    group.add_argument(
+        "--apg", action="store_true", dest="use_apg", default=None, help="adaptive projected guidance, for high --cfg"
     )
     group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
     group.add_argument("--mode", choices=tuple(MODES), default="infinitetalk", help="%(default)s")
@@ -165,13 +206,16 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attention-policy", choices=tuple(POLICIES), default="default", help="which step uses the mode"
     )
-    group.add_argument(
-        "--quantization", choices=QUANTIZATIONS, default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS)
-    )
+    group.add_argument("--quantization", metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)")
     group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
-    _add_number(group, "--blocks-to-swap", 0, "blocks that wait in host memory (%(default)s)")
-    group.add_argument("--tiled-vae", action="store_true", help="encode and decode in tiles, for small GPUs")
+    group.add_argument(
+        "--text-encoder-device", default="auto", metavar="D", help="cpu: leave the GPU to others (%(default)s)"
+    )
+    _add_number(group, "--blocks-to-swap", "blocks that wait in host memory (0)")
+    group.add_argument(
+        "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles, for small GPUs"
+    )
 
 
 def _run_generate(args: argparse.Namespace) -> None:
@@ -194,47 +238,21 @@ def _run_generate(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
+    """The job of the options that are given."""
     import torch
 
-    from ..pipeline.make_video import DEFAULT_NEGATIVE, DEFAULT_PROMPT, Job
+    from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
+    from ..pipeline.presets import build_job, stated_defaults
 
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return Job(
-        files=files,
-        audio=tuple(audio),
-        out=args.out,
-        image=args.image,
-        video=args.video,
-        masks=tuple(args.masks),
-        prompt=DEFAULT_PROMPT if args.prompt is None else args.prompt,
-        negative=DEFAULT_NEGATIVE if args.negative_prompt is None else args.negative_prompt,
-        config=GenerateConfig(
-            width=args.width,
-            height=args.height,
-            frames=args.frames,
-            motion_frames=args.motion_frames,
-            steps=args.steps,
-            shift=args.shift,
-            scheduler=args.scheduler,
-            start_step=args.start_step,
-            cfg=args.cfg,
-            audio_cfg=args.audio_cfg,
-            audio_scale=args.audio_scale,
-            seed=args.seed,
-            mode=args.mode,
-            color_correction=args.color_correction,
-            tiled_vae=args.tiled_vae,
-        ),
-        max_frames=args.max_frames,
-        attention_mode=args.attention_mode,
-        attention_policy=args.attention_policy,
-        quantization=args.quantization,
-        base_dtype=dtypes[args.base_precision],
-        device=args.device,
-        blocks_to_swap=args.blocks_to_swap,
-        resume=args.resume,
-    )
+    named = {"negative_prompt": "negative", "base_precision": "base_dtype"}
+    known = {entry.name for kind in (Job, GenerateConfig) for entry in fields(kind)}
+    settings = {named.get(name, name): value for name, value in vars(args).items() if value is not None}
+    settings["base_dtype"] = dtypes[args.base_precision]
+    settings |= {"files": files, "audio": tuple(audio), "masks": tuple(args.masks), "loras": tuple(args.loras)}
+    settings = {name: value for name, value in settings.items() if name in known}
+    return build_job(settings, args.preset, stated_defaults(args.model))
 
 
 def _run_job(job: Job, again: str = "") -> None:
@@ -279,10 +297,10 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--out", type=Path, default=Path("demo.mp4"), metavar="V", help="video to write (%(default)s)")
     parser.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
-    parser.add_argument(
-        "--quantization", choices=QUANTIZATIONS, default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS)
-    )
+    parser.add_argument("--quantization", default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS))
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--image", type=Path, metavar="P", help="another image that will speak, a drawn face")
+    parser.add_argument("--audio", type=Path, metavar="A", help="another recording")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there")
 
 
@@ -291,6 +309,8 @@ def _run_demo(args: argparse.Namespace) -> None:
 
     with demo_job(
         args.out,
+        image=args.image,
+        audio=args.audio,
         models=args.models,
         attention_mode=args.attention_mode,
         quantization=args.quantization,

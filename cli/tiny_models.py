@@ -40,6 +40,19 @@ TALKING_PARTS = ("model", "adapter", "vae", "wav2vec")
 TALKING_BYTES = 12 * 2**20
 """What the trained files may weigh together."""
 TALKING_CLIP_DIM = 64
+TALKING_DEFAULTS: dict[str, float] = {
+    "width": 128,
+    "height": 128,
+    "frames": 81,
+    "motion_frames": 9,
+    "steps": 8,
+    "shift": 3.0,
+    "cfg": 1.0,
+    "audio_cfg": 1.0,
+}
+"""What the talking set was trained for; like the distilled 14B models it needs no guidance."""
+RANDOM_DEFAULTS: dict[str, float] = TALKING_DEFAULTS | {"width": 64, "height": 64, "frames": 17, "steps": 2}
+"""Noise needs no more."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Of an attention of transformers."""
@@ -116,13 +129,15 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
     try:
         tiny.wav2vec.mkdir(parents=True, exist_ok=True)
         if random:
-            _save(tiny.model, dit_weights(), num_heads=HEADS)
-            _save(tiny.adapter, adapter_weights(), audio_blocks=AUDIO_LAYERS)
+            _save(tiny.model, dit_weights(), {"num_heads": HEADS}, RANDOM_DEFAULTS)
+            _save(tiny.adapter, adapter_weights(), {"audio_blocks": AUDIO_LAYERS})
             _save(tiny.vae, vae_weights())
             _save(tiny.clip_vision, clip_weights())
             speech = wav2vec_weights()
         else:
-            for name in ("model", "adapter", "vae"):
+            model = _trained("model")
+            _save(tiny.model, load(model), _config_of(model), TALKING_DEFAULTS)
+            for name in ("adapter", "vae"):
                 getattr(tiny, name).write_bytes(_trained(name))
             _save(tiny.clip_vision, clip_weights(TALKING_CLIP_DIM))
             speech = load(_trained("wav2vec"))
@@ -138,6 +153,12 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
 
 def _trained(name: str) -> bytes:
     return files(assets).joinpath("talking").joinpath(f"{name}.safetensors").read_bytes()
+
+
+def _config_of(content: bytes) -> dict[str, int]:
+    """What the metadata of a safetensors file of ours says that shapes do not."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return dict(json.loads(header["__metadata__"]["config"]))
 
 
 class _Weights:
@@ -373,6 +394,10 @@ def _old_weight_norm(state: State) -> State:
     }
 
 
-def _save(path: Path, state: State, **facts: int) -> None:
-    """Write a safetensors file; `facts` that shapes do not show go into its metadata as "config"."""
-    save_file(state, str(path), metadata={"config": json.dumps(facts, sort_keys=True)} if facts else None)
+def _save(
+    path: Path, state: State, config: Mapping[str, int] | None = None, defaults: Mapping[str, float] | None = None
+) -> None:
+    """Write a safetensors file; its metadata has `config`, which shapes do not show, and `defaults` of settings."""
+    facts = {"config": config, "defaults": defaults}
+    metadata = {name: json.dumps(value, sort_keys=True) for name, value in facts.items() if value}
+    save_file(state, str(path), metadata=metadata or None)

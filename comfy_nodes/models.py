@@ -518,7 +518,7 @@ class SpeechModel:
         frames = min(max_frames, available)
         if frames < 1:
             raise InputError("The recordings are shorter than one video frame: give longer ones.")
-        lines = [line[: int(frames / fps * SAMPLE_RATE) + 1] for line in lines]
+        lines = [line[: Wav2Vec2Features.samples_of(frames, fps)] for line in lines]
         audible = [add_noise_floor(line) for line in lines] if noise_floor else lines
         with comfyui.ordinary_tensors():
             self.features.to(comfyui.device())

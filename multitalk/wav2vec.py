@@ -192,6 +192,11 @@ class Wav2Vec2Features(Encoder):
         """Video frames that so many 16 kHz samples fill: int(samples / 16000 * fps)."""
         return int(samples / SAMPLE_RATE * fps)
 
+    @staticmethod
+    def samples_of(frames: int, fps: float = 25.0) -> int:
+        """16 kHz samples that are read for so many video frames."""
+        return int(frames / fps * SAMPLE_RATE) + 1
+
     @torch.no_grad()
     def __call__(self, waveform: NDArray[Any] | Tensor, num_frames: int | None = None, fps: float = 25.0) -> Tensor:
         """Features [num_frames, layers, hidden], float32 on the CPU, of 16 kHz mono samples [n].

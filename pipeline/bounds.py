@@ -89,6 +89,7 @@ BOUNDS: dict[str, Bound] = {
     # Job
     "max_frames": Bound(1, 10_000_000, whole=True, optional=True),
     "blocks_to_swap": Bound(0, 1000, whole=True),
+    "lora_strength": Bound(-1000, 1000),
     "prompt_weight": Bound(0, 100),  # the product of a piece's weights
     # The sampler node
     "denoise_strength": Bound(0, 1, positive=True),

@@ -208,7 +208,8 @@ def describe_config(config: GenerateConfig) -> dict[str, str]:
 def describe(name: str, value: object, *, files: bool = False) -> dict[str, str]:
     """Names and values, or digests, of all that a value is made of.
 
-    Dataclasses give a name for each field, which stands alone; several items of a sequence are numbered.
+    Dataclasses give a name for each field, which stands alone outside of sequences; several items of a sequence are
+    numbered.
 
     Args:
         files: whether strings are paths of files, as a `Path` always is.
@@ -227,7 +228,9 @@ def describe(name: str, value: object, *, files: bool = False) -> dict[str, str]
     if isinstance(value, Sequence) and not isinstance(value, str):
         named: dict[str, str] = {}
         for number, item in enumerate(value, 1):
-            named |= describe(name if len(value) == 1 else f"{name} {number}", item, files=files)
+            label = name if len(value) == 1 else f"{name} {number}"
+            parts = describe(label, item, files=files)
+            named |= {f"{label} {key}": part for key, part in parts.items()} if is_dataclass(item) else parts
         return named
     return {name: str(value)}
 

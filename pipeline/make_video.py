@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp8_optimization import how_linears_run
+from ..fp8_optimization import Quantization, how_linears_run, quantize_linears
 from ..media.audio import load_speech, read_audio
 from ..media.images import load_image
 from ..media.masks import load_mask
@@ -28,13 +28,14 @@ from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features, wav2vec2_files
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
+from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
 from ..wanvideo.checkpoints.state_dict import kind_of
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.text import TextEncoder
 from ..wanvideo.encoders.vae import WanVAE
 from ..wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
 from ..wanvideo.kernels.layout import GuardStats
-from ..wanvideo.modules.attention import check_mode, count_kernels
+from ..wanvideo.modules.attention import canonical_mode, check_mode, count_kernels
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
@@ -61,7 +62,7 @@ FPS = 25
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
 """Fields of a `Job` where a string is a path."""
 
-NOT_WHAT = ("out", "resume", "config", "device", "blocks_to_swap")
+NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 UNKNOWN_KIND = kind_of(())
@@ -92,17 +93,21 @@ class Job:
         audio: one recording per speaker, one to four.
         out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
+        one_after_the_other: each recording begins where the one before ends, instead of all at once.
         masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
         prompt, negative: what to show, and what not; `prompts` has the syntax of the first one.
         config: size, length of windows, steps, guidance, seed ...; its device and attention policy are set here.
         max_frames: where to stop although the recording goes on; None: nowhere.
         attention_mode: one of `ATTENTION_MODES`. attention_policy: one of `POLICIES`, which step uses it.
         quantization: one of `QUANTIZATIONS`.
+        loras: LoRA files with their strengths. They are merged into weights of 16 and 32 bits, before these are
+            quantized; a file that changes weights which came quantized is added to the layers' outputs.
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
+        text_encoder_device: where the prompts are encoded; "auto": on the device.
         blocks_to_swap: transformer blocks that wait in host memory while others run.
         resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
-            must be the same; device, blocks_to_swap and tiled_vae may differ.
+            must be the same; devices, blocks_to_swap and tiled_vae may differ.
     """
 
     files: ModelFiles
@@ -110,6 +115,7 @@ class Job:
     out: str | Path
     image: str | Path | None = None
     video: str | Path | None = None
+    one_after_the_other: bool = False
     masks: Sequence[str | Path] = ()
     prompt: str = DEFAULT_PROMPT
     negative: str = DEFAULT_NEGATIVE
@@ -118,8 +124,10 @@ class Job:
     attention_mode: str = "auto"
     attention_policy: str = "default"
     quantization: str = "disabled"
+    loras: Sequence[LoraSpec] = ()
     base_dtype: torch.dtype | None = None
     device: str = "auto"
+    text_encoder_device: str = "auto"
     blocks_to_swap: int = 0
     resume: bool = False
 
@@ -180,13 +188,15 @@ def make_video(job: Job, events: Events | None = None) -> Result:
 
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
+    mode, quantization = canonical_mode(job.attention_mode), Quantization.parse(job.quantization).name
+    job = replace(job, attention_mode=mode, quantization=quantization)
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 
     with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
-        sound, rate = _sound(job.audio)
+        sound, rate = _sound(job.audio, job.one_after_the_other)
         writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
         if start is not None and start.state.windows == len(plan.windows):
             writer.close()  # it ended while the video was put in place
@@ -250,12 +260,13 @@ class Checked:
     Attributes:
         dit: shapes of the model, as its files state them.
         source: the image, or the frames of the source video.
-        speech: 16 kHz waveform of each speaker.
+        speech: 16 kHz waveform of each speaker, as far as frames are made of it.
         prompt: pieces of the prompt.
         plan: size, windows, schedule and masks.
     """
 
     device: torch.device
+    text_encoder_device: torch.device
     dtype: torch.dtype
     dit: WanConfig
     source: FrameSource
@@ -267,9 +278,13 @@ class Checked:
 def check(job: Job) -> Checked:
     """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
     device = choose_device(job.device)
+    text_encoder_device = device if job.text_encoder_device == "auto" else choose_device(job.text_encoder_device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
+    for lora in job.loras:
+        check_numbers(lora_strength=lora.strength)
     prompt = parse_prompt(job.prompt)
+    _check_missing(job)
     check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
@@ -279,17 +294,40 @@ def check(job: Job) -> Checked:
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
     speech = [load_speech(path) for path in job.audio]
+    if job.one_after_the_other and speech:
+        speech = arrange(speech, one_after_the_other=True)
+    if job.max_frames is not None:
+        speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
-    longest = max(frames, default=0)
     config = replace(
         job.config,
-        total_frames=longest if job.max_frames is None else min(longest, job.max_frames),
+        total_frames=max(frames, default=0),
         device=device,
         attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
     )
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
     _check_encoders(job.files)
-    return Checked(device, dtype, dit, source, speech, prompt, plan)
+    inspect_loras(dit, job.loras)
+    return Checked(device, text_encoder_device, dtype, dit, source, speech, prompt, plan)
+
+
+def _check_missing(job: Job) -> None:
+    """Name all files at once that do not exist; a single one is left to its reader, which says more about it."""
+    given: dict[str, object] = {entry.name: getattr(job.files, entry.name) for entry in fields(job.files)}
+    if not Path(str(job.files.tokenizer)).suffix:
+        del given["tokenizer"]  # maybe a name of the hub
+    given |= {"image": job.image, "video": job.video}
+    for name, values in (("recording", job.audio), ("mask", job.masks)):
+        given |= {name if len(values) == 1 else f"{name} {number}": path for number, path in enumerate(values, 1)}
+    given |= {f"LoRA {number}": lora.path for number, lora in enumerate(job.loras, 1) if lora.strength}
+    missing = [
+        f"{name.replace('_', ' ')} {path}"
+        for name, value in given.items()
+        for path in _paths(value, strings=True)
+        if not path.exists()
+    ]
+    if len(missing) > 1:
+        raise InputError(f"{len(missing)} files do not exist: {', '.join(missing)}; check the paths.")
 
 
 def _open_source(job: Job) -> FrameSource:
@@ -340,6 +378,7 @@ def _how(job: Job, device: torch.device) -> dict[str, str]:
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
         "the device": f"{device.type}{gpu}",
+        "the text encoder's device": job.text_encoder_device,
         "the number of swapped blocks": str(job.blocks_to_swap),
         "tiling of the VAE": str(job.config.tiled_vae),
         "torch": torch.__version__,
@@ -357,7 +396,10 @@ def input_files(job: Job) -> Iterator[Path]:
 def _paths(value: object, strings: bool) -> Iterator[Path]:
     """The paths in a value, and in what it is made of; where `strings`, strings are paths too."""
     if isinstance(value, Path) or (strings and isinstance(value, str)):
-        yield Path(value).expanduser()
+        try:
+            yield Path(value).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"The home folder in {value} is not known here: write the path without ~.") from error
     elif is_dataclass(value):
         for entry in fields(value):
             yield from _paths(getattr(value, entry.name), strings)
@@ -383,14 +425,15 @@ def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
         )
 
 
-def _sound(recordings: Sequence[str | Path]) -> tuple[np.ndarray, int]:
-    """The sound of the video: the recordings as they are, all at once; mono samples and their rate in Hz."""
+def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple[np.ndarray, int]:
+    """The sound of the video: the recordings as they are, on one time line; mono samples and their rate in Hz."""
     waves = [read_audio(path) for path in recordings]
     if len(waves) == 1:
         return waves[0]
     import soxr
 
-    return mix(arrange([soxr.resample(w, r, SOUND_RATE) for w, r in waves], one_after_the_other=False)), SOUND_RATE
+    resampled = [soxr.resample(wave, rate, SOUND_RATE) for wave, rate in waves]
+    return mix(arrange(resampled, one_after_the_other=one_after_the_other)), SOUND_RATE
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -407,7 +450,10 @@ def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[T
     """Embeddings of the prompt's pieces and of the negative one, float32 on the CPU; the encoder is let go."""
     events.stage("Encoding the prompt")
     encoder = TextEncoder.load(
-        job.files.text_encoder, tokenizer=job.files.tokenizer, dtype=checked.dtype, device=checked.device
+        job.files.text_encoder,
+        tokenizer=job.files.tokenizer,
+        dtype=checked.dtype,
+        device=checked.text_encoder_device,
     )
 
     def encode(texts: Sequence[str]) -> list[Tensor]:
@@ -420,15 +466,22 @@ def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[T
 def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     events.stage("Loading the model")
     swap = BlockSwap(blocks=job.blocks_to_swap) if job.blocks_to_swap else None
+    home = "cpu" if swap else checked.device
+    after_merging = job.quantization != "disabled" and any(lora.merge and lora.strength for lora in job.loras)
     model = load_dit(
         job.files.model,
         job.files.adapter,
         base_dtype=checked.dtype,
-        quantization=job.quantization,
-        device="cpu" if swap else checked.device,
+        quantization="disabled" if after_merging else job.quantization,
+        device="cpu" if after_merging else home,  # the GPU may hold the quantized weights only
         attention_mode=job.attention_mode,
         progress=events.reading,
     )
+    if job.loras:
+        apply_loras(model, job.loras, checked.device)
+    if after_merging:
+        quantize_linears(model, job.quantization, checked.dtype)  # so that weights are rounded once
+        model.to(home)
     if swap is not None:
         Offloader(model, checked.device, swap).load()
     return model

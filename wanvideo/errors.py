@@ -3,6 +3,7 @@
 The command line prints the sentence and exits with 2; ComfyUI shows it on the node.
 """
 
+import difflib
 from collections.abc import Collection
 
 
@@ -26,3 +27,14 @@ def some(names: Collection[str], shown: int = 3) -> str:
     """The first `shown` of `names` in a sentence: "a, b, c and 2 more"."""
     first = ", ".join(list(names)[:shown])
     return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
+
+
+def plain(name: str) -> str:
+    """A name without case and separators: "FP8-e4m3fn" is "fp8e4m3fn"."""
+    return name.lower().replace("_", "").replace("-", "").replace(" ", "").replace(".", "")
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """ " (the nearest is x)" for the one of `names` that is spelled most like `name`, "" where none is."""
+    found = difflib.get_close_matches(plain(name), [plain(other) for other in names], n=1)
+    return "".join(f" (the nearest is {other})" for other in names if [plain(other)] == found)

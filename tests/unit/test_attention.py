@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from wanvideo_infinitetalk.fp8_optimization import QUANTIZATIONS, Quantization
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InputError
 from wanvideo_infinitetalk.wanvideo.kernels.inputs import Inputs
 from wanvideo_infinitetalk.wanvideo.kernels.layout import count_guards, layout_violations
@@ -105,6 +106,42 @@ def test_aliases() -> None:
     assert canonical_mode("sage3_fp8") == "sageattn_3_fp8"
     q, k, v = qkv()
     assert torch.equal(attention(q, k, v, "sage3_fp8"), attention(q, k, v, "sageattn_3_fp8"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "spellings"),
+    [
+        ("sageattn_3_fp8", "sageattn3_fp8 sage3_fp8 sage3-fp8 SageAttention3_FP8 sageattention_3_fp8 SAGEATTN_3_FP8"),
+        ("sageattn_3_fp4", "sageattn3_fp4 sage3fp4 sage_3_fp4 sageattention3_fp4 sage-attn-3-fp4"),
+        ("sageattn_3", "sageattn3 sage3 sageattention3 SageAttention-3"),
+        ("sageattn", "sage sageattention SageAttn sageattention2 sage2 sage_attn"),
+        ("flash_attn_2", "flashattn2 flash-attn-2 flash_attention_2 FlashAttention2 fa2"),
+        ("flash_attn_3", "flash_attn3 fa3 FLASH_ATTN_3"),
+        ("sdpa", "SDPA Sdpa"),
+        ("auto", "Auto"),
+    ],
+)
+def test_modes_are_read_as_people_write_them(mode: str, spellings: str) -> None:
+    assert {canonical_mode(spelling) for spelling in (mode, mode.upper(), *spellings.split())} == {mode}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("sagattn", "sageattn"), ("flash_atn_3", "flash_attn_3"), ("sdpaa", "sdpa")]
+)
+def test_an_unknown_mode_s_sentence_names_the_nearest(written: str, meant: str) -> None:
+    with pytest.raises(BackendUnavailableError, match=rf"\(the nearest is {meant}\)\.$"):
+        canonical_mode(written)
+    with pytest.raises(BackendUnavailableError, match=r"eager\.$"):
+        canonical_mode("xyz")
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_quantizations_are_read_in_any_case_and_with_any_separators(name: str) -> None:
+    spellings = (name, name.upper(), name.replace("_", "-"), name.replace("_", ""), name.replace("_", "."))
+    assert {Quantization.parse(spelling) for spelling in spellings} == {Quantization.parse(name)}
+    assert Quantization.parse(name.upper()).name == name
+    with pytest.raises(InputError, match=rf"\(the nearest is {name}\)\.$"):
+        Quantization.parse(f"{name}x")
 
 
 @pytest.mark.parametrize("mode", ["radial_sage_attention", "sageattn_compiled", "sageattn_ultravico"])

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,12 +24,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
-from wanvideo_infinitetalk.cli.tiny_models import TinySet, dit_weights
+from wanvideo_infinitetalk.cli.tiny_models import RANDOM_DEFAULTS, TALKING_DEFAULTS, TinySet, dit_weights, make_tiny
 from wanvideo_infinitetalk.media import video
+from wanvideo_infinitetalk.media.audio import load_speech
 from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
+from wanvideo_infinitetalk.pipeline.presets import PRESETS, build_job
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
+from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
 
 SECONDS = 0.52
@@ -163,7 +167,7 @@ def test_a_generation_names_its_kernels_weights_and_guard_copies_in_one_line(run
     ran = run(attention_mode="sage3_fp8", quantization="fp8_e4m3fn_scaled", steps=2, max_frames=9)
     (line,) = [line for line in ran.err.splitlines() if line.startswith("Attention ")]
     # Two windows of two steps of one pass: self attention by the mode, text, image and speech by SDPA.
-    assert "Attention sage3_fp8 (policy default) by " in line
+    assert "Attention sageattn_3_fp8 (policy default) by " in line
     assert re.search(r"emulated_fp8 \(8 calls\)", line)
     assert re.search(r"sdpa \(24 calls\)", line)
     assert re.search(r"linears \d+ x fp8_e4m3fn_scaled", line)
@@ -682,3 +686,379 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert caught.value.code == 0
         assert "infinitetalk" in capsys.readouterr().out
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRAs
+
+
+def lora_file(path: Path, columns: int = 128) -> Path:
+    """A change of the first block's queries that is seen in the video."""
+    generator = torch.Generator().manual_seed(3)
+    pair = {"A": torch.randn(4, columns, generator=generator), "B": torch.randn(128, 4, generator=generator)}
+    tensors = {f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": value for part, value in pair.items()}
+    tensors["diffusion_model.blocks.0.ffn.2.diff_b"] = torch.randn(128, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a.safetensors:-2", "a.safetensors", -2.0),
+        (r"C:\x.safetensors", r"C:\x.safetensors", 1.0),
+        (r"C:\x.safetensors:0.8", r"C:\x.safetensors", 0.8),
+        ("a:b.safetensors", "a:b.safetensors", 1.0),
+        ("a:b.safetensors:1e-1", "a:b.safetensors", 0.1),
+        ("a:0.5:2", "a:0.5", 2.0),
+        (":2", ":2", 1.0),
+    ],
+)
+def test_the_strength_of_a_lora_follows_the_last_colon(given: str, path: str, strength: float) -> None:
+    spec = cli._lora(given)
+    assert (str(spec.path), spec.strength) == (path, strength)
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "1e9", "-1001"])
+def test_strengths_that_are_out_of_bounds(
+    run: Callable[..., Ran], capsys: pytest.CaptureFixture[str], strength: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(lora=f"style.safetensors:{strength}")
+    assert caught.value.code == 2
+    assert "argument --lora: the strength" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", ["disabled", "fp8_e4m3fn_scaled"])
+def test_loras_change_the_video_and_their_strengths_add_up(
+    run: Callable[..., Ran], tmp_path: Path, quantization: str
+) -> None:
+    lora = lora_file(tmp_path / "a:b.safetensors")
+    videos = []
+    for strengths in ((), (2,), (1.5, 0.5), (0,)):
+        ran = run(
+            *(f"--lora={lora}:{strength}" for strength in strengths),
+            quantization=quantization,
+            base_precision="fp32",
+            max_frames=5,
+        )
+        assert ran.code == 0, ran.err
+        assert ran.err.count("changes, merged") == sum(strength != 0 for strength in strengths)
+        videos.append((tmp_path / "video.mp4").read_bytes())
+    assert videos[0] == videos[3] != videos[1] == videos[2]
+
+
+def test_a_lora_is_merged_before_weights_are_quantized_and_not_into_weights_that_are(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path
+) -> None:
+    lora = lora_file(tmp_path / "lora.safetensors")
+    ran = run("--lora", str(lora), quantization="fp8_e4m3fn_scaled", max_frames=5)
+    assert "2 changes, merged" in ran.err
+    model = load_file(tiny_set.model)
+    model = {n: t.to(torch.float8_e4m3fn) if "attn." in n and t.ndim == 2 else t for n, t in model.items()}
+    save_file(model, tmp_path / "fp8.safetensors", metadata={"config": '{"num_heads": 2}'})
+    ran = run("--lora", str(lora), model=tmp_path / "fp8.safetensors", max_frames=5, blocks_to_swap=1)
+    assert ran.code == 0, ran.err
+    assert "2 changes, not merged" in ran.err
+
+
+@pytest.mark.usefixtures("unread")
+def test_loras_that_cannot_be_used(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path) -> None:
+    assert_rejected(run(lora=tmp_path / "no.safetensors"), "no.safetensors", "does not exist")
+    assert_rejected(run(lora=lora_file(tmp_path / "l.safetensors", 64)), "l.safetensors was made for another model")
+    assert_rejected(run(lora=f"{tiny_set.vae}:0.5"), "not a LoRA")
+    lora = lora_file(tmp_path / "out.mp4")
+    assert_rejected(run(lora=lora, out=lora), "out.mp4")
+
+
+def test_loras_are_part_of_what_is_made(tiny_set: TinySet, tmp_path: Path) -> None:
+    one, other = lora_file(tmp_path / "one"), tmp_path / "other"
+    shutil.copyfile(tiny_set.model, other)
+    files = generate.ModelFiles(*["nowhere"] * 5)
+
+    def what(*specs: LoraSpec) -> dict[str, str]:
+        return generate._what(generate.Job(files, ("a.wav",), "out.mp4", loras=specs))
+
+    made = [
+        what(),
+        what(LoraSpec(one)),
+        what(LoraSpec(one, 0.5)),
+        what(LoraSpec(other)),
+        what(LoraSpec(one), LoraSpec(other)),
+        what(LoraSpec(other), LoraSpec(other)),
+        what(LoraSpec(one, 0.5), LoraSpec(other)),
+    ]
+    assert all(a != b for i, a in enumerate(made) for b in made[:i])
+
+
+# ----------------------------------------------------------------------------------------------------------- listening
+
+
+def test_no_more_is_encoded_than_the_frames_need(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are the node's, which normalizes the whole recording and cuts it then."""
+    soundfile.write(tmp_path / "long.wav", tone(3.0, 16000), 16000)
+    whole = load_speech(tmp_path / "long.wav")
+    encoded = []
+    encode = Wav2Vec2Features.__call__
+
+    def spy(self: Wav2Vec2Features, waveform: np.ndarray, *args: object) -> torch.Tensor:
+        encoded.append((len(waveform), encode(self, waveform, *args)))
+        return encoded[-1][1]
+
+    monkeypatch.setattr(Wav2Vec2Features, "__call__", spy)
+    assert run(audio=tmp_path / "long.wav", max_frames=9).code == 0
+    assert run(max_frames=100).code == 0
+    assert [samples for samples, _ in encoded] == [9 * 640 + 1, int(SECONDS * 16000)]
+    monkeypatch.undo()
+    node = Wav2Vec2Features.load(tiny_set.wav2vec)(whole[: int(9 / 25 * 16000) + 1], 9, 25.0)
+    assert torch.equal(encoded[0][1], node)
+    assert probe(tmp_path / "video.mp4").frames == FRAMES
+
+
+# ------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.fixture
+def job_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable[..., generate.Job]:
+    """`run`, and the job that the command makes of the options."""
+    jobs: list[generate.Job] = []
+    monkeypatch.setattr(cli, "_run_job", lambda job, again="": jobs.append(job))
+
+    def go(*flags: str, **options: object) -> generate.Job:
+        bare = dict.fromkeys(("width", "height", "frames", "motion_frames", "steps", "cfg", "audio_cfg"))
+        ran = run(*flags, **{**bare, **options})
+        assert ran.code == 0, ran.err
+        return jobs.pop()
+
+    return go
+
+
+def test_options_that_are_not_given_are_the_library_s(
+    job_of: Callable[..., generate.Job], tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path
+) -> None:
+    models = {name: path for name, path in vars(tiny_set).items() if name != "wav2vec_file"}
+    state = load_file(models["model"])
+    save_file(state, tmp_path / "no defaults.safetensors", metadata={"config": '{"num_heads": 2}'})
+    models["model"] = tmp_path / "no defaults.safetensors"
+    assert job_of(model=models["model"]) == generate.Job(
+        generate.ModelFiles(**models), (speech,), tmp_path / "video.mp4", image
+    )
+
+
+def test_every_option_arrives_in_the_job(job_of: Callable[..., generate.Job]) -> None:
+    options = {"steps": 3, "cfg": 2.0, "seed": 7, "scheduler": "euler", "mode": "multitalk", "max_frames": 9}
+    options |= {"negative_prompt": "n", "prompt": "p", "blocks_to_swap": 1, "quantization": "fp8_e5m2", "device": "cpu"}
+    options |= {"base_precision": "fp16", "attention_mode": "eager", "attention_policy": "ends_16bit"}
+    job = job_of("--tiled-vae", "--resume", **options)
+    renamed = {"negative": "n", "base_dtype": torch.float16, "tiled_vae": True, "resume": True}
+    for name, value in (options | renamed).items():
+        if name not in ("negative_prompt", "base_precision"):
+            assert getattr(job, name, getattr(job.config, name, None)) == value, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_in_what_no_option_says(job_of: Callable[..., generate.Job], preset: str) -> None:
+    for given in ({}, {"steps": 7}):
+        job = job_of(preset=preset, **given)
+        for name, value in (PRESETS[preset] | given).items():
+            assert getattr(job.config if hasattr(job.config, name) else job, name) == value, name
+    default = job_of()
+    assert (job_of(preset=preset, quantization="disabled").quantization, default.blocks_to_swap) == ("disabled", 0)
+    with pytest.raises(InfiniteTalkError, match=f"no preset 'slow': choose one of .*{preset}"):
+        build_job({}, "slow")
+
+
+def test_the_fast_preset_asks_for_a_step_lora(
+    job_of: Callable[..., generate.Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_of(preset="fast", lora=tmp_path / "step.safetensors")
+    job_of(preset="quality")
+    assert "step LoRA" not in caplog.text
+    job_of(preset="fast")
+    assert "choose a step LoRA" in caplog.text
+
+
+def test_low_memory_runs_on_the_tiny_models(run: Callable[..., Ran]) -> None:
+    ran = run(preset="low-memory", max_frames=5)
+    assert ran.code == 0, ran.err
+    assert "fp8_e4m3fn_scaled" in ran.err
+
+
+def test_names_are_read_in_any_spelling(run: Callable[..., Ran]) -> None:
+    ran = run(attention_mode="SageAttn3_FP8", quantization="FP8-E4M3FN-scaled", max_frames=5)
+    assert ran.code == 0, ran.err
+    assert "Attention sageattn_3_fp8 (policy default)" in ran.err
+    assert_rejected(run(quantization="fp8_e4m3"), "the nearest is fp8_e4m3fn")
+
+
+@pytest.mark.usefixtures("unread")
+def test_all_missing_files_are_named_at_once(run: Callable[..., Ran], tmp_path: Path) -> None:
+    names = {
+        "model": "model",
+        "adapter": "adapter",
+        "vae": "vae",
+        "text-encoder": "text encoder",
+        "clip-vision": "clip vision",
+        "wav2vec": "wav2vec",
+        "tokenizer": "tokenizer",
+        "image": "image",
+        "audio": "recording 1",
+        "audio-2": "recording 2",
+        "lora": "LoRA 1",
+    }
+    gone = {option: tmp_path / f"no {option}.bin" for option in names}
+    ran = run(**gone, masks=[tmp_path / "no mask", tmp_path / "no other mask"])
+    assert_rejected(ran, "13 files do not exist: ", f"mask 2 {tmp_path / 'no other mask'}, ")
+    for option, name in names.items():
+        assert f"{name} {gone[option]}" in ran.err
+    assert_rejected(run(vae=gone["vae"], image=gone["image"]), "2 files do not exist: vae", "no image.bin; check")
+    assert_rejected(run(image=None, video=gone["model"], audio=gone["audio"]), "2 files", "video", "recording")
+    assert_rejected(run(tokenizer="owner/name", vae=gone["vae"], lora=f"{gone['lora']}:0"), "no vae.bin does not exist")
+
+
+# ---------------------------------------------------------------------------------------------------- models' defaults
+
+
+def test_the_tiny_models_state_their_defaults(
+    job_of: Callable[..., generate.Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def of(job: generate.Job, names: Iterable[str]) -> dict[str, float]:
+        return {name: getattr(job.config, name) for name in names}
+
+    assert of(job_of(), RANDOM_DEFAULTS) == RANDOM_DEFAULTS
+    talking = make_tiny(tmp_path / "talking")
+    assert of(job_of(model=talking.model), TALKING_DEFAULTS) == TALKING_DEFAULTS
+    assert inspect_dit(talking.model, talking.adapter).num_heads == 3
+    assert "The model's own defaults: width 128, height 128" in caplog.text or "steps 8" in caplog.text
+    job = job_of(steps=5, width=96, cfg=2)
+    assert of(job, ("steps", "width", "height", "cfg", "frames")) == dict(
+        steps=5, width=96, height=None, cfg=2, frames=RANDOM_DEFAULTS["frames"]
+    )
+    quality = job_of(preset="quality")
+    assert of(quality, ("steps", "cfg", "width")) == {"steps": 40, "cfg": 5, "width": RANDOM_DEFAULTS["width"]}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"steps": 0, "cfg": "x", "depth": 3, "seed": true, "shift": 2}', "[1]", "{", "null", "9" * 5000]
+)
+def test_defaults_that_are_none(
+    job_of: Callable[..., generate.Job], tiny_set: TinySet, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(tiny_set.model), path, metadata={"config": '{"num_heads": 2}', "defaults": text})
+    job = job_of(model=path)
+    assert job.config == plan.GenerateConfig(shift=2 if "shift" in text else 7.0)
+    assert ("left out: cfg, depth, seed, steps" in caplog.text) == ("shift" in text)
+    assert job_of(model=tmp_path / "nowhere").config == plan.GenerateConfig()
+
+
+# ------------------------------------------------------------------------------------------------- what the nodes could
+
+
+def test_recordings_one_after_the_other(
+    run: Callable[..., Ran], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each speaker's line is silent while the other speaks, and so is the sound."""
+    encoded = []
+    encode = Wav2Vec2Features.__call__
+    monkeypatch.setattr(Wav2Vec2Features, "__call__", lambda self, line: encoded.append(line) or encode(self, line))
+    masks = []
+    for side in range(2):
+        plane = np.zeros((40, 40), dtype=np.uint8)
+        plane[:, 20 * side : 20 * side + 20] = 255
+        Image.fromarray(plane).save(tmp_path / f"mask{side}.png")
+        masks.append(tmp_path / f"mask{side}.png")
+    soundfile.write(tmp_path / "second.wav", tone(0.4, 44100), 44100)
+    ran = run("--one-after-the-other", audio_2=tmp_path / "second.wav", masks=masks)
+    assert ran.code == 0, ran.err
+    assert probe(tmp_path / "video.mp4").frames == FRAMES + 10
+    first, second = encoded
+    begin = int(SECONDS * 16000)
+    assert len(first) == len(second) == begin + 6400
+    assert first[:begin].any()
+    assert second[begin:].any()
+    assert not first[begin:].any()
+    assert not second[:begin].any()
+    wave, rate = generate._sound([tmp_path / "speech.wav", tmp_path / "second.wav"], True)
+    assert len(wave) / rate == pytest.approx(SECONDS + 0.4, abs=0.001)
+
+
+def test_adaptive_projected_guidance(run: Callable[..., Ran], tmp_path: Path) -> None:
+    videos = []
+    for flags in ((), ("--apg",)):
+        assert run(*flags, cfg=4, audio_cfg=3, steps=2, max_frames=5).code == 0
+        videos.append((tmp_path / "video.mp4").read_bytes())
+    assert videos[0] != videos[1]
+
+
+def test_the_text_encoder_s_device(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    load = generate.TextEncoder.load
+    monkeypatch.setattr(
+        generate.TextEncoder, "load", lambda *a, device, **k: devices.append(device) or load(*a, device=device, **k)
+    )
+    monkeypatch.setattr(
+        generate, "choose_device", lambda name: torch.device("cpu", 0) if name == "cpu" else torch.device("cpu")
+    )
+    assert run(max_frames=5).code == 0
+    assert run(max_frames=5, text_encoder_device="cpu").code == 0
+    assert devices == [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.undo()
+    assert_rejected(run(text_encoder_device="tpu"), "no device 'tpu'")
+
+
+def test_the_demo_takes_another_image_and_recording(
+    tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[generate.Job] = []
+    monkeypatch.setattr(cli, "_run_job", jobs.append)
+    models = ["--models", str(tiny_set.model.parent)]
+    assert cli.main(["demo", "--image", str(image), "--audio", str(speech), *models]) == 0
+    assert cli.main(["demo", *models]) == 0
+    assert (jobs[0].image, jobs[0].audio) == (image, (speech,))
+    assert [Path(str(jobs[1].image)).name, Path(jobs[1].audio[0]).name] == ["portrait.png", "speech.wav"]
+
+
+# --------------------------------------------------------------------------------------------------- bare environments
+
+
+AS_NOBODY = """
+import pwd, sys
+
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = unknown
+from wanvideo_infinitetalk.cli.parser import main
+from wanvideo_infinitetalk.wanvideo.kernels.selftest import cache_file
+print(cache_file())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no pwd")
+def test_a_video_without_a_home(tiny_set: TinySet, tmp_path: Path) -> None:
+    """No HOME, a user without a name, and the C locale."""
+
+    def run(*more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        bare = {"PATH": os.defpath, "LC_ALL": "C", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        bare |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
+        command = [sys.executable, "-c", AS_NOBODY, "generate", "--image", "i.png", "--out", "ö.mp4"]
+        for role, path in vars(tiny_set).items():
+            command += [] if role == "wav2vec_file" else [f"--{role.replace('_', '-')}", str(path)]
+        command += ["--frames", "5", "--motion-frames", "1", "--steps", "1", "--width", "32", "--height", "32", *more]
+        return subprocess.run(command, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    soundfile.write(tmp_path / "ü.wav", tone(0.3, 16000), 16000)
+    Image.new("RGB", (32, 32)).save(tmp_path / "i.png")
+    ran = run("--audio", "ü.wav", "--max-frames", "5", "--attention-mode", "sageattn")
+    assert ran.returncode == 0, ran.stderr
+    assert probe(tmp_path / "ö.mp4").frames == 5
+    assert Path(ran.stdout.splitlines()[0]) == tmp_path / f"wanvideo_infinitetalk-{os.getuid()}" / "trials.json"
+    ran = run("--audio", "~/a.wav", XDG_CACHE_HOME=str(tmp_path / "i.png"))
+    assert ran.returncode == 2
+    assert ran.stderr.endswith("The home folder in ~/a.wav is not known here: write the path without ~.\n")
+    assert ran.stdout.startswith(f"{tmp_path / 'i.png'}/wanvideo_infinitetalk")

@@ -370,11 +370,15 @@ def environment(package: str | None, device: torch.device) -> dict[str, str]:
 
 
 def cache_file() -> Path:
-    """Where verdicts are kept: `INFINITETALK_CACHE`, or the user's cache folder."""
+    """Where verdicts are kept: `INFINITETALK_CACHE`, the user's cache folder, or for a user without a home the one for
+    temporary files."""
     folder = os.environ.get("INFINITETALK_CACHE")
     if folder is None:
-        base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(base) / "wanvideo_infinitetalk")
+        base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.path.expanduser(f"{base}/wanvideo_infinitetalk")
+        if folder.startswith("~"):
+            user = os.getuid() if hasattr(os, "getuid") else ""
+            folder = f"{tempfile.gettempdir()}/wanvideo_infinitetalk-{user}"
     return Path(folder) / "trials.json"
 
 

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 
 import torch
 
-from ..errors import BackendUnavailableError
+from ..errors import BackendUnavailableError, nearest, plain
 from ..kernels.inputs import Inputs
 from ..kernels.layout import GuardStats, count_guards
 from . import auto
@@ -70,8 +70,6 @@ MODE_BACKENDS: dict[str, tuple[str, ...]] = {
 
 ATTENTION_MODES: tuple[str, ...] = tuple(MODE_BACKENDS)
 
-MODE_ALIASES = {"sage3_fp4": "sageattn_3_fp4", "sage3_fp8": "sageattn_3_fp8"}
-
 FOREIGN_MODES = {
     "radial_sage_attention": "it is sparse attention, which changes the result; choose sageattn_3_fp8",
     "sageattn_compiled": "every mode here works under torch.compile; choose sageattn",
@@ -79,21 +77,41 @@ FOREIGN_MODES = {
 }
 """Modes that other programs know and this one does not run."""
 
+OTHER_NAMES = {"sageattn": ("sageattention", "sage"), "flashattn": ("flashattention", "fa")}
+"""How a mode's plain name begins -> how people write that too."""
+
+
+def _mode_aliases() -> dict[str, str]:
+    """Plain name -> mode, for every name and how people write it: "sage3fp8", "sageattention3fp8" ..."""
+    names = {plain(mode): mode for mode in (*MODE_BACKENDS, *FOREIGN_MODES)} | {"sageattn2": "sageattn"}
+    for begin, others in OTHER_NAMES.items():
+        endings = {name.removeprefix(begin): mode for name, mode in names.items() if name.startswith(begin)}
+        names |= {other + ending: mode for other in others for ending, mode in endings.items()}
+    return names
+
+
+MODE_ALIASES = _mode_aliases()
+
 LOW_PRECISION_MODES = frozenset({"sageattn", "sageattn_3", "sageattn_3_fp4", "sageattn_3_fp8"})
 
 
 def canonical_mode(mode: str) -> str:
-    """The mode's name for any of its names and aliases.
+    """The mode's name for any way of writing it, in any case and with any separators.
 
     Raises:
         BackendUnavailableError: no such mode, or one that this project does not run; the message says what to choose.
     """
-    mode = MODE_ALIASES.get(mode, mode)
     if mode in MODE_BACKENDS:
         return mode
-    if mode in FOREIGN_MODES:
-        raise BackendUnavailableError(f"The attention mode '{mode}' is not run here: {FOREIGN_MODES[mode]}.")
-    raise BackendUnavailableError(f"There is no attention mode '{mode}'; choose one of {', '.join(ATTENTION_MODES)}.")
+    known = MODE_ALIASES.get(plain(str(mode)))
+    if known in MODE_BACKENDS:
+        return known
+    if known is not None:
+        raise BackendUnavailableError(f"The attention mode '{mode}' is not run here: {FOREIGN_MODES[known]}.")
+    raise BackendUnavailableError(
+        f"There is no attention mode '{mode}'; choose one of {', '.join(ATTENTION_MODES)}"
+        f"{nearest(str(mode), ATTENTION_MODES)}."
+    )
 
 
 def mode_for_role(mode: str, role: str) -> str:

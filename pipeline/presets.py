@@ -1,0 +1,81 @@
+"""Named settings: one table for the command, the nodes and other programs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..wanvideo.checkpoints.files import read_metadata
+from ..wanvideo.checkpoints.reading import json_object
+from ..wanvideo.errors import CheckpointError, InputError
+from .bounds import BOUNDS
+from .make_video import Job
+from .plan import GenerateConfig
+
+__all__ = ["PRESETS", "build_job", "stated_defaults"]
+
+logger = logging.getLogger(__name__)
+
+QUALITY: dict[str, Any] = {"steps": 40, "shift": 7.0, "cfg": 5.0, "audio_cfg": 4.0}
+"""The public defaults at 480p: 40 steps of three passes each."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 4, "cfg": 1.0, "audio_cfg": 1.0},
+    "quality": QUALITY,
+    "low-memory": QUALITY | {"blocks_to_swap": 40, "quantization": "fp8_e4m3fn_scaled", "tiled_vae": True},
+}
+"""Name -> fields of `GenerateConfig` and `Job` with their values."""
+
+DISTILLED = ("fast",)
+"""Presets whose few steps need a model, or a LoRA, that was trained for them."""
+
+_CONFIG = {field.name for field in fields(GenerateConfig)} - {field.name for field in fields(Job)}
+
+
+def stated_defaults(model: str | Path) -> dict[str, Any]:
+    """Settings that a model's file states for itself, fields of `GenerateConfig` ("defaults" in its metadata, JSON).
+
+    What is no such setting is left out with a warning; a file that cannot be read states none.
+    """
+    try:
+        stated = json_object(read_metadata(model).get("defaults"), f"The defaults in {model}")
+    except (CheckpointError, OSError) as error:  # said, if it matters, where the model is read
+        logger.debug("%s", error)
+        return {}
+    taken = {name: value for name, value in stated.items() if name in BOUNDS.keys() & _CONFIG}
+    taken = {name: value for name, value in taken.items() if BOUNDS[name].accepts(value)}
+    if left_out := stated.keys() - taken.keys():
+        logger.warning("Defaults in %s that are no such settings are left out: %s", model, ", ".join(sorted(left_out)))
+    return taken
+
+
+def build_job(settings: Mapping[str, Any], preset: str | None = None, defaults: Mapping[str, Any] | None = None) -> Job:
+    """The job of `settings`, and of a preset, then of `defaults`, where they say nothing.
+
+    Args:
+        settings: fields of `Job` but `config`, and of `GenerateConfig`; what both have is the job's.
+        preset: one of `PRESETS`.
+        defaults: of the model, see `stated_defaults`.
+
+    Raises InputError for a preset that does not exist.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}.")
+    chosen = {**(PRESETS[preset] if preset else {}), **settings}
+    own = {name: value for name, value in (defaults or {}).items() if name not in chosen}
+    if chosen.keys() & {"width", "height"}:  # one alone follows the image's aspect
+        own = {name: value for name, value in own.items() if name not in ("width", "height")}
+    if own:
+        logger.info("The model's own defaults: %s", ", ".join(f"{name} {value:g}" for name, value in own.items()))
+    chosen |= own
+    if preset in DISTILLED and not any(lora.strength for lora in chosen.get("loras", ())):
+        logger.warning(
+            "The preset %s needs a distilled model, and no LoRA is given: with any other, choose a step LoRA such as "
+            "lightx2v's.",
+            preset,
+        )
+    config = GenerateConfig(**{name: value for name, value in chosen.items() if name in _CONFIG})
+    return Job(config=config, **{name: value for name, value in chosen.items() if name not in _CONFIG})
