@@ -48,7 +48,13 @@ class ProgressBar:
             transient=True,
         )
         self._task = self._bar.add_task("Starting", total=None, count="")
-        self.events = Events(stage=self._stage, reading=self._reading, step=self._step, window_done=self._window_done)
+        self.events = Events(
+            stage=self._stage,
+            reading=self._reading,
+            part=self._part,
+            step=self._step,
+            window_done=self._window_done,
+        )
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -67,7 +73,11 @@ class ProgressBar:
 
     def _step(self, window: int, windows: int, step: int, steps: int) -> None:
         count = f"window {window + 1}/{windows}, step {step}/{steps}"
-        self._bar.update(self._task, completed=window * steps + step, total=windows * steps, count=count)
+        done, total = window * steps + step, windows * steps
+        self._bar.update(self._task, description="Generating", completed=done, total=total, count=count)
+
+    def _part(self, text: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=text, completed=done, total=total, count=f"part {done}/{total}")
 
     def _window_done(self, done: int, windows: int) -> None:
         if self._bar.disable:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,7 @@ class Events:
     Attributes:
         stage: what begins now, for people ("Loading the VAE").
         reading: (bytes read, bytes in all) while the DiT is loaded.
+        part: ("Encoding" or "Decoding", parts done, parts in all) while the VAE works.
         step: (window, windows, step, steps) after each step, as in `Callbacks.progress`.
         window_done: (windows in the file, windows in all) whenever there is one more.
         check_interrupt: called before each evaluation of the model; what it raises ends the job.
@@ -168,6 +170,7 @@ class Events:
 
     stage: Callable[[str], None] = lambda text: None
     reading: Progress = lambda done, total: None
+    part: Callable[[str, int, int], None] = lambda text, done, total: None
     step: Callable[[int, int, int, int], None] = lambda window, windows, step, steps: None
     window_done: Callable[[int, int], None] = lambda done, windows: None
     check_interrupt: Callable[[], None] = lambda: None
@@ -218,7 +221,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         conditioning = Conditioning(context, negative, audio, checked.source)
         callbacks = Callbacks(progress=events.step, check_interrupt=events.check_interrupt)
         state = None if start is None else start.state
-        windows = generate(model, vae, clip, conditioning, plan, callbacks, start=state)
+        windows = generate(model, FollowedVae(vae, events), clip, conditioning, plan, callbacks, start=state)
         events.stage("Generating")
         with count_kernels() as kernels, writer:
             for window in record(windows, writer, journal, kernels):
@@ -229,6 +232,20 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     logger.info("%s", what_ran(linears, job.attention_mode, job.attention_policy, kernels))
     seconds = time.monotonic() - begin
     return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels, linears)
+
+
+@dataclass(frozen=True)
+class FollowedVae:
+    """A VAE whose work `events` follow."""
+
+    vae: WanVAE
+    events: Events
+
+    def encode(self, video: Tensor, *, tiled: bool = False) -> Tensor:
+        return self.vae.encode(video, tiled=tiled, callback=partial(self.events.part, "Encoding"))
+
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        return self.vae.decode(latents, tiled=tiled, callback=partial(self.events.part, "Decoding"))
 
 
 def choose_device(name: str) -> torch.device:

@@ -1062,3 +1062,15 @@ def test_a_video_without_a_home(tiny_set: TinySet, tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert ran.stderr.endswith("The home folder in ~/a.wav is not known here: write the path without ~.\n")
     assert ran.stdout.startswith(f"{tmp_path / 'i.png'}/wanvideo_infinitetalk")
+
+
+def test_events_follow_the_vae(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(terminal.ProgressBar, "_part", lambda self, *given: seen.append(given))
+    assert run(max_frames=9).code == 0
+    encoding = [(done, total) for text, done, total in seen if text == "Encoding"]
+    decoding = [(done, total) for text, done, total in seen if text == "Decoding"]
+    assert len(encoding) + len(decoding) == len(seen)
+    assert decoding == [(1, 2), (2, 2)] * 2  # two windows of two latent frames
+    assert encoding
+    assert encoding[-1][0] == encoding[-1][1]

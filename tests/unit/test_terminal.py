@@ -23,6 +23,8 @@ def run(bar: terminal.ProgressBar) -> None:
         bar.events.reading(2**30, 3 * 2**30)
         bar._bar.refresh()
         bar.events.stage("Generating")
+        bar.events.part("Encoding", 2, 7)
+        bar._bar.refresh()
         for step in range(1, 5):
             bar.events.step(1, 3, step, 4)
         bar._bar.refresh()
@@ -36,6 +38,9 @@ def test_a_terminal_shows_what_happens_window_step_and_remaining_time(monkeypatc
     text = shown.getvalue()
     assert "Loading the model" in text
     assert "1.0 of 3.0 GiB" in text
+    assert "Encoding" in text
+    assert "part 2/7" in text
+    assert "Generating" in text.split("part 2/7")[1]
     assert "window 2/3, step 4/4" in text
     assert ":" in text.split("step 4/4")[1]  # the remaining time stands behind
 
