@@ -68,7 +68,7 @@ def read_audio(path: str | Path) -> tuple[Waveform, int]:
 
     try:
         waveform, rate = _read_soundfile(path)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
+    except soundfile.SoundFileError as error:
         logger.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
         waveform, rate = _read_av(path)
     if waveform.size == 0:
@@ -79,7 +79,8 @@ def read_audio(path: str | Path) -> tuple[Waveform, int]:
 def _read_soundfile(path: Path) -> tuple[Waveform, int]:
     import soundfile
 
-    with soundfile.SoundFile(path) as file:
+    # Without its name, by which libsndfile takes anything named .au, .snd or .vox for samples without a header.
+    with path.open("rb") as content, soundfile.SoundFile(content.fileno(), closefd=False) as file:
         # It ends where another rate, or another file that was appended, begins.
         if file.format == "MP3" or (file.format == "OGG" and path.read_bytes().count(OGG_BEGIN) > 1):
             return _read_av(path)

@@ -28,7 +28,11 @@ FORMATS = (
 
 def check_file(path: Path, what: str) -> None:
     """Raises InputError unless `path` is a regular file that holds something; `what`: "recording" or "video"."""
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read ...
+        raise InputError(f"The {what} {path} cannot be read ({error.strerror}): check the path.") from error
+    if not found:
         raise InputError(f"The {what} {path} does not exist: check the path.")
     if path.is_dir():
         raise InputError(f"The {what} {path} is a folder; give the file itself.")

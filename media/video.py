@@ -113,6 +113,10 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:$", path.parts[0] if path.parts else ""):
         raise InputError(f"The video {path} would be an address, and only files are written: name a file.")
+    try:
+        _exists(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The video cannot be written to {path}: {reason(error)}.") from error
     files = OutputFiles.of(path)
     if files.video.is_dir():
         raise InputError(f"{path} is a folder; name the video file to write, such as {path / 'video.mp4'}.")
@@ -131,7 +135,7 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
         with tempfile.TemporaryFile(dir=files.video.parent):
             pass
     except OSError as error:
-        raise InputError(f"The video cannot be written to {path}: {error.strerror or error}.") from error
+        raise InputError(f"The video cannot be written to {path}: {reason(error)}.") from error
     written = (files.video, files.partial, files.journal, files.lock, files.temporary)
     for given in inputs:
         for file in written:
@@ -140,7 +144,7 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything of this name. Raises OSError for a name that cannot be, such as one too long."""
+    """Whether there is anything of this name. Raises OSError or ValueError for one that cannot be, such as too long."""
     try:
         path.lstat()
     except FileNotFoundError:

@@ -40,7 +40,7 @@ from ..wanvideo.modules.attention import canonical_mode, check_mode, count_kerne
 from ..wanvideo.modules.model import WanConfig, WanModel
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
-from .bounds import check_numbers
+from .bounds import check_numbers, shown
 from .conditioning import Conditioning, FrameSource
 from .journal import Journal, describe, describe_config, record
 from .long_video import Callbacks, generate
@@ -301,6 +301,7 @@ def check(job: Job) -> Checked:
     for lora in job.loras:
         check_numbers(lora_strength=lora.strength)
     prompt = parse_prompt(job.prompt)
+    _check_paths(job)
     _check_missing(job)
     check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
@@ -341,7 +342,7 @@ def _check_missing(job: Job) -> None:
         f"{name.replace('_', ' ')} {path}"
         for name, value in given.items()
         for path in _paths(value, strings=True)
-        if not path.exists()
+        if not path.expanduser().exists()
     ]
     if len(missing) > 1:
         raise InputError(f"{len(missing)} files do not exist: {', '.join(missing)}; check the paths.")
@@ -354,6 +355,24 @@ def _open_source(job: Job) -> FrameSource:
     if job.video is not None and job.image is None:
         return VideoFrames(job.video)
     raise InputError("Give either an image or a source video, and not both.")
+
+
+def _check_paths(job: Job) -> None:
+    """Reject paths that lead nowhere on this machine: too long, of an unknown user, in a folder that is closed ..."""
+    for entry in fields(job):
+        if entry.name != "out":  # `check_output` looks at it
+            for path in _paths(getattr(job, entry.name), entry.name in FILES_OF_A_JOB):
+                try:
+                    path.expanduser().stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    pass  # whoever reads it says what is missing
+                except RuntimeError as error:
+                    raise InputError(
+                        f"The home folder in {shown(str(path))} is not known here: write the path without ~."
+                    ) from error
+                except (OSError, ValueError) as error:
+                    reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+                    raise InputError(f"The path {shown(str(path))} cannot be used ({reason}): check it.") from error
 
 
 def _check_kinds_of_files(files: ModelFiles) -> None:
@@ -407,16 +426,14 @@ def input_files(job: Job) -> Iterator[Path]:
     for entry in fields(job):
         if entry.name != "out":
             for path in _paths(getattr(job, entry.name), entry.name in FILES_OF_A_JOB):
+                path = path.expanduser()
                 yield from path.iterdir() if path.is_dir() else (path,)
 
 
 def _paths(value: object, strings: bool) -> Iterator[Path]:
     """The paths in a value, and in what it is made of; where `strings`, strings are paths too."""
     if isinstance(value, Path) or (strings and isinstance(value, str)):
-        try:
-            yield Path(value).expanduser()
-        except RuntimeError as error:
-            raise InputError(f"The home folder in {value} is not known here: write the path without ~.") from error
+        yield Path(value)
     elif is_dataclass(value):
         for entry in fields(value):
             yield from _paths(getattr(value, entry.name), strings)

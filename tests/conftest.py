@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts that tests have recorded, added up."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    counts: Counter[str] = Counter()
+    for report in reports:
+        if getattr(report, "when", None) == "call":
+            counts.update({name: n for name, n in report.user_properties if isinstance(n, int)})
+    if counts:
+        terminalreporter.write_line(", ".join(f"{n} {name}" for name, n in counts.items()))
 
 
 @pytest.fixture(autouse=True)

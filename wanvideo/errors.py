@@ -4,11 +4,18 @@ The command line prints the sentence and exits with 2; ComfyUI shows it on the n
 """
 
 import difflib
+import re
 from collections.abc import Collection
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Line ends and other characters that control a terminal, or that no encoding has."""
 
 
 class InfiniteTalkError(Exception):
-    """Base of all errors that a user can cause or correct."""
+    """Base of all errors that a user can cause or correct; in text, control characters of names in it are escaped."""
+
+    def __str__(self) -> str:
+        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 class CheckpointError(InfiniteTalkError):

@@ -21,9 +21,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
+from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
+from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
+from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
+from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 
 State = dict[str, Tensor]
+Load = Callable[[Path], Mapping[str, Tensor]]
+
+ROLES = ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file")
+"""Files of a `TinySet`."""
+
+
+def loaders_of(tiny_set: TinySet) -> dict[str, Load]:
+    """For each of `ROLES`, from a file to the weights as the model holds them."""
+    return {
+        "model": lambda path: load_dit(path, tiny_set.adapter).state_dict(),
+        "adapter": lambda path: load_dit(tiny_set.model, path).state_dict(),
+        "vae": lambda path: WanVAE.load(path).model.state_dict(),
+        "text_encoder": lambda path: TextEncoder.load(path).model.state_dict(),
+        "clip_vision": lambda path: ClipVision.load(path).model.state_dict(),
+        "wav2vec_file": lambda path: Wav2Vec2Features.load(path).model.state_dict(),
+    }
 
 
 def outcome(load: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor], path: Path) -> str:

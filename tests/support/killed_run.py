@@ -8,6 +8,7 @@ stdout for each announced window, and writes the latents of each window to LATEN
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -75,4 +76,5 @@ def main(moment: str, signal_number: int, latents: Path, arguments: list[str]) -
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
     sys.exit(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]))

@@ -365,6 +365,17 @@ def test_recordings_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path)
     assert not (tmp_path / "video.mp4").exists()
 
 
+@pytest.mark.parametrize("option", ["audio", "image", "video", "masks", "model", "vae", "wav2vec", "tokenizer"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("x" * 300, "too long"), ("~nobody-of-this-name/x", "home"), ("a\nb", r"a\nb"), ("\udcff", "udcff")],
+)
+def test_paths_that_nothing_has(run: Callable[..., Ran], option: str, name: str, words: str) -> None:
+    ran = run(**({"image": None} if option == "video" else {}), **{option: name})
+    assert_rejected(ran, words)
+    assert len(ran.err.splitlines()) == 1
+
+
 def test_images_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")

@@ -431,6 +431,16 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path) -> None:
                     read(path)
 
 
+@pytest.mark.parametrize("ending", ["au", "snd", "vox", "raw", "gsm", "wav"])
+@pytest.mark.parametrize("content", [bytes(9000), np.random.default_rng(0).bytes(9000)], ids=["zeros", "noise"])
+def test_a_name_makes_no_recording(tmp_path, ending, content) -> None:
+    """libsndfile would take some of them for samples without a header."""
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read as a recording|states .* samples a second"):
+        read_audio(path)
+
+
 def test_a_cover_is_no_video(tmp_path) -> None:
     with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as file:
         cover = file.add_stream("mjpeg", rate=1)

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,38 +19,27 @@ from support.corruptions import (
     JSONS,
     MARK,
     PICKLED,
+    ROLES,
     TENSORS,
     VALUES,
+    Load,
+    loaders_of,
     metadata_of,
     outcome,
     write_parts,
 )
 from torch import Tensor
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
-from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import diffusers_name
-from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
-from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
-from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError
 
-Load = Callable[[Path], Mapping[str, Tensor]]
-
-ROLES = ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file")
 SEED = 20
 
 
 @pytest.fixture(scope="module")
 def loaders(tiny_set: TinySet) -> dict[str, Load]:
-    return {
-        "model": lambda path: load_dit(path, tiny_set.adapter).state_dict(),
-        "adapter": lambda path: load_dit(tiny_set.model, path).state_dict(),
-        "vae": lambda path: WanVAE.load(path).model.state_dict(),
-        "text_encoder": lambda path: TextEncoder.load(path).model.state_dict(),
-        "clip_vision": lambda path: ClipVision.load(path).model.state_dict(),
-        "wav2vec_file": lambda path: Wav2Vec2Features.load(path).model.state_dict(),
-    }
+    return loaders_of(tiny_set)
 
 
 @pytest.fixture(scope="module")

@@ -154,6 +154,14 @@ def test_tokenizers_that_are_rejected(tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_a_vocabulary_that_lost_its_beginning(tmp_path, spiece, words_json):
+    (tmp_path / "spiece.model").write_bytes(spiece[2 + spiece[1] :])  # its first piece
+    (tmp_path / "tokenizer.json").write_text(words_json.replace('["<pad>",0.0],', "").replace('"id":1', '"id":0'))
+    for name in ("spiece.model", "tokenizer.json"):
+        with pytest.raises(CheckpointError, match="end mark as number 0"):
+            load_tokenizer(tmp_path / name)
+
+
 def test_the_hub_is_asked_only_when_named(tmp_path, monkeypatch, spiece):
     import huggingface_hub
 

@@ -371,6 +371,8 @@ def test_one_run_at_a_time_writes_a_video(tmp_path) -> None:
         ("loop.mp4", "not be written|no file"),
         ("out.partial.mp4", "name the video itself, out.mp4"),
         ("n" * 240 + ".mp4", "too long"),
+        ("n" * 300 + ".mp4", "too long"),
+        ("a\0.mp4", "null byte"),
     ],
 )
 def test_paths_that_cannot_be_written(tmp_path, path, message) -> None:

@@ -49,6 +49,12 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
 
+def _check_end(end: int, what: str) -> None:
+    """Reject a vocabulary that lost its beginning: all its numbers would be shifted."""
+    if end != 1:
+        raise CheckpointError(f"{what} has the end mark as number {end}, where UMT5's is 1: download it again.")
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model (`spiece.model`), the form in which UMT5's vocabulary is published."""
 
@@ -62,6 +68,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{what} is no SentencePiece model; download it again.") from error
         self.end = int(self._model.eos_id())
+        _check_end(self.end, what)
 
     def __call__(self, text: str) -> list[int]:
         return [*self._model.encode(text), self.end]
@@ -83,6 +90,7 @@ class JsonTokenizer:
         if end is None:
             raise CheckpointError(f"{path} has no end mark </s>: it is no UMT5 tokenizer.")
         self.end = int(end)
+        _check_end(self.end, str(path))
         self.size = int(self._model.get_vocab_size())
 
     def __call__(self, text: str) -> list[int]:
