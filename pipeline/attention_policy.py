@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..wanvideo.errors import InputError
+from ..wanvideo.errors import InputError, plain
 from ..wanvideo.modules.attention import MODE_ALIASES, AttentionMode, mode_for_role
 
 CHOSEN = "chosen"
@@ -88,7 +88,7 @@ SAFER: dict[str, str] = {
 def safer_modes(mode: str, table: Mapping[str, str] = SAFER) -> tuple[str, ...]:
     """All modes safer than `mode`, the nearest first."""
     found: list[str] = []
-    mode = MODE_ALIASES.get(mode, mode)
+    mode = MODE_ALIASES.get(plain(mode), mode)
     while (mode := table.get(mode, "")) and mode not in found:
         found.append(mode)
     return tuple(found)
