@@ -42,7 +42,7 @@ def stated_defaults(model: str | Path) -> dict[str, Any]:
     """
     try:
         stated = json_object(read_metadata(model).get("defaults"), f"The defaults in {model}")
-    except (CheckpointError, OSError) as error:  # said, if it matters, where the model is read
+    except (CheckpointError, OSError, RuntimeError) as error:  # said, if it matters, where the model is read
         logger.debug("%s", error)
         return {}
     taken = {name: value for name, value in stated.items() if name in BOUNDS.keys() & _CONFIG}

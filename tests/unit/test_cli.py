@@ -373,8 +373,6 @@ def test_recordings_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path)
 def test_paths_that_nothing_has(run: Callable[..., Ran], option: str, name: str, words: str) -> None:
     ran = run(**({"image": None} if option == "video" else {}), **{option: name})
     assert_rejected(ran, words)
-    lines = [line for line in ran.err.splitlines() if not line.startswith("The model's own defaults")]
-    assert len(lines) == 1
 
 
 def test_images_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> None:
