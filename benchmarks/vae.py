@@ -1,4 +1,4 @@
-"""Encoding and decoding a window: the VAE with channels last beside diffusers' own way, at the public size.
+"""Encoding and decoding a window: the VAE with channels last and in diffusers' own way, at the public size.
 
     python -m benchmarks.vae [--rounds N] [--json F]
 

@@ -31,7 +31,7 @@ MAX_ASPECT = 4.0
 """Of a video whose sides are not given; narrower images show their middle."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-"""What is read. Pillow's other formats start programs (EPS), or hold no picture of a person."""
+"""What is read. Pillow's other formats start programs (EPS), or hold no image of a person."""
 
 MAX_PIXELS = 2**27
 """Of one image: 400 MB as RGB. Cameras make up to 10,000 x 10,000."""

@@ -57,7 +57,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The video to make, and what stands beside it while it is made; all in the folder of the video itself.
+    """The video to make, and what stands next to it while it is made; all in the folder of the video itself.
 
     Attributes:
         video: the file to write, links followed.

@@ -1,6 +1,6 @@
 """Going on with a video after its run has ended too early: what is kept after each window, and whether it still fits.
 
-Beside NAME.partial.mp4 stands NAME.partial.safetensors, replaced in one step after each window, before the window is
+Next to NAME.partial.mp4 stands NAME.partial.safetensors, replaced in one step after each window, before the window is
 announced. It holds what the next window needs (`RunState`), how far the partial file has come, and two descriptions:
 *what* is made (settings, and hashes of all inputs), which must be the same to go on, and *how* (device, memory), which
 may differ; the bits may then differ too, and the log says so.

@@ -1,6 +1,6 @@
 """What the weights of a checkpoint are worth: the one rule for quantized weights and their scales, for every model.
 
-A quantized weight `<layer>.weight` lies beside what belongs to it:
+A quantized weight `<layer>.weight` is stored with what belongs to it:
 
 * `<layer>.scale_weight` or `<layer>.weight_scale`: weight = stored * scale. One float value, or one per output row; for
   nvfp4 and mxfp8 one per block of 16 or 32 along the input, in the tiled order of cuBLAS (mxfp8 also row by row, where
