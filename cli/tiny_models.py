@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .. import assets
@@ -400,4 +400,10 @@ def _save(
     """Write a safetensors file; its metadata has `config`, which shapes do not show, and `defaults` of settings."""
     facts = {"config": config, "defaults": defaults}
     metadata = {name: json.dumps(value, sort_keys=True) for name, value in facts.items() if value}
-    save_file(state, str(path), metadata=metadata or None)
+    content = save(state, metadata=metadata or None)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    if metadata:  # safetensors writes several entries in a random order
+        header["__metadata__"] = metadata
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(start - 8)
+    path.write_bytes(content[:8] + text + content[start:])
