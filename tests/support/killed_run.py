@@ -2,7 +2,8 @@
 
 `python killed_run.py MOMENT SIGNAL LATENTS ARGUMENT...` runs `infinitetalk ARGUMENT...` with a line "announced N" on
 stdout for each announced window, and writes the latents of each window to LATENTS. MOMENT is "never" or
-"WINDOW:PLACE[:MILLISECONDS]"; then the process sends itself SIGNAL.
+"WINDOW:PLACE[:MILLISECONDS]"; then the process sends itself SIGNAL. Videos are lossless: what x264 decides on lossy
+ones can vary between runs on equal frames of this size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -71,6 +73,7 @@ def main(moment: str, signal_number: int, latents: Path, arguments: list[str]) -
         patch.object(journal.Journal, "save", save_both),
         before(video.VideoWriter, "_copy_to", "finish"),
         patch.object(make_video, "record", announce),
+        patch.object(make_video, "VideoWriter", partial(video.VideoWriter, crf=0)),
     ):
         return parser.main(arguments)
 
