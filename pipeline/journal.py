@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -139,7 +138,7 @@ class Journal:
             "how": dict(self.how),
             "kernels": sorted(kernels),
         }
-        data = safetensors.torch.save(
+        data = safetensors.torch.save(  # which takes no strided tensors
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {KEY: json.dumps(about)}
         )
         replace_file(self.files.journal, self.files.temporary, data)
@@ -273,4 +272,5 @@ def digest_of_weights(module: torch.nn.Module) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
-    return np.ascontiguousarray(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).data
+    # A dtype of another size is viewed only where elements lie side by side.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

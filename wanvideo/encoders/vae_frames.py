@@ -124,6 +124,7 @@ class _Stack:
     def _first(self, layer: nn.Module, frames: Tensor) -> Pending:
         """The first convolution, of frames [B, c, T, H, W]."""
         spare = -frames.shape[1] % ALIGNED_CHANNELS
+        # Without spare channels F.pad gives the strides of `frames`, not channels last.
         y = F.pad(frames.movedim(1, -1), (0, spare)).contiguous()
         padded, _ = self._pad(Pending(y), layer, None, HISTORY, 1, 1, keep=False)
         return self._convolve(layer, padded)
