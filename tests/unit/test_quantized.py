@@ -289,6 +289,33 @@ def test_a_quantized_file_is_worth_its_dequantized_one(tmp_path: Path, kind: str
     assert all(tensor.isfinite().all() for tensor in made.values())
 
 
+def test_each_part_may_list_its_own_layers(tmp_path: Path) -> None:
+    stored, worth, metadata = file_of("DiT", Form("int8_tensorwise", "row", stated="header"))
+    layers = json.loads(metadata[HEADER])["layers"]
+    names = sorted(stored)
+    for number, half in ((1, names[: len(names) // 2]), (2, names[len(names) // 2 :])):
+        state = {name: stored[name] for name in half}
+        own = {layer: mark for layer, mark in layers.items() if f"{layer}.weight" in state}
+        assert own
+        header = {HEADER: json.dumps({"format_version": "1.0", "layers": own})}
+        first = save(tmp_path / f"x-0000{number}-of-00002.safetensors", "DiT", state, header)
+    made = values_of(dit(first))
+    plain = values_of(dit(save(tmp_path / "plain.safetensors", "DiT", worth)))
+    assert [name for name in plain if not torch.equal(made[name], plain[name])] == []
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_part_with_a_damaged_header(tmp_path: Path, broken: int) -> None:
+    stored, _, metadata = file_of("DiT", Form("int8_tensorwise", "row", stated="header"))
+    names = sorted(stored)
+    for number in (1, 2):
+        state = {name: stored[name] for name in names[number - 1 :: 2]}
+        header = {HEADER: "{"} if number == broken else metadata
+        path = save(tmp_path / f"x-0000{number}-of-00002.safetensors", "DiT", state, header)
+    with pytest.raises(CheckpointError, match=f"unreadable {HEADER}"):
+        dit(path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", ["model.", "model.diffusion_model."])
 @pytest.mark.parametrize("bare", [False, True])

@@ -8,6 +8,7 @@ and a 16-byte GPU kernel must not see them.
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import time
@@ -88,6 +89,29 @@ class _Part:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+def _joined(first: str, second: str) -> str:
+    """One metadata text of two parts: their JSON objects become one, two levels deep.
+
+    The header of each part may list its own layers alone. A text that is no JSON object stays for its reader to reject.
+    """
+    if first == second:
+        return first
+    objects = []
+    for text in (first, second):
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if not isinstance(content, dict):
+            return text
+        objects.append(content)
+    whole = objects[0]
+    for key, value in objects[1].items():
+        before = whole.get(key)
+        whole[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return json.dumps(whole)
+
+
 class CheckpointFile:
     """An open checkpoint: `shapes` at once, each tensor when asked for.
 
@@ -106,7 +130,8 @@ class CheckpointFile:
             twice = self.shapes.keys() & part.shapes.keys()
             if twice:
                 raise CheckpointError(f"Two parts of {self.path} hold {some(sorted(twice))}; download them again.")
-            self.metadata |= part.metadata
+            for key, text in part.metadata.items():
+                self.metadata[key] = _joined(self.metadata.get(key, text), text)
             self.shapes |= part.shapes
             self._where |= dict.fromkeys(part.shapes, part)
         if not self.shapes:
