@@ -1,10 +1,11 @@
 """A whole window of a long video, part by part: 14B-shaped random weights, the public size, as the command makes it.
 
-    python -m benchmarks.window [--steps 4] [--three-passes] [--plain-vae] [--json F]
+    python -m benchmarks.window [--steps 4] [--three-passes] [--plain-vae] [--profile] [--json F]
 
-Two windows are made; the second one, which begins with frames carried over, is measured. With random weights the frames
-are noise, which costs a video encoder the most; the row "ordinary" writes a moving image of the same size instead. Run
-from the root of the repository.
+Three windows are made, and the last one is measured: it begins with frames carried over, and the one before is written
+meanwhile, or, in the columns "in turn", before it begins. With random weights the frames are noise, which costs a video
+encoder the most; in the columns "ordinary" a moving image of the same size is written instead. Run from the root of
+the repository.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from wanvideo_infinitetalk.media.video import VideoWriter
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from wanvideo_infinitetalk.media.video import VideoWriter, Written
 from wanvideo_infinitetalk.pipeline.attention_policy import bind
 from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
+from wanvideo_infinitetalk.pipeline.journal import Journal
 from wanvideo_infinitetalk.pipeline.long_video import Callbacks, generate
 from wanvideo_infinitetalk.pipeline.make_video import FPS
 from wanvideo_infinitetalk.pipeline.plan import GenerateConfig, plan_video
+from wanvideo_infinitetalk.pipeline.recorder import Recorder
 
 from .common import PUBLIC_14B, SMALL, Report, choose_device, parser, random_model
 from .vram import PUBLIC_VAE, SMALL_VAE, random_vae
@@ -35,6 +42,7 @@ MODE, QUANTIZATION = "sageattn_3_fp8", "fp8_e4m3fn_scaled_fast"
 SIZE, SMALL_SIZE = (832, 480), (64, 64)
 FRAMES, SMALL_FRAMES = 81, 17
 MOTION_FRAMES, SMALL_MOTION_FRAMES = 9, 5
+WINDOWS = 3
 GOAL = 2.9
 """Seconds per second of video, 4 steps, on an H200."""
 
@@ -92,8 +100,10 @@ def moving_image(frames: Tensor) -> Tensor:
     return still + 0.01 * torch.randn_like(still)
 
 
-def measure(report: Report, model: Any, vae: Any, steps: int, cfg: float, ordinary: bool) -> dict[str, float]:
-    """Part -> seconds, of the second of two windows."""
+def measure(
+    report: Report, model: Any, vae: Any, steps: int, cfg: float, *, ordinary: bool, in_turn: bool
+) -> dict[str, float]:
+    """Part -> seconds, of the last of the windows."""
     small, device = report.small, report.device
     width, height = SMALL_SIZE if small else SIZE
     frames, motion = (SMALL_FRAMES, SMALL_MOTION_FRAMES) if small else (FRAMES, MOTION_FRAMES)
@@ -109,7 +119,7 @@ def measure(report: Report, model: Any, vae: Any, steps: int, cfg: float, ordina
         attention_policy=bind("default", MODE, len(model.blocks)),
     )
     wanted, audio = model.config, model.config.audio
-    speech = torch.randn(2 * frames - motion, audio.blocks, audio.channels)
+    speech = torch.randn(frames + (WINDOWS - 1) * (frames - motion), audio.blocks, audio.channels)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
     prompt = torch.randn(wanted.text_len, wanted.text_dim)
     plan = plan_video(config, image.size, [len(speech)])
@@ -122,26 +132,65 @@ def measure(report: Report, model: Any, vae: Any, steps: int, cfg: float, ordina
 
     callbacks = Callbacks(stage=stage)
     given = Conditioning([prompt], prompt, [speech], [image])
-    windows = generate(model, Timed(vae, spent, ordinary), Clip(wanted.clip_dim), given, plan, callbacks)
+    parts = (model, Timed(vae, spent, ordinary), Clip(wanted.clip_dim), given, plan, callbacks)
+    windows = generate(*parts, frames_dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "window.mp4", FPS) as writer:
-        writer.append(next(windows).frames)
-        wait()
-        spent.clear()
-        begin = time.perf_counter()
-        window = next(windows)
-        with timed(spent, "write"):
-            writer.append(window.frames)
-        total = time.perf_counter() - begin
+        written = WrittenIn(writer)
+        with Recorder(written, Journal(writer.files, {}, {}), Counter()) as recorder:  # type: ignore[arg-type]
+            for window in windows:
+                if window.index == WINDOWS - 1:
+                    break  # it is handed out; what follows is the same for all
+                recorder.add(window)
+                if in_turn:
+                    recorder.finish()
+                spent.clear()
+                begin = time.perf_counter()
+            total = time.perf_counter() - begin
+        if in_turn:
+            spent["write"] = written.seconds[-1]
+            total += written.seconds[-1]
     spent["the rest"] = total - sum(spent.values())
     spent["sum"] = total
     spent["seconds per second of video"] = total / (len(window.frames) / FPS)
+    if not in_turn:
+        spent["writing the one before, meanwhile"] = written.seconds[-1]
     return spent
+
+
+class WrittenIn:
+    """A writer that notes the seconds of each call."""
+
+    def __init__(self, writer: VideoWriter) -> None:
+        self.writer, self.explained, self.seconds = writer, writer.explained, list[float]()
+
+    def append(self, frames: Tensor) -> Written:
+        begin = time.perf_counter()
+        written = self.writer.append(frames)
+        self.seconds.append(time.perf_counter() - begin)
+        return written
+
+
+def gaps(found: profile) -> list[dict[str, str | int | float]]:
+    """The longest times in which the GPU did nothing, and what ran before and after."""
+    events = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in found.events()
+        if event.device_type == DeviceType.CUDA
+    )
+    rows: list[dict[str, str | int | float]] = []
+    end, last = events[0][1], events[0][2]
+    for start, until, name in events:
+        rows.append({"gap, ms": (start - end) / 1e3, "after": last[:50], "before": name[:50]})
+        if until > end:
+            end, last = until, name
+    return sorted(rows, key=lambda row: -float(row["gap, ms"]))[:10]
 
 
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=4, help="of each window (%(default)s)")
     options.add_argument("--three-passes", action="store_true", help="with text and audio guidance, as without a LoRA")
+    options.add_argument("--profile", action="store_true", help="the longest times in which the GPU did nothing")
     options.add_argument("--plain-vae", action="store_true", help="the VAE in diffusers' own way")
     arguments = options.parse_args()
     report = Report("window", "A whole window", choose_device(arguments.small), arguments.small)
@@ -153,14 +202,20 @@ def main() -> int:
         vae = random_vae(SMALL_VAE if report.small else PUBLIC_VAE, device, dtype)
         vae.channels_last = False if arguments.plain_vae else None
         cfg = 5.0 if arguments.three_passes else 1.0
+        run = partial(measure, report, model, vae, arguments.steps, cfg)
         rows = {
-            name: measure(report, model, vae, arguments.steps, cfg, ordinary)
-            for name, ordinary in (("noise", False), ("ordinary", True))
+            name: run(ordinary=name.startswith("ordinary"), in_turn=name.endswith("in turn"))
+            for name in ("noise, in turn", "noise", "ordinary, in turn", "ordinary")
         }
-    table: list[dict[str, str | int | float]] = [
-        {"part, s": part, **{name: spent.get(part, 0.0) for name, spent in rows.items()}} for part in rows["noise"]
-    ]
-    report.table(f"The second window, {arguments.steps} steps, {MODE}, {QUANTIZATION}", table)
+        parts = list(dict.fromkeys(part for spent in rows.values() for part in spent))
+        report.table(
+            f"Window {WINDOWS}, {arguments.steps} steps, {MODE}, {QUANTIZATION}",
+            [{"part, s": part, **{name: spent.get(part, 0.0) for name, spent in rows.items()}} for part in parts],
+        )
+        if arguments.profile:
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                run(ordinary=True, in_turn=False)
+            report.table(f"The longest gaps on the GPU, of {WINDOWS} windows", gaps(found))
     if arguments.steps == 4 and not arguments.three_passes:
         report.goal(
             "seconds per second of video, an ordinary image", rows["ordinary"]["seconds per second of video"], GOAL

@@ -72,7 +72,7 @@ def decode_latent(vae: VaeModel, samples: dict[str, Any], tiles: Tiles | None, n
     if samples.get("video") is not None:
         return samples["video"]
     with comfyui.ordinary_tensors():
-        video = vae.decode(samples["samples"].float(), **tile_options(tiles))
+        video = vae.decode(samples["samples"].float().cpu(), **tile_options(tiles))
     vae.unload()
     if normalization == "none":
         return video[0].float().permute(1, 2, 3, 0)

@@ -236,17 +236,22 @@ class VaeModel:
         return self._run("encoded", self.vae.encode, video, tiled, tiles)
 
     def decode(self, latents: Tensor, *, tiled: bool = False, **tiles: int) -> Tensor:
-        """Latents [1, 16, T, h, w] to pixels [1, 3, F, H, W] in [-1, 1], in host memory."""
-        return self._run("decoded", self.vae.decode, latents, tiled, {**tiles, "output_device": "cpu"})
+        """Latents [1, 16, T, h, w] to pixels [1, 3, F, H, W] in [-1, 1], where the latents are."""
+        return self._run("decoded", self.vae.decode, latents, tiled, tiles)
 
     def unload(self) -> None:
         self.resident.unload()
 
     def _working_bytes(self, x: Tensor, *, pixels: bool) -> int:
         """About what working on a video [1, 3, F, H, W] or on latents [1, 16, T, h, w] takes, untiled."""
-        scale = 1 if pixels else self.vae.config.spatial_ratio
+        config = self.vae.config
+        scale = 1 if pixels else config.spatial_ratio
         area = int(x.shape[3]) * int(x.shape[4]) * scale**2
-        return VAE_ACTIVATIONS * 4 * area * self.vae.config.base_dim * self.vae.dtype.itemsize
+        working = VAE_ACTIVATIONS * 4 * area * config.base_dim * self.vae.dtype.itemsize
+        if pixels or x.device.type == "cpu":
+            return working
+        frames = 1 + config.temporal_ratio * (int(x.shape[2]) - 1)
+        return working + 2 * frames * area * 3 * 4  # float32, as they are and in their matched colors
 
     def _run(self, done: str, action: Callable[..., Tensor], x: Tensor, tiled: bool, options: dict[str, Any]) -> Tensor:
         self.resident.load(self._working_bytes(x, pixels=done == "encoded"))

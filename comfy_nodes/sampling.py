@@ -6,7 +6,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
-from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights, record
-from ..pipeline.long_video import Callbacks, FinishedWindow, RunState, generate
+from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
+from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
+from ..pipeline.recorder import Recorder
 from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
@@ -232,14 +234,12 @@ def _long_video(
         stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
     )
     clip = None if what.clip is None else _FixedClip(what.clip)
-
-    def windows(start: RunState | None = None) -> Iterator[FinishedWindow]:
-        return generate(model.model, what.vae, clip, conditioning, plan, callbacks, start=start)
-
+    windows = partial(generate, model.model, what.vae, clip, conditioning, plan)
     if what.output_path:
-        result = _write(windows, what, speech, len(plan.windows), _described(model, what, conditioning, plan, speech))
+        described = _described(model, what, conditioning, plan, speech)
+        result = _write(windows, callbacks, what, speech, len(plan.windows), described)
     else:
-        result = _collect(windows(), speech)
+        result = _collect(windows(callbacks), speech)
     what.vae.unload()
     return result, result
 
@@ -288,7 +288,8 @@ def _collect(windows: Iterator[FinishedWindow], speech: SpeechEmbeds) -> Latent:
 
 
 def _write(
-    windows: Callable[[RunState | None], Iterator[FinishedWindow]],
+    windows: Callable[..., Iterator[FinishedWindow]],
+    callbacks: Callbacks,
     what: LongVideo,
     speech: SpeechEmbeds,
     count: int,
@@ -310,8 +311,16 @@ def _write(
             if state is not None:
                 samples, frames = state.latents, ((state.carried + 1) / 2).permute(1, 2, 3, 0)
             if state is None or state.windows < count:
-                for window in record(windows(state), writer, journal, kernels):
-                    samples, frames = window.latents, window.frames
+                with Recorder(writer, journal, kernels) as recorder:
+
+                    def check() -> None:
+                        comfyui.stop_if_interrupted()
+                        recorder.check()
+
+                    callbacks = replace(callbacks, check_interrupt=check)
+                    for window in windows(callbacks, start=state, frames_dtype=torch.uint8):
+                        recorder.add(window)
+                        samples, frames = window.latents, window.frames / 255
     return {"samples": samples.cpu()[None], "video": frames, "output_path": str(path)}
 
 

@@ -32,7 +32,7 @@ import torch
 from ..wanvideo.errors import InfiniteTalkError, InputError
 from .containers import check_file, decoded, file_address, open_media, reason
 
-__all__ = ["OutputFiles", "VideoFrames", "VideoWriter", "Written", "check_output", "replace_file"]
+__all__ = ["OutputFiles", "VideoFrames", "VideoWriter", "Written", "check_output", "replace_file", "to_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -344,8 +344,7 @@ class VideoWriter:
         return stream
 
     def _image(self, frame: torch.Tensor, index: int) -> Any:
-        pixels = frame if frame.dtype == torch.uint8 else (frame.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
-        rgb = pixels.cpu().numpy()
+        rgb = to_bytes(frame).cpu().numpy()
         height, width = rgb.shape[:2]
         rgb = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         image = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
@@ -403,6 +402,11 @@ class VideoWriter:
             todo = "free some space, or write elsewhere" if full else "check the path and its permissions"
             sentence = f"The video {self.files.video} could not be written: {why}.{kept} {todo.capitalize()}."
             raise InfiniteTalkError(sentence) from error
+
+
+def to_bytes(frames: torch.Tensor) -> torch.Tensor:
+    """Frames as uint8, where they are: floats in [0, 1] rounded, what is beyond them cut off."""
+    return frames if frames.dtype == torch.uint8 else (frames.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
 def _mux(container: Any, stream: Any, packets: list[Any], later: int = 0) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -185,6 +186,8 @@ class WindowConditioner:
         self.masks = plan.masks.to(self.device)
         self.reference = self.image(0)
         self._condition_of: tuple[int, Tensor, Tensor | None] | None = None
+        self._reader = ThreadPoolExecutor(1, "source frames")
+        self._ahead: tuple[int, Future[Tensor]] | None = None  # window, and its source frames
 
     @torch.no_grad()
     def __call__(self, window: Window, carried: Tensor | None) -> WindowCondition:
@@ -192,7 +195,7 @@ class WindowConditioner:
         mode = self.plan.mode
         source = None
         if self.plan.schedule.start > 0:
-            source = self._encode(torch.stack([self.image(f) for f in range(window.start, window.end)], dim=1))
+            source = self._encode(self._source_frames(window))
         motion = None
         if mode.carried_condition and carried is not None:
             y, motion = self._condition_channels(carried)
@@ -217,6 +220,26 @@ class WindowConditioner:
             front = Overwrite(motion, noised=mode.noised, draws=mode.draws and carried is not None)
         return WindowCondition(inputs, tuple(y[0, 4:].shape), front, source)
 
+    def prepare(self, window: Window) -> None:
+        """Begin to read the source frames of the window that comes next, while another one is computed."""
+        shared = self._condition_of is not None and self._condition_of[0] == self._nearest(window.start)
+        if self.plan.schedule.start > 0 or not shared:
+            self._read_ahead(window)
+
+    def _read_ahead(self, window: Window) -> None:
+        self._ahead = (window.index, self._reader.submit(self._read, window))
+
+    def _source_frames(self, window: Window) -> Tensor:
+        """Those that the window needs, [3, F, H, W] in [-1, 1]: the one where it starts, or all, if it starts late."""
+        if self._ahead is None or self._ahead[0] != window.index:
+            self._read_ahead(window)
+        assert self._ahead is not None
+        return self._ahead[1].result()
+
+    def _read(self, window: Window) -> Tensor:
+        end = window.end if self.plan.schedule.start > 0 else window.start + 1
+        return torch.stack([self.image(frame) for frame in range(window.start, end)], dim=1)
+
     def audio(self, window: Window) -> Tensor:
         """Features of the speech in the window, [speakers, frames, 5, layers, hidden]."""
         return with_silence(window_audio(self.given.audio, window, self.plan.total), self.plan.masks)
@@ -233,9 +256,9 @@ class WindowConditioner:
         """y and image tokens of the source frame where the window starts, kept for the windows that share it."""
         index = self._nearest(window.start)
         if self._condition_of is None or self._condition_of[0] != index:
-            image = self.image(index)
-            y, _ = self._condition_channels(image.unsqueeze(1))
-            self._condition_of = (index, y, self._clip(image))
+            image = self._source_frames(window)[:, :1]
+            y, _ = self._condition_channels(image)
+            self._condition_of = (index, y, self._clip(image[:, 0]))
         return self._condition_of[1:]
 
     def _condition_channels(self, known: Tensor) -> tuple[Tensor, Tensor]:

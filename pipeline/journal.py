@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..media.video import OutputFiles, VideoWriter, Written, replace_file
+from ..media.video import OutputFiles, Written, replace_file
 from ..wanvideo.errors import InputError
-from .long_video import FinishedWindow, RunState
+from .long_video import RunState
 from .plan import GenerateConfig
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "digest_of_file",
     "digest_of_weights",
     "finished_windows",
-    "record",
 ]
 
 logger = logging.getLogger(__name__)
@@ -142,21 +141,6 @@ class Journal:
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {KEY: json.dumps(about)}
         )
         replace_file(self.files.journal, self.files.temporary, data)
-
-
-def record(
-    windows: Iterator[FinishedWindow], writer: VideoWriter, journal: Journal, kernels: Collection[str]
-) -> Iterator[FinishedWindow]:
-    """The same windows, each handed on when its frames and its entry are on the disk.
-
-    Args:
-        kernels: names of attention kernels, as counted so far.
-    """
-    for window in windows:
-        written = writer.append(window.frames)
-        with writer.explained():
-            journal.save(window.state, written, kernels)
-        yield window
 
 
 def finished_windows(files: OutputFiles) -> int:

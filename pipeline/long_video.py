@@ -25,7 +25,9 @@ from dataclasses import dataclass
 import torch
 
 from ..media.color import match_colors
+from ..media.video import to_bytes
 from ..wanvideo.errors import InfiniteTalkError
+from ..wanvideo.runtime.host import to_host
 from .attention_policy import SAFER
 from .conditioning import ClipLike, Conditioning, Stage, VaeLike, WindowConditioner
 from .nonfinite import FallbackModes
@@ -61,7 +63,7 @@ class FinishedWindow:
 
     Attributes:
         index, count: which of how many windows.
-        frames: new frames [n, H, W, 3], float32 in [0, 1], on the CPU.
+        frames: new frames [n, H, W, 3] on the CPU, float32 in [0, 1], or uint8 where that was asked for.
         latents: the whole window's clean latents [16, T, H / 8, W / 8], the carried part included.
         state: what the next one needs.
     """
@@ -100,6 +102,7 @@ def generate(
     callbacks: Callbacks | None = None,
     fallback: Mapping[str, str] = SAFER,
     start: RunState | None = None,
+    frames_dtype: torch.dtype = torch.float32,
 ) -> Iterator[FinishedWindow]:
     """Finished windows, in order; their frames make the video, exactly `plan.total` of them.
 
@@ -110,6 +113,8 @@ def generate(
             with the same random numbers, in the next one that this device runs, and later windows stay there.
         start: the state after the last window of an earlier run with the same arguments; the windows behind it are
             made, as that run would have made them.
+        frames_dtype: of the frames handed out: float32; or uint8, rounded where they are, so that a fourth of the bytes
+            is copied.
 
     Raises:
         InputError: at once, for inputs that do not fit.
@@ -117,7 +122,7 @@ def generate(
     """
     callbacks = callbacks or Callbacks()
     conditioner = WindowConditioner(vae, clip, conditioning, plan, callbacks.stage)
-    return generate_windows(model, vae, conditioner, plan, callbacks, fallback, start)
+    return generate_windows(model, vae, conditioner, plan, callbacks, fallback, start, frames_dtype)
 
 
 def generate_windows(
@@ -128,6 +133,7 @@ def generate_windows(
     callbacks: Callbacks,
     fallback: Mapping[str, str],
     start: RunState | None = None,
+    frames_dtype: torch.dtype = torch.float32,
 ) -> Iterator[FinishedWindow]:
     """`generate` with a conditioner of the caller's."""
     config, schedule, count = plan.config, plan.schedule, len(plan.windows)
@@ -149,6 +155,8 @@ def generate_windows(
                 callbacks.progress(index, count, step + 1, schedule.steps)
 
         condition = conditioner(window, carried)
+        if not window.is_last:
+            conditioner.prepare(plan.windows[window.index + 1])
         x = draw(condition.shape, generator, device)
         if condition.source is not None:
             x = schedule.scheduler.add_noise(condition.source, x, schedule.start)
@@ -167,10 +175,14 @@ def generate_windows(
             )
         with callbacks.stage("vae"):
             frames = _decode(vae, latents, plan, window)
-        frames = match_colors(frames, conditioner.reference.to(frames.device), config.color_correction)
+        # The next window begins with the last frames; those before, which the window before gave out, are not used.
+        unused = min(window.overlap, window.frames - config.motion_frames)
+        reference = conditioner.reference.to(frames.device)
+        frames = match_colors(frames[:, unused:], reference, config.color_correction)
         carried = frames[:, -config.motion_frames :].clone()
-        new = frames[:, window.overlap : window.overlap + window.new]
-        pixels = ((new + 1) / 2).permute(1, 2, 3, 0).cpu()
+        new = frames[:, window.overlap - unused :][:, : window.new]
+        pixels = ((new + 1) / 2).permute(1, 2, 3, 0)
+        pixels = to_host(to_bytes(pixels) if frames_dtype == torch.uint8 else pixels)
         del frames, new
         state = RunState(window.index + 1, generator.get_state(), carried, modes.floor, latents)
         yield FinishedWindow(window.index, count, pixels, latents, state)

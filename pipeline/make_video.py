@@ -42,10 +42,11 @@ from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from .attention_policy import bind
 from .bounds import check_numbers, shown
 from .conditioning import Conditioning, FrameSource
-from .journal import Journal, describe, describe_config, record
+from .journal import Journal, describe, describe_config
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
+from .recorder import Recorder
 from .sampling import what_ran
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
@@ -164,8 +165,10 @@ class Events:
         reading: (bytes read, bytes in all) while the DiT is loaded.
         part: ("Encoding" or "Decoding", parts done, parts in all) while the VAE works.
         step: (window, windows, step, steps) after each step, as in `Callbacks.progress`.
-        window_done: (windows in the file, windows in all) whenever there is one more.
-        check_interrupt: called before each evaluation of the model; what it raises ends the job.
+        window_done: (windows in the file, windows in all) for each of them, when its frames and its journal entry are
+            on the disk; at the latest with the next evaluation of the model.
+        check_interrupt: called before each evaluation of the model; what it raises ends the job, once the windows that
+            are finished are in the file.
     """
 
     stage: Callable[[str], None] = lambda text: None
@@ -217,15 +220,20 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         model = _load_model(job, checked, events)
         _check_widths(checked.dit, context, audio)
 
-        # 4. Generate, and write each window as it comes.
+        # 4. Generate; each window is written while the next one is made.
         conditioning = Conditioning(context, negative, audio, checked.source)
-        callbacks = Callbacks(progress=events.step, check_interrupt=events.check_interrupt)
         state = None if start is None else start.state
-        windows = generate(model, FollowedVae(vae, events), clip, conditioning, plan, callbacks, start=state)
         events.stage("Generating")
-        with count_kernels() as kernels, writer:
-            for window in record(windows, writer, journal, kernels):
-                events.window_done(window.index + 1, window.count)
+        with count_kernels() as kernels, writer, Recorder(writer, journal, kernels, events.window_done) as recorder:
+
+            def check_interrupt() -> None:
+                events.check_interrupt()
+                recorder.check()
+
+            callbacks = Callbacks(progress=events.step, check_interrupt=check_interrupt)
+            given = (model, FollowedVae(vae, events), clip, conditioning, plan, callbacks)
+            for window in generate(*given, start=state, frames_dtype=torch.uint8):
+                recorder.add(window)
 
     # 5. Say what really ran.
     linears = how_linears_run(model.blocks, device)

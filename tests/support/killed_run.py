@@ -53,26 +53,30 @@ def main(moment: str, signal_number: int, latents: Path, arguments: list[str]) -
 
         return patch.object(target, name, reached)
 
-    save, record = journal.Journal.save, make_video.record
+    save, recorder = journal.Journal.save, make_video.Recorder
 
     def save_both(self: journal.Journal, state: Any, *args: Any) -> None:
         reach("journal")
         save_file({"latents": state.latents.cpu().contiguous()}, latents / f"{state.windows - 1}.safetensors")
         save(self, state, *args)
 
-    def announce(*args: Any) -> Any:
-        for window in record(*args):
-            sys.stdout.write(f"announced {window.index + 1}\n")
+    def recording(*given: Any) -> Any:
+        *others, announce = given
+
+        def announced(done: int, windows: int) -> None:
+            announce(done, windows)
+            sys.stdout.write(f"announced {done}\n")
             sys.stdout.flush()
             reach("announced")
-            yield window
+
+        return recorder(*others, announced)
 
     with (
         before(video.VideoWriter, "append", "encode"),
         before(video, "_put_in_place", "append"),
         patch.object(journal.Journal, "save", save_both),
         before(video.VideoWriter, "_copy_to", "finish"),
-        patch.object(make_video, "record", announce),
+        patch.object(make_video, "Recorder", recording),
         patch.object(make_video, "VideoWriter", partial(video.VideoWriter, crf=0)),
     ):
         return parser.main(arguments)

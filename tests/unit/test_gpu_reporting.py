@@ -167,10 +167,13 @@ def test_a_forward_is_compared_with_16_bit_sdpa(reports: dict[str, dict]) -> Non
 
 def test_the_parts_of_a_window_add_up(reports: dict[str, dict]) -> None:
     (table,) = reports["window"]["tables"]
-    for frames in ("noise", "ordinary"):
-        *parts, total, rate = (row[frames] for row in table["rows"])
-        assert sum(parts) == pytest.approx(total)
-        assert rate == pytest.approx(total / (12 / 25))  # 17 frames, 5 of them carried over
+    rows = {row["part, s"]: row for row in table["rows"]}
+    *parts, total, rate, meanwhile = rows
+    assert (total, meanwhile) == ("sum", "writing the one before, meanwhile")
+    for column in ("noise, in turn", "noise", "ordinary, in turn", "ordinary"):
+        assert sum(rows[part][column] for part in parts) == pytest.approx(rows[total][column])
+        assert rows[rate][column] == pytest.approx(rows[total][column] / (12 / 25))  # 17 frames, 5 of them carried over
+        assert (rows["write"][column] > 0) == column.endswith("in turn") == (rows[meanwhile][column] == 0)
 
 
 def test_the_vae_is_measured_whole_in_tiles_and_by_length(reports: dict[str, dict]) -> None:

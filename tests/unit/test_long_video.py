@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from wanvideo_infinitetalk.media.images import load_image
-from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter, to_bytes
 from wanvideo_infinitetalk.pipeline import nonfinite
 from wanvideo_infinitetalk.pipeline.attention_policy import bind
 from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
@@ -118,6 +119,58 @@ def _video(windows) -> torch.Tensor:
 
 
 # --- frames
+
+
+def test_frames_are_handed_out_as_bytes_where_that_is_asked_for() -> None:
+    ours, floats = _run(frames_dtype=torch.uint8), _run()
+    assert {w.frames.dtype for w in ours} == {torch.uint8}
+    assert torch.equal(_video(ours), to_bytes(_video(floats)))
+    assert all(torch.equal(a.state.carried, b.state.carried) for a, b in zip(ours, floats, strict=True))
+
+
+class ReadAhead:
+    """Frames of a source video; says when each is read."""
+
+    def __init__(self, count: int) -> None:
+        self.read = [threading.Event() for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        self.read[index].set()
+        return _image(seed=index)
+
+
+@pytest.mark.parametrize("start_step", [0, 1])
+def test_source_frames_of_the_next_window_are_read_while_one_is_computed(start_step) -> None:
+    source, model = ReadAhead(15), FakeModel()
+    needed = [4, 8] if start_step == 0 else [12, 14]  # the first frame of the next window, or its last
+    windows: list[int] = []
+
+    def computing() -> None:
+        index = min(len(windows), len(needed) - 1)
+        assert source.read[needed[index]].wait(20), "read only when it is needed"
+
+    conditioning = _conditioning(rows=15, source=source)
+    config = replace(CONFIG, start_step=start_step)
+    callbacks = Callbacks(check_interrupt=computing)
+    for window in _generate(model, FakeVae(), FakeClip(), conditioning, config, callbacks=callbacks):
+        windows.append(window.index)
+    assert windows == [0, 1, 2]
+
+
+def test_a_source_frame_that_cannot_be_read_ends_the_run_with_its_sentence() -> None:
+    class Cut(ReadAhead):
+        def __getitem__(self, index: int, /) -> Image.Image:
+            if index > 3:
+                raise InputError("The video ends.")
+            return super().__getitem__(index)
+
+    windows = _generate(FakeModel(), FakeVae(), FakeClip(), _conditioning(rows=15, source=Cut(15)), CONFIG)
+    assert next(windows).index == 0
+    with pytest.raises(InputError, match="The video ends"):
+        next(windows)
 
 
 @given(

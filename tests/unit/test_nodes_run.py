@@ -212,7 +212,7 @@ def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
     frames, path = host.run(prompt)[images]
     assert path == str((host.base / "output/long/talk.mp4").resolve())
     assert streams_of(Path(path))[0] == 25
-    assert torch.equal(frames, expected[17:])  # the last window
+    assert float((frames - expected[17:]).abs().max()) <= 0.51 / 255  # the last window, as it was written
     prompt[long]["inputs"]["output_path"] = "../../elsewhere.mp4"
     with pytest.raises(NodeError, match="leads outside ComfyUI's output folder"):
         host.run(prompt)
