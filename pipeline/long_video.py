@@ -30,6 +30,7 @@ from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.runtime.host import to_host
 from .attention_policy import SAFER
 from .conditioning import ClipLike, Conditioning, Stage, VaeLike, WindowConditioner
+from .kept_keys import KeptKeys
 from .nonfinite import FallbackModes
 from .plan import Plan
 from .sampling import denoise, draw
@@ -140,6 +141,7 @@ def generate_windows(
     device = torch.device(config.device)
     generator = torch.Generator("cpu").manual_seed(int(config.seed))
     modes = FallbackModes(model, config.attention_policy, fallback, schedule.steps, device)
+    kept = KeptKeys(model, device)
     carried: torch.Tensor | None = None  # [3, motion_frames, H, W], the end of the window before
     first = 0
     if start is not None:
@@ -168,6 +170,7 @@ def generate_windows(
                 condition.inputs,
                 generator=generator,
                 modes=modes,
+                kept=kept,
                 overwrite=condition.motion,
                 report=report,
                 check_interrupt=callbacks.check_interrupt,

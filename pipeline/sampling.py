@@ -26,7 +26,8 @@ from ..fp8_optimization import listed
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import KernelCounts
 from .guidance import Formula, Pass, Projection
-from .nonfinite import FallbackModes, check_finite
+from .kept_keys import KeptKeys
+from .nonfinite import FallbackModes, NonFinite, check_finite
 from .schedulers import Scheduler
 
 __all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw", "what_ran"]
@@ -126,6 +127,7 @@ def denoise(
     *,
     generator: torch.Generator,
     modes: FallbackModes,
+    kept: KeptKeys | None = None,
     overwrite: Overwrite | None = None,
     report: Callable[[int, Tensor], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
@@ -139,11 +141,13 @@ def denoise(
         inputs_of: pass -> what the model is given in it.
         modes: attention mode of each step. When a step gives non-finite values, all steps are run again, with the same
             random numbers, in the next mode of its fallbacks.
+        kept: keys and values of prompts and images, from windows before.
         report: called after each step with its index in the whole schedule and the clean latents as guessed by it.
         place: where this is, for messages, such as "window 2, ".
 
     Raises InfiniteTalkError when the last fallback gives non-finite values too.
     """
+    keys = KeptKeys(model, x.device) if kept is None else kept
 
     def attempt() -> tuple[Tensor, Tensor]:
         scheduler = copy.copy(schedule.scheduler)  # multistep solvers begin a history
@@ -168,12 +172,17 @@ def denoise(
                     given.masks,
                     audio_scale=given.audio_scale,
                     attention_mode=modes.mode(step),
+                    **keys.of_forward(given.context, given.clip),
                 )
                 return velocity[0]
 
             formula = schedule.formulas[step]
             velocity = formula.velocity(evaluate, projection)
-            check_finite(velocity, step, model, evaluate, formula.passes)
+            try:
+                check_finite(velocity, step, model, evaluate, formula.passes)
+            except NonFinite:
+                keys.clear()  # they may be among what was not finite
+                raise
             clean = scheduler.clean(velocity, step, latents)
             noise = draw(x.shape, generator, x) if scheduler.needs_noise else None
             latents = scheduler.step(velocity, step, latents, noise)

@@ -10,8 +10,8 @@ nothing in a forward waits for the GPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "AudioCrossAttentionWrapper",
     "HuMoAudioProjModel",
     "HuMoConfig",
+    "KeysValues",
     "WanBlock",
     "WanConfig",
     "WanHuMoCrossAttention",
@@ -156,6 +157,21 @@ class WanConfig:
 # ------------------------------------------------------------------------------------- what all blocks share
 
 
+@dataclass(eq=False)
+class KeysValues:
+    """Keys and values of one prompt or image in every block, kept from the first forward that is given this on.
+
+    They depend on the prompt or image and the weights alone: steps, and windows of a long video, share them.
+
+    Attributes:
+        tokens: the embedded tokens [B, n, C].
+        of_layer: attention layer -> k and v [B, n, H, D].
+    """
+
+    tokens: torch.Tensor | None = None
+    of_layer: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
 class Conditions(NamedTuple):
     """What one forward gives to every block."""
 
@@ -170,6 +186,8 @@ class Conditions(NamedTuple):
     audio_scale: float
     humo_audio: torch.Tensor | None  # [B, T*tokens, kv_dim]
     humo_audio_scale: float
+    text_keys: KeysValues | None = None
+    image_keys: KeysValues | None = None
 
 
 class BlockModes(NamedTuple):
@@ -247,15 +265,29 @@ class WanCrossAttention(_Projections):
         *,
         text_mode: str = "sdpa",
         image_mode: str = "sdpa",
+        text_keys: KeysValues | None = None,
+        image_keys: KeysValues | None = None,
     ) -> torch.Tensor:
         """x [B, L, C], text [B, text_len, C], clip [B, 257, C] or None -> [B, L, C]"""
         q = self._heads(self.norm_q(self.q(x)))
-        k, v = self._heads(self.norm_k(self.k(text))), self._heads(self.v(text))
+        k, v = self._keys_values(text_keys, lambda: (self.norm_k(self.k(text)), self.v(text)))
         out = attention(q, k, v, attention_mode=text_mode)
         if clip is not None:
-            k, v = self._heads(self.norm_k_img(self.k_img(clip))), self._heads(self.v_img(clip))
+            k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
             out = out + attention(q, k, v, attention_mode=image_mode)
         return self.o(out.flatten(2))
+
+    def _keys_values(
+        self, kept: KeysValues | None, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [B, n, H, D], of an earlier forward where they are kept."""
+        found = None if kept is None else kept.of_layer.get(self)
+        if found is None:
+            k, v = compute()
+            found = self._heads(k), self._heads(v)
+            if kept is not None:
+                kept.of_layer[self] = found
+        return found
 
 
 class WanBlock(nn.Module):
@@ -295,7 +327,15 @@ class WanBlock(nn.Module):
         )
         x = gated_residual(x, attended, gate1)
 
-        x = x + self.cross_attn(self.norm3(x), given.text, given.clip, text_mode=modes.text, image_mode=modes.image)
+        x = x + self.cross_attn(
+            self.norm3(x),
+            given.text,
+            given.clip,
+            text_mode=modes.text,
+            image_mode=modes.image,
+            text_keys=given.text_keys,
+            image_keys=given.image_keys,
+        )
 
         if given.audio is not None:
             speech = self.audio_cross_attn(
@@ -436,6 +476,8 @@ class WanModel(nn.Module):
         attention_mode: AttentionMode | None = None,
         humo_audio: torch.Tensor | None = None,
         humo_audio_scale: float = 1.0,
+        text_keys: KeysValues | None = None,
+        image_keys: KeysValues | None = None,
     ) -> torch.Tensor:
         """One forward.
 
@@ -455,6 +497,8 @@ class WanModel(nn.Module):
             attention_mode: instead of the model's.
             humo_audio: windows of whisper features [T, 8, blocks, channels] or [B, T, 8, blocks, channels].
             humo_audio_scale: factor on what HuMo's audio layers add.
+            text_keys, image_keys: what was computed of this very `context` and `clip_fea` before, with these weights;
+                filled by the first forward that is given them.
 
         Returns:
             The velocity [B, out_dim, T, h, w], of x's dtype.
@@ -471,14 +515,16 @@ class WanModel(nn.Module):
             grid=grid,
             rotation=self._rotations.get(grid, latents.device),
             time=block_time,
-            text=self.embed_text(context, batch),
-            clip=self.embed_clip(clip_fea, batch),
+            text=_embedded(text_keys, lambda: self.embed_text(context, batch)),
+            clip=None if clip_fea is None else _embedded(image_keys, lambda: self.embed_clip(clip_fea, batch)),
             audio=self.embed_audio(audio, batch),
             speakers=speakers,
             speaker_masks=self._speaker_masks(ref_target_masks, speakers, grid),
             audio_scale=audio_scale,
             humo_audio=self.embed_humo_audio(humo_audio, batch, grid),
             humo_audio_scale=humo_audio_scale,
+            text_keys=text_keys,
+            image_keys=image_keys,
         )
         mode = self.attention_mode if attention_mode is None else attention_mode
         tokens = self.patch_embedding(latents)  # [B, L, C]
@@ -514,10 +560,8 @@ class WanModel(nn.Module):
         padded = [F.pad(p.to(self.dtype), (0, 0, 0, self.config.text_len - int(p.shape[0]))) for p in prompts]
         return self.text_embedding(torch.stack(padded)).expand(batch, -1, -1)
 
-    def embed_clip(self, clip_fea: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    def embed_clip(self, clip_fea: torch.Tensor, batch: int) -> torch.Tensor:
         """[1 or B, 257, clip_dim] -> [B, 257, C]"""
-        if clip_fea is None:
-            return None
         if self.config.model_type != "i2v":
             raise InputError("clip_fea is given to a t2v model, which has no layers for it: leave it out")
         return self.img_emb(clip_fea.to(self.dtype)).expand(batch, -1, -1)
@@ -579,6 +623,15 @@ class WanModel(nn.Module):
         """[B, L, p*q*r*out_dim], channel fastest -> [B, out_dim, T, h, w]"""
         (t, h, w), (p, q, r) = grid, self.config.patch_size
         return rearrange(patches, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
+
+
+def _embedded(kept: KeysValues | None, embed: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The embedded tokens, of an earlier forward where they are kept."""
+    if kept is None:
+        return embed()
+    if kept.tokens is None:
+        kept.tokens = embed()
+    return kept.tokens
 
 
 def _audio_projection(config: AudioConfig) -> AudioProjModel:

@@ -71,6 +71,11 @@ def undo_compile(model: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_model` was here, for the model or its blocks."""
+    return any("forward" in vars(module) for module in (model, *_blocks(model)))
+
+
 @contextmanager
 def compile_limits(settings: CompileSettings | None) -> Iterator[None]:
     """torch's settings for the time in which a compiled model runs."""
