@@ -12,6 +12,12 @@ WEB_DIRECTORY = "./web"
 
 # ComfyUI has imported its `folder_paths` long before it looks at custom nodes; nobody else has a module of that name.
 if "folder_paths" in sys.modules:
+    from pathlib import Path
+
+    from .comfy_nodes.requirements import check_requirements
+
+    check_requirements(Path(__file__).with_name("requirements.txt"))
+
     from .nodes import comfy_entrypoint
 
     __all__ = ["WEB_DIRECTORY", "__version__", "comfy_entrypoint"]

@@ -22,10 +22,14 @@ from comfy_api.latest import ComfyExtension as ComfyExtension
 from comfy_api.latest import io as io
 from torch import Tensor, nn
 
-from ..wanvideo.errors import CheckpointError, InputError
+from ..wanvideo.errors import BackendUnavailableError, CheckpointError, InfiniteTalkError, InputError
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 
 logger = logging.getLogger(__name__)
+
+# ComfyUI shows an error's class behind its module, which for a pack is a path on this machine; Python's own without.
+for _error in (BackendUnavailableError, CheckpointError, InfiniteTalkError, InputError):
+    _error.__module__ = "builtins"
 
 # --- node schemas ------------------------------------------------------------------------------------------------
 
