@@ -6,6 +6,7 @@ from typing import Any
 
 from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, options, sampler, text
 from .comfy_nodes.schema import check_numbers_of
+from .comfy_nodes.sockets import check_objects_of
 
 comfyui.register_folders()
 
@@ -44,6 +45,7 @@ NODES: list[Any] = [
 
 for _node in NODES:
     check_numbers_of(_node)
+    check_objects_of(_node)
 
 
 class InfiniteTalkExtension(comfyui.ComfyExtension):

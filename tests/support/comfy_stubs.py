@@ -54,6 +54,7 @@ def Custom(io_type: str) -> Any:
         io_type,
         (),
         {
+            "io_type": io_type,
             "Input": type("Input", (Input,), {"io_type": io_type}),
             "Output": type("Output", (Output,), {"io_type": io_type}),
         },

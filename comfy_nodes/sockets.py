@@ -1,0 +1,61 @@
+"""What each socket type of ours carries, and the sentence for an object of another pack that has the same type name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..wanvideo.checkpoints.lora import LoraSpec
+from ..wanvideo.errors import InputError
+from ..wanvideo.runtime.compilation import CompileSettings
+from ..wanvideo.runtime.offload import BlockSwap
+from . import schema
+from .models import SpeechModel, TextModel, VaeModel, VideoModel
+from .types import Adapter, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+
+__all__ = ["CARRIED", "check_objects_of"]
+
+CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    schema.WanModelType: (VideoModel, "WanVideo Model Loader"),
+    schema.WanVaeType: (VaeModel, "WanVideo VAE Loader"),
+    schema.AdapterType: (Adapter, "Multi/InfiniteTalk Model Loader"),
+    schema.Wav2VecType: (SpeechModel, "Wav2vec2 Model Loader"),
+    schema.TextEncoderType: (TextModel, "WanVideo T5 Text Encoder Loader"),
+    schema.TextEmbedsType: (TextEmbeds, "WanVideo TextEncode"),
+    schema.ClipEmbedsType: (ClipEmbeds, "WanVideo ClipVision Encode"),
+    schema.ImageEmbedsType: ((LongVideo, OneWindow), "WanVideo Long I2V Multi/InfiniteTalk"),
+    schema.SpeechEmbedsType: (SpeechEmbeds, "Multi/InfiniteTalk Wav2vec2 Embeds"),
+    schema.LoraType: (LoraSpec, "WanVideo Lora Select"),
+    schema.BlockSwapType: (BlockSwap, "WanVideo Block Swap"),
+    schema.CompileType: (CompileSettings, "WanVideo Torch Compile Settings"),
+}
+"""Socket type -> class of its values (of the items, where they are several), and the node of this pack that gives it."""
+
+
+def check_objects_of(node: Any) -> None:
+    """Make `node.execute` reject objects that another pack made, before it runs.
+
+    Other packs use the same type names for objects of their own, and ComfyUI connects what has the same name.
+    """
+    execute = node.execute.__func__
+    carried = {kind.io_type: entry for kind, entry in CARRIED.items()}
+
+    @functools.cache
+    def expected() -> dict[str, tuple[type | tuple[type, ...], str]]:
+        found = {socket.id: socket.get_io_type() for socket in node.define_schema().inputs}
+        return {name: carried[kind] for name, kind in found.items() if kind in carried}
+
+    @functools.wraps(execute)
+    def checked(cls: Any, **given: Any) -> Any:
+        for name, (kind, maker) in expected().items():
+            value = given.get(name)
+            items = value if isinstance(value, (list, tuple)) and kind is LoraSpec else [value]
+            for item in items:
+                if item is not None and not isinstance(item, kind):
+                    raise InputError(
+                        f"{name} comes from a node of another pack (a {type(item).__name__}), whose objects this node "
+                        f"cannot use: connect {maker} of {schema.CATEGORY}."
+                    )
+        return execute(cls, **given)
+
+    node.execute = classmethod(checked)
