@@ -14,6 +14,8 @@ NODES: list[Any] = [
     loaders.WanVideoModelLoader,
     loaders.MultiTalkModelLoader,
     loaders.WanVideoVAELoader,
+    loaders.WanVideoTinyVAELoader,
+    loaders.InfiniteTalkSmallDecoder,
     loaders.LoadWanVideoT5TextEncoder,
     loaders.InfiniteTalkClipVisionLoader,
     loaders.Wav2VecModelLoader,

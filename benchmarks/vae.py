@@ -1,4 +1,5 @@
-"""Encoding and decoding a window: the VAE with channels last and in diffusers' own way, at the public size.
+"""Encoding and decoding a window: the VAE with channels last and in diffusers' own way, at the public size, and a small
+decoder.
 
     python -m benchmarks.vae [--rounds N] [--json F]
 
@@ -15,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from wanvideo_infinitetalk.cli.tiny_models import DECODER_WIDTHS
+from wanvideo_infinitetalk.wanvideo.encoders.small_decoder import PUBLIC_WIDTHS, SmallDecoder, SmallNetwork
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 
@@ -26,7 +29,7 @@ MOTION_FRAMES = 9
 SMALL = (17, 64, 96)
 """Frames, height and width for the errors, and for a small run."""
 
-PLAIN, OURS = "diffusers", "channels last"
+PLAIN, OURS, SMALL_DECODER = "diffusers", "channels last", "small decoder"
 GOALS = {"decode": 900.0, "encode": 600.0}
 """Milliseconds on an H200."""
 
@@ -36,6 +39,12 @@ Calls = dict[str, Callable[[], Tensor]]
 def both_ways(vae: WanVAE) -> dict[str, WanVAE]:
     """Way through memory -> the VAE, with the same weights."""
     return {PLAIN: WanVAE(vae.model, vae.config, False), OURS: WanVAE(vae.model, vae.config, True)}
+
+
+def random_small_decoder(widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> SmallDecoder:
+    with torch.device(device):
+        network = SmallNetwork(widths)
+    return SmallDecoder(network.to(dtype).requires_grad_(False).eval(), denormalize=False)
 
 
 def clip(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -71,8 +80,11 @@ def main() -> int:
     vae = random_vae(SMALL_VAE if report.small else PUBLIC_VAE, device, dtype)
     video, latents = clip(SMALL if report.small else (FRAMES, HEIGHT, WIDTH), device)
     ways = both_ways(vae)
+    small = random_small_decoder(DECODER_WIDTHS if report.small else PUBLIC_WIDTHS, device, dtype)
     work = {
-        "decode": {name: functools.partial(one.decode, latents) for name, one in ways.items()},
+        "decode": {
+            name: functools.partial(one.decode, latents) for name, one in {**ways, SMALL_DECODER: small}.items()
+        },
         "encode": {name: functools.partial(one.encode, video) for name, one in ways.items()},
         "encode the carried frames": {
             name: functools.partial(one.encode, video[:, :, :MOTION_FRAMES]) for name, one in ways.items()

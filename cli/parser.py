@@ -92,6 +92,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF)"),
         ("--adapter", False, "InfiniteTalk or MultiTalk; not needed for a merged model"),
         ("--vae", True, "Wan2.1 VAE"),
+        ("--decoder", False, "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
         ("--text-encoder", True, "UMT5-XXL encoder"),
         ("--clip-vision", True, "CLIP ViT-H vision model"),
         ("--wav2vec", True, "chinese-wav2vec2-base, a folder or a file"),
@@ -229,6 +230,7 @@ def _run_generate(args: argparse.Namespace) -> None:
         model=args.model,
         adapter=args.adapter,
         vae=args.vae,
+        decoder=args.decoder,
         text_encoder=args.text_encoder,
         clip_vision=args.clip_vision,
         wav2vec=args.wav2vec,
@@ -288,7 +290,8 @@ def _run_make_tiny(args: argparse.Namespace) -> None:
     from .tiny_models import make_tiny
 
     for name, path in vars(make_tiny(args.folder, random=args.random)).items():
-        _say(f"{name}: {path}")
+        if args.random or name != "decoder":
+            _say(f"{name}: {path}")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ files pass through the same loaders as the 14B ones.
 The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come
 with the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two
 layers of two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides
-4x8x8, a CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that the same bytes are written
-everywhere.
+4x8x8, a small decoder beside it, a CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that
+the same bytes are written everywhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ CLIP_DIM, CLIP_FFN, CLIP_LAYERS, CLIP_TOKENS, CLIP_PATCH = 1280, 64, 2, 257, 14
 AUDIO_DIM, AUDIO_FFN, AUDIO_LAYERS, AUDIO_CONV = 128, 128, 2, 32
 AUDIO_HIDDEN, AUDIO_OUT, AUDIO_TOKENS = 64, 64, 8
 VAE_DIM, VAE_LATENT = 4, 16
+DECODER_WIDTHS = (16, 8, 8, 8)
 
 TALKING_PARTS = ("model", "adapter", "vae", "wav2vec")
 TALKING_BYTES = 12 * 2**20
@@ -90,7 +92,10 @@ WAV2VEC_PREPROCESSOR = {
 
 @dataclass(frozen=True)
 class TinySet:
-    """Where the files of the set lie; `wav2vec_file` is the same model as the folder `wav2vec`, in one file."""
+    """Where the files of the set lie.
+
+    `wav2vec_file` is the same model as the folder `wav2vec`, in one file. `decoder` is in the random set only.
+    """
 
     model: Path
     adapter: Path
@@ -99,6 +104,7 @@ class TinySet:
     clip_vision: Path
     wav2vec: Path
     wav2vec_file: Path
+    decoder: Path
 
     @classmethod
     def in_folder(cls, folder: str | Path) -> TinySet:
@@ -111,10 +117,12 @@ class TinySet:
             clip_vision=folder / "clip-vision-tiny.safetensors",
             wav2vec=folder / "wav2vec2-tiny",
             wav2vec_file=folder / "wav2vec2-tiny.safetensors",
+            decoder=folder / "taew2_1-tiny.safetensors",
         )
 
     def is_complete(self) -> bool:
-        return all(path.exists() for path in vars(self).values())
+        """Whether a video can be made with it."""
+        return all(path.exists() for name, path in vars(self).items() if name != "decoder")
 
 
 def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
@@ -132,6 +140,7 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
             _save(tiny.model, dit_weights(), {"num_heads": HEADS}, RANDOM_DEFAULTS)
             _save(tiny.adapter, adapter_weights(), {"audio_blocks": AUDIO_LAYERS})
             _save(tiny.vae, vae_weights())
+            _save(tiny.decoder, decoder_weights())
             _save(tiny.clip_vision, clip_weights())
             speech = wav2vec_weights()
         else:
@@ -305,6 +314,23 @@ def _vae_middle(w: _Weights, name: str, width: int) -> None:
     w.linear(f"{name}.1.to_qkv", 3 * width, width, 1, 1)
     w.linear(f"{name}.1.proj", width, width, 1, 1, gain=0.3)
     _residual(w, f"{name}.2", width, width)
+
+
+def decoder_weights(widths: Sequence[int] = DECODER_WIDTHS, dtype: torch.dtype = torch.float16) -> State:
+    """A small decoder of Wan2.1 latents, public names, without the encoder that public files have beside it."""
+    w = _Weights(dtype)
+    w.linear("decoder.1", widths[0], VAE_LATENT, 3, 3)
+    for level, (width, out) in enumerate(pairwise(widths)):
+        first = 3 + 6 * level
+        for block in range(first, first + 3):
+            shapes = {"conv.0": (width, 2 * width, 3, 3), "conv.2": (width, width, 3, 3)}
+            w.linears(shapes, f"decoder.{block}.")
+            w.linear(f"decoder.{block}.conv.4", width, width, 3, 3, gain=0.5)
+        w.linear(f"decoder.{first + 4}.conv", (2 if level else 1) * width, width, 1, 1, bias=False)
+        w.linear(f"decoder.{first + 5}", out, width, 3, 3, bias=False)
+    w.linear("decoder.22", 3, widths[-1], 3, 3, bias=False)
+    w.normal("decoder.22.bias", 3, std=0.02, mean=0.5)  # most frames then lie inside [0, 1]
+    return w.state
 
 
 def text_encoder_weights(dtype: torch.dtype = torch.float32) -> State:

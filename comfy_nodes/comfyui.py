@@ -54,6 +54,7 @@ def advanced(widget: Any) -> Any:
 FOLDERS = {
     "dit": ("diffusion_models", "unet_gguf"),
     "vae": ("vae",),
+    "small_decoder": ("vae_approx",),
     "text_encoder": ("text_encoders",),
     "clip_vision": ("clip_vision",),
     "loras": ("loras",),
@@ -239,8 +240,9 @@ class Progress:
         stop_if_interrupted()
         preview = None
         if latents is not None and self._previewer is not None and latents.shape[0] == 16:
-            middle = latents[None, :, latents.shape[1] // 2].unsqueeze(2)
-            preview = self._previewer.decode_latent_to_preview_image("JPEG", middle.float())
+            # A copy: ComfyUI's previewer may write to what it is given (reported in its issue 13366).
+            middle = latents[None, :, latents.shape[1] // 2].unsqueeze(2).to(torch.float32, copy=True)
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", middle)
         self._bar.update_absolute(done, max(total, 1), preview)
 
 

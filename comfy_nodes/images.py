@@ -211,6 +211,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
     ) -> Any:
         if colormatch not in COLOR_STRENGTH:
             raise InputError(f"colormatch {colormatch} is not part of this pack: choose reinhard.")
+        vae.check_encodes()
         check_numbers(width=width, height=height)
         check_window(frame_window_size, width, height)
         plan_windows(1, frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler

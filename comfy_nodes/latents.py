@@ -91,7 +91,7 @@ class WanVideoDecode(io.ComfyNode):
             group="latents",
             aliases=["vae decode", "VAE 解码"],
             inputs=[
-                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader."),
+                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader or WanVideo Tiny VAE Loader."),
                 io.Latent.Input("samples", tooltip="From WanVideo Sampler."),
                 io.Boolean.Input(
                     "enable_vae_tiling", default=False, tooltip="Work in tiles: slower, with less memory."

@@ -220,6 +220,75 @@ class WanVideoVAELoader(io.ComfyNode):
         return io.NodeOutput(VaeModel.load(path, precision, compile_settings=compile_args, verbose=verbose))
 
 
+class WanVideoTinyVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "WanVideoTinyVAELoader",
+            "WanVideo Tiny VAE Loader",
+            "Load a small decoder of Wan2.1 latents, taew2_1 or lighttaew2_1, for previews: WanVideo Decode takes it "
+            "alone, InfiniteTalk Small Decoder joins it with the VAE for long videos. It encodes nothing.",
+            group="loaders",
+            aliases=["taehv", "taew2_1", "lighttaew2_1", "tiny vae", "加载小型 VAE"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=comfyui.model_files("small_decoder"),
+                    tooltip="A file of ComfyUI/models/vae_approx. With 'light' in its name it is given denormalized "
+                    "latents, else the model's own: keep the public name.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["fp16", "fp32", "bf16"],
+                    default="fp16",
+                    optional=True,
+                    tooltip="What the decoder computes in.",
+                ),
+                io.Boolean.Input(
+                    "parallel",
+                    default=False,
+                    optional=True,
+                    tooltip="Decode all frames together, with memory that grows with the length. Off: one latent frame "
+                    "after the other, to the same frames.",
+                ),
+            ],
+            outputs=[
+                WanVaeType.Output(
+                    display_name="vae", tooltip="For WanVideo Decode, or decoder of InfiniteTalk Small Decoder."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, precision: str = "fp16", parallel: bool = False) -> Any:
+        path = comfyui.model_path("small_decoder", model_name)
+        return io.NodeOutput(VaeModel.load_small_decoder(path, precision, at_once=parallel))
+
+
+class InfiniteTalkSmallDecoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkSmallDecoder",
+            "InfiniteTalk Small Decoder",
+            "Encode by the VAE and decode by a small decoder: previews of long videos. The last decoded frames of a "
+            "window are encoded for the next one, so that later windows change too.",
+            group="loaders",
+            aliases=["tiny vae", "taehv", "preview decoder", "小型解码器"],
+            inputs=[
+                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader: encodes."),
+                WanVaeType.Input("decoder", tooltip="From WanVideo Tiny VAE Loader: decodes."),
+            ],
+            outputs=[
+                WanVaeType.Output(display_name="vae", tooltip="For WanVideo Long I2V Multi/InfiniteTalk, for example.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae: VaeModel, decoder: VaeModel) -> Any:
+        return io.NodeOutput(vae.decoding_by(decoder))
+
+
 class LoadWanVideoT5TextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:

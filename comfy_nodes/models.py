@@ -20,11 +20,13 @@ from ..fp8_optimization import Fp8Linear, quantize_linears
 from ..media.audio import load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
+from ..pipeline.journal import digest_of_weights
 from ..pipeline.prompts import encode_pieces, parse_prompt
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
 from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, inspect_loras
 from ..wanvideo.encoders.clip import ClipVision
+from ..wanvideo.encoders.small_decoder import SmallDecoder
 from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
 from ..wanvideo.encoders.vae import WanVAE
 from ..wanvideo.errors import CheckpointError, InputError
@@ -63,7 +65,8 @@ class Weights:
 # Tensors of the size of all tokens that one forward holds at a time: measured 14.5 at 14B, 480p, 81 frames.
 ACTIVATIONS = 16
 
-# Tensors of the size of four decoded frames at the VAE's first width that it holds at a time.
+# Tensors of the size of four decoded frames at their width before RGB that a VAE holds at a time; a small decoder holds
+# fewer.
 VAE_ACTIVATIONS = 8
 
 # Weights in use, by what they were loaded from and how: the same request gets the same copy.
@@ -215,11 +218,12 @@ def _load_weights(
 
 @dataclass(frozen=True)
 class VaeModel:
-    """WANVAE."""
+    """WANVAE: a VAE, or a small decoder. `encoder` encodes in its place, where there is one."""
 
-    vae: WanVAE = field(repr=False)
+    vae: WanVAE | SmallDecoder = field(repr=False)
     resident: comfyui.Resident = field(repr=False)
     verbose: bool = False
+    encoder: VaeModel | None = None
 
     @classmethod
     def load(
@@ -231,8 +235,38 @@ class VaeModel:
                 compile_model(vae.model.decoder, replace(compile_settings, blocks_only=False))
             return cls(vae, comfyui.Resident(vae.model, comfyui.device()), verbose)
 
+    @classmethod
+    def load_small_decoder(cls, path: Path, precision: str, *, at_once: bool) -> VaeModel:
+        with comfyui.ordinary_tensors():
+            decoder = SmallDecoder.load(path, PRECISIONS[precision], at_once=at_once)
+            return cls(decoder, comfyui.Resident(decoder.model, comfyui.device()))
+
+    def decoding_by(self, other: VaeModel) -> VaeModel:
+        """Encodes as this one, decodes as `other`. Raises InputError where this one encodes nothing."""
+        self.check_encodes()
+        return replace(other, encoder=self)
+
+    def check_encodes(self) -> None:
+        """Raise InputError for a small decoder alone."""
+        if self.encoder is None and isinstance(self.vae, SmallDecoder):
+            raise InputError(
+                "A small decoder encodes no images: connect vae to WanVideo VAE Loader, or join both with InfiniteTalk "
+                "Small Decoder."
+            )
+
+    def described(self) -> dict[str, str]:
+        """Name -> digest of what encodes and what decodes."""
+        own = digest_of_weights(self.vae.model)
+        if isinstance(self.vae, SmallDecoder):
+            own += f" of {'raw' if self.vae.denormalize else 'normalized'} latents"
+        return {"VAE": own} if self.encoder is None else {**self.encoder.described(), "decoder": own}
+
     def encode(self, video: Tensor, *, tiled: bool = False, **tiles: int) -> Tensor:
         """Pixels [1, 3, F, H, W] in [-1, 1] to latents [1, 16, T, h, w], on the VAE's device."""
+        self.check_encodes()
+        if self.encoder is not None:
+            return self.encoder.encode(video, tiled=tiled, **tiles)
+        assert isinstance(self.vae, WanVAE)
         return self._run("encoded", self.vae.encode, video, tiled, tiles)
 
     def decode(self, latents: Tensor, *, tiled: bool = False, **tiles: int) -> Tensor:
@@ -241,17 +275,18 @@ class VaeModel:
 
     def unload(self) -> None:
         self.resident.unload()
+        if self.encoder is not None:
+            self.encoder.unload()
 
     def _working_bytes(self, x: Tensor, *, pixels: bool) -> int:
         """About what working on a video [1, 3, F, H, W] or on latents [1, 16, T, h, w] takes, untiled."""
-        config = self.vae.config
-        scale = 1 if pixels else config.spatial_ratio
+        scale = 1 if pixels else self.vae.spatial_ratio
         area = int(x.shape[3]) * int(x.shape[4]) * scale**2
-        working = VAE_ACTIVATIONS * 4 * area * config.base_dim * self.vae.dtype.itemsize
+        frames = 4 * (int(x.shape[2]) if self.vae.at_once else 1)
+        working = VAE_ACTIVATIONS * frames * area * self.vae.width * self.vae.dtype.itemsize
         if pixels or x.device.type == "cpu":
             return working
-        frames = 1 + config.temporal_ratio * (int(x.shape[2]) - 1)
-        return working + 2 * frames * area * 3 * 4  # float32, as they are and in their matched colors
+        return working + 2 * 4 * int(x.shape[2]) * area * 3 * 4  # float32 frames, and those of matched colors
 
     def _run(self, done: str, action: Callable[..., Tensor], x: Tensor, tiled: bool, options: dict[str, Any]) -> Tensor:
         self.resident.load(self._working_bytes(x, pixels=done == "encoded"))

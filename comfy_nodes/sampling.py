@@ -331,7 +331,6 @@ def _described(
     clip = what.clip
     facts = {
         "model": digest_of_weights(model.model),
-        "VAE": digest_of_weights(what.vae.vae.model),
         "LoRAs": model.loras,
         "precision": model.precision,
         "attention mode": model.attention_mode,
@@ -345,7 +344,7 @@ def _described(
         "sound": None if speech.audio is None else speech.audio["waveform"],
         "frames per second": speech.fps,
     }
-    parts = describe_config(plan.config)
+    parts = describe_config(plan.config) | what.vae.described()
     for name, value in facts.items():
         parts |= describe(name, value)
     return parts

@@ -29,7 +29,7 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.BlockSwapType: (BlockSwap, "WanVideo Block Swap"),
     schema.CompileType: (CompileSettings, "WanVideo Torch Compile Settings"),
 }
-"""Socket type -> class of its values (of the items, where they are several), and the node of this pack that gives it."""
+"""Socket type -> class of its values (or of their items), and the node of this pack that gives it."""
 
 
 def check_objects_of(node: Any) -> None:

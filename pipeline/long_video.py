@@ -119,7 +119,7 @@ def generate(
 
     Raises:
         InputError: at once, for inputs that do not fit.
-        InfiniteTalkError: while it runs, when the safest mode gives non-finite values too, or the VAE does.
+        InfiniteTalkError: while it runs, when the safest mode gives non-finite values too, or what decodes does.
     """
     callbacks = callbacks or Callbacks()
     conditioner = WindowConditioner(vae, clip, conditioning, plan, callbacks.stage)
@@ -197,7 +197,7 @@ def _decode(vae: VaeLike, latents: torch.Tensor, plan: Plan, window: Window) -> 
     frames = vae.decode(latents.unsqueeze(0), tiled=plan.config.tiled_vae)[0]
     if not bool(torch.isfinite(frames).all()):
         raise InfiniteTalkError(
-            f"The VAE gave non-finite frames in window {window.index + 1} from finite latents: its precision is "
-            "too low; load it in bf16 or float32."
+            f"Decoding gave non-finite frames in window {window.index + 1} from finite latents: the precision of what "
+            "decodes is too low; load it in bf16 or float32."
         )
     return frames

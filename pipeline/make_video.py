@@ -32,8 +32,9 @@ from ..wanvideo.checkpoints.files import CheckpointFile, Progress
 from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
 from ..wanvideo.checkpoints.state_dict import kind_of
 from ..wanvideo.encoders.clip import ClipVision
+from ..wanvideo.encoders.small_decoder import SmallDecoder, denormalizes
 from ..wanvideo.encoders.text import TextEncoder
-from ..wanvideo.encoders.vae import WanVAE
+from ..wanvideo.encoders.vae import VideoDecoder, WanVAE
 from ..wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
 from ..wanvideo.kernels.layout import GuardStats
 from ..wanvideo.modules.attention import canonical_mode, check_mode, count_kernels
@@ -75,7 +76,11 @@ SOUND_RATE = 48000
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Checkpoint files. `adapter` is None for a merged model; `tokenizer` where the text encoder carries its own."""
+    """Checkpoint files.
+
+    `adapter` is None for a merged model; `tokenizer` where the text encoder carries its own. `decoder` is a small one
+    that decodes in place of the VAE, which still encodes; None: the VAE decodes.
+    """
 
     model: str | Path
     vae: str | Path
@@ -84,6 +89,7 @@ class ModelFiles:
     clip_vision: str | Path
     adapter: str | Path | None = None
     tokenizer: str | Path | None = None
+    decoder: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class Events:
     Attributes:
         stage: what begins now, for people ("Loading the VAE").
         reading: (bytes read, bytes in all) while the DiT is loaded.
-        part: ("Encoding" or "Decoding", parts done, parts in all) while the VAE works.
+        part: ("Encoding" or "Decoding", parts done, parts in all) while the VAE, or a small decoder, works.
         step: (window, windows, step, steps) after each step, as in `Callbacks.progress`.
         window_done: (windows in the file, windows in all) for each of them, when its frames and its journal entry are
             on the disk; at the latest with the next evaluation of the model.
@@ -215,6 +221,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         events.stage("Loading the image encoder and the VAE")
         clip = ClipVision.load(job.files.clip_vision, dtype=dtype, device=device)
         vae = WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device)
+        decoder = vae if job.files.decoder is None else SmallDecoder.load(job.files.decoder, dtype=dtype, device=device)
 
         # 3. Load the model.
         model = _load_model(job, checked, events)
@@ -231,7 +238,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
                 recorder.check()
 
             callbacks = Callbacks(progress=events.step, check_interrupt=check_interrupt)
-            given = (model, FollowedVae(vae, events), clip, conditioning, plan, callbacks)
+            given = (model, FollowedVae(vae, decoder, events), clip, conditioning, plan, callbacks)
             for window in generate(*given, start=state, frames_dtype=torch.uint8):
                 recorder.add(window)
 
@@ -244,16 +251,17 @@ def make_video(job: Job, events: Events | None = None) -> Result:
 
 @dataclass(frozen=True)
 class FollowedVae:
-    """A VAE whose work `events` follow."""
+    """A VAE, and what decodes, itself or a small decoder; `events` follow their work."""
 
     vae: WanVAE
+    decoder: VideoDecoder
     events: Events
 
     def encode(self, video: Tensor, *, tiled: bool = False) -> Tensor:
         return self.vae.encode(video, tiled=tiled, callback=partial(self.events.part, "Encoding"))
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        return self.vae.decode(latents, tiled=tiled, callback=partial(self.events.part, "Decoding"))
+        return self.decoder.decode(latents, tiled=tiled, callback=partial(self.events.part, "Decoding"))
 
 
 def choose_device(name: str) -> torch.device:
@@ -387,10 +395,13 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
     """Reject a file given in the place of another, by the names of its tensors."""
     for option, path, kind in (
         ("VAE", files.vae, "a Wan2.1 VAE"),
+        ("decoder", files.decoder, "a small decoder"),
         ("text encoder", files.text_encoder, "a T5 text encoder"),
         ("CLIP vision model", files.clip_vision, "a CLIP vision model"),
         ("wav2vec2 model", files.wav2vec, "a wav2vec2 model"),
     ):
+        if path is None:
+            continue
         if option == "wav2vec2 model":
             path, _, _ = wav2vec2_files(path)  # maybe of a folder
         with CheckpointFile(path) as file:
@@ -403,6 +414,8 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
 def _check_encoders(files: ModelFiles) -> None:
     """Reject encoders whose tensors do not make a model, by the headers of their files."""
     WanVAE.inspect(files.vae)
+    if files.decoder is not None:
+        SmallDecoder.inspect(files.decoder)
     TextEncoder.inspect(files.text_encoder, files.tokenizer)
     ClipVision.inspect(files.clip_vision)
     Wav2Vec2Features.inspect(files.wav2vec)
@@ -414,6 +427,8 @@ def _what(job: Job) -> dict[str, str]:
     for name, value in vars(job).items():
         if name not in NOT_WHAT:
             parts |= describe(name.replace("_", " "), value, files=name in FILES_OF_A_JOB)
+    if job.files.decoder is not None:  # the name of its file decides, too
+        parts["scale of the decoder's latents"] = "raw" if denormalizes(job.files.decoder) else "normalized"
     return parts
 
 

@@ -128,7 +128,7 @@ def _io() -> types.ModuleType:
 def _folder_paths(base: Path) -> types.ModuleType:
     module = types.ModuleType("folder_paths")
     suffixes = {".safetensors", ".pth", ".pt", ".bin"}
-    kinds = ("diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "audio_encoders")
+    kinds = ("diffusion_models", "vae", "vae_approx", "text_encoders", "clip_vision", "loras", "audio_encoders")
     folders = {kind: ([str(base / "models" / kind)], suffixes) for kind in kinds}
 
     def get_filename_list(kind: str) -> list[str]:
@@ -225,7 +225,9 @@ class _Previewer:
     def decode_latent_to_preview_image(self, form: str, latents: torch.Tensor) -> tuple[str, Any, int]:
         assert latents.ndim == 5
         assert latents.shape[:3] == (1, 16, 1)
-        return form, latents[0, :3, 0], 512
+        image = latents[0, :3, 0].clone()
+        latents.fill_(float("nan"))  # ComfyUI's may write to what it is given
+        return form, image, 512
 
 
 def _comfy() -> dict[str, types.ModuleType]:

@@ -25,6 +25,7 @@ from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
 from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.small_decoder import SmallDecoder
 from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
@@ -32,7 +33,7 @@ from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 State = dict[str, Tensor]
 Load = Callable[[Path], Mapping[str, Tensor]]
 
-ROLES = ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file")
+ROLES = ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file", "decoder")
 """Files of a `TinySet`."""
 
 
@@ -45,6 +46,7 @@ def loaders_of(tiny_set: TinySet) -> dict[str, Load]:
         "text_encoder": lambda path: TextEncoder.load(path).model.state_dict(),
         "clip_vision": lambda path: ClipVision.load(path).model.state_dict(),
         "wav2vec_file": lambda path: Wav2Vec2Features.load(path).model.state_dict(),
+        "decoder": lambda path: SmallDecoder.load(path).model.state_dict(),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from wanvideo_infinitetalk.pipeline import make_video as generate
 from wanvideo_infinitetalk.pipeline.presets import PRESETS, build_job
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
+from wanvideo_infinitetalk.wanvideo.encoders.vae import VideoDecoder
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
 
 SECONDS = 0.52
@@ -132,7 +134,8 @@ def run(
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where weights are read."""
-    for part in ("Wav2Vec2Features.load", "TextEncoder.load", "ClipVision.load", "WanVAE.load", "load_dit"):
+    encoders = ("Wav2Vec2Features.load", "TextEncoder.load", "ClipVision.load", "WanVAE.load")
+    for part in (*encoders, "SmallDecoder.load", "load_dit"):
         what = f"wanvideo_infinitetalk.pipeline.make_video.{part}"
         monkeypatch.setattr(what, lambda *given, part=part, **options: pytest.fail(f"{part} came first"))
 
@@ -294,6 +297,49 @@ def test_guidance_schedulers_modes_tiles_and_swapped_blocks(run: Callable[..., R
     assert probe(tmp_path / "video.mp4").frames == 9
 
 
+@pytest.mark.parametrize("flags", [(), ("--tiled-vae",)])
+def test_a_small_decoder_decodes_and_the_vae_encodes(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """By both public names: the first window's latents are those of the VAE's video, its frames are not."""
+    parts: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(terminal.ProgressBar, "_part", lambda self, *given: parts.append(given))
+    decoded: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    decode = VideoDecoder.decode
+
+    def spy(self: VideoDecoder, latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert options["tiled"] == bool(flags)
+        frames = decode(self, latents, **options)
+        decoded.append((type(self).__name__, latents.clone(), frames.clone()))
+        return frames
+
+    monkeypatch.setattr(VideoDecoder, "decode", spy)
+    light = tmp_path / "lighttaew2_1.safetensors"
+    shutil.copy(tiny_set.decoder, light)
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for file, says in (
+        (None, ""),
+        (
+            tiny_set.decoder,
+            "taew2_1-tiny.safetensors decodes the model's own latents, as its name does not have 'light'.",
+        ),
+        (light, "lighttaew2_1.safetensors decodes denormalized latents, as its name has 'light'."),
+    ):
+        ran = run(*flags, decoder=file, max_frames=9)
+        assert ran.code == 0, ran.err
+        assert says in ran.err
+        assert probe(tmp_path / "video.mp4").frames == 9
+        assert [name for name, _, _ in decoded] == ["SmallDecoder" if file else "WanVAE"] * 2  # windows
+        assert [part[1:] for part in parts if part[0] == "Decoding"] == [(1, 2), (2, 2)] * 2
+        first.append(decoded[0][1:])
+        decoded.clear()
+        parts.clear()
+    for (latents, frames), (others, other_frames) in itertools.combinations(first, 2):
+        assert torch.equal(others, latents)
+        assert other_frames.shape == frames.shape
+        assert not torch.equal(other_frames, frames)
+
+
 def test_a_merged_model_needs_no_adapter(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path) -> None:
 
     state = {
@@ -365,7 +411,9 @@ def test_recordings_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path)
     assert not (tmp_path / "video.mp4").exists()
 
 
-@pytest.mark.parametrize("option", ["audio", "image", "video", "masks", "model", "vae", "wav2vec", "tokenizer"])
+@pytest.mark.parametrize(
+    "option", ["audio", "image", "video", "masks", "model", "vae", "decoder", "wav2vec", "tokenizer"]
+)
 @pytest.mark.parametrize(
     ("name", "words"),
     [("x" * 300, "too long"), ("~nobody-of-this-name/x", "home"), ("a\nb", r"a\nb"), ("\udcff", "udcff")],
@@ -390,6 +438,8 @@ def test_images_that_cannot_be_used(run: Callable[..., Ran], tmp_path: Path) -> 
         ("adapter", "model", "not an InfiniteTalk or MultiTalk adapter"),
         ("adapter", None, "no audio layers"),
         ("vae", "text_encoder", "a T5 text encoder, not a Wan2.1 VAE"),
+        ("vae", "decoder", "given as the VAE, is a small decoder, not a Wan2.1 VAE"),
+        ("decoder", "vae", "given as the decoder, is a Wan2.1 VAE, not a small decoder"),
         ("text-encoder", "vae", "a Wan2.1 VAE"),
         ("clip-vision", "wav2vec_file", "a wav2vec2 model"),
         ("wav2vec", "clip_vision", "a CLIP vision model"),
@@ -401,7 +451,7 @@ def test_files_of_another_kind(
     assert_rejected(run(**{option: role and getattr(tiny_set, role)}), words)
 
 
-@pytest.mark.parametrize("option", ["model", "adapter", "vae", "text-encoder", "clip-vision", "wav2vec"])
+@pytest.mark.parametrize("option", ["model", "adapter", "vae", "decoder", "text-encoder", "clip-vision", "wav2vec"])
 def test_missing_and_truncated_files(run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path, option: str) -> None:
     assert_rejected(run(**{option: tmp_path / "nowhere.safetensors"}), "nowhere.safetensors", "does not exist")
     role = {"wav2vec": "wav2vec_file"}.get(option, option.replace("-", "_"))
@@ -615,7 +665,8 @@ def test_an_older_video_is_left_alone_until_there_is_a_new_one(
 
 
 @pytest.mark.parametrize(
-    "option", ["image", "audio", "audio_2", "masks", "video", "model", "adapter", "vae", "wav2vec", "tokenizer"]
+    "option",
+    ["image", "audio", "audio_2", "masks", "video", "model", "adapter", "vae", "decoder", "wav2vec", "tokenizer"],
 )
 @pytest.mark.usefixtures("unread")
 def test_an_output_that_is_one_of_the_inputs(run: Callable[..., Ran], tmp_path: Path, option: str) -> None:
@@ -849,7 +900,7 @@ def job_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable
 def test_options_that_are_not_given_are_the_library_s(
     job_of: Callable[..., generate.Job], tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path
 ) -> None:
-    models = {name: path for name, path in vars(tiny_set).items() if name != "wav2vec_file"}
+    models = {name: path for name, path in vars(tiny_set).items() if name not in ("wav2vec_file", "decoder")}
     state = load_file(models["model"])
     save_file(state, tmp_path / "no defaults.safetensors", metadata={"config": '{"num_heads": 2}'})
     models["model"] = tmp_path / "no defaults.safetensors"
@@ -910,6 +961,7 @@ def test_all_missing_files_are_named_at_once(run: Callable[..., Ran], tmp_path: 
         "model": "model",
         "adapter": "adapter",
         "vae": "vae",
+        "decoder": "decoder",
         "text-encoder": "text encoder",
         "clip-vision": "clip vision",
         "wav2vec": "wav2vec",
@@ -921,7 +973,7 @@ def test_all_missing_files_are_named_at_once(run: Callable[..., Ran], tmp_path: 
     }
     gone = {option: tmp_path / f"no {option}.bin" for option in names}
     ran = run(**gone, masks=[tmp_path / "no mask", tmp_path / "no other mask"])
-    assert_rejected(ran, "13 files do not exist: ", f"mask 2 {tmp_path / 'no other mask'}, ")
+    assert_rejected(ran, "14 files do not exist: ", f"mask 2 {tmp_path / 'no other mask'}, ")
     for option, name in names.items():
         assert f"{name} {gone[option]}" in ran.err
     assert_rejected(run(vae=gone["vae"], image=gone["image"]), "2 files do not exist: vae", "no image.bin; check")
@@ -1058,7 +1110,7 @@ def test_a_video_without_a_home(tiny_set: TinySet, tmp_path: Path) -> None:
         bare |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
         command = [sys.executable, "-c", AS_NOBODY, "generate", "--image", "i.png", "--out", "ö.mp4"]
         for role, path in vars(tiny_set).items():
-            command += [] if role == "wav2vec_file" else [f"--{role.replace('_', '-')}", str(path)]
+            command += [] if role in ("wav2vec_file", "decoder") else [f"--{role.replace('_', '-')}", str(path)]
         command += ["--frames", "5", "--motion-frames", "1", "--steps", "1", "--width", "32", "--height", "32", *more]
         return subprocess.run(command, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
 

@@ -626,7 +626,7 @@ def test_a_mode_that_the_model_was_made_with_has_fallbacks_too(caplog) -> None:
 
 
 def test_non_finite_frames_of_the_vae_are_an_error() -> None:
-    with pytest.raises(InfiniteTalkError, match="VAE gave non-finite frames in window 1"):
+    with pytest.raises(InfiniteTalkError, match="Decoding gave non-finite frames in window 1"):
         _run(vae=FakeVae(decoded_as=float("nan")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from support import make_workflows, tiny_comfy
 from support.comfy_host import Host, NodeError, hosted
+from wanvideo_infinitetalk.cli.tiny_models import decoder_weights
 from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
+from wanvideo_infinitetalk.wanvideo.encoders.small_decoder import SmallDecoder
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 
 TINY = make_workflows.TINY
@@ -332,14 +335,94 @@ def test_a_compiled_vae_decodes_the_same(host: Host, monkeypatch) -> None:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def small(host: Host) -> Any:
+    """WANVAE of a small decoder."""
+    path = host.base / "models/vae_approx/lighttaew2_1.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(decoder_weights(), path)
+    return run(host, "WanVideoTinyVAELoader", model_name=path.name, precision="fp32")[0]
+
+
+TILES = {"tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128, "enable_vae_tiling": False}
+
+
+def test_the_decode_node_takes_a_small_decoder(host: Host, small) -> None:
+    latents = {"samples": torch.randn(1, 16, 3, 4, 6)}
+    (images,) = run(host, "WanVideoDecode", vae=small, samples=latents, **TILES)
+    plain = SmallDecoder.from_state_dict(decoder_weights(), denormalize=True)
+    torch.testing.assert_close(images, (plain.decode(latents["samples"])[0].permute(1, 2, 3, 0) + 1) / 2)
+    (at_once,) = run(
+        host, "WanVideoTinyVAELoader", model_name="lighttaew2_1.safetensors", precision="fp32", parallel=True
+    )
+    seen: list[int] = []
+    handle = at_once.vae.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    (together,) = run(host, "WanVideoDecode", vae=at_once, samples=latents, **TILES)
+    handle.remove()
+    torch.testing.assert_close(together, images)
+    assert seen == [3]
+    x = latents["samples"]
+    assert at_once._working_bytes(x, pixels=False) == 3 * small._working_bytes(x, pixels=False)
+    assert not small.resident.offloader.loaded
+    (half,) = run(host, "WanVideoTinyVAELoader", model_name="lighttaew2_1.safetensors")
+    assert half.vae.dtype == torch.float16
+
+
+def test_a_small_decoder_encodes_nothing_and_says_so(host: Host, small) -> None:
+    image = torch.rand(1, 64, 64, 3)
+    widgets = {"motion_frame": 9, "frame_window_size": 17, "force_offload": False, "colormatch": "disabled"}
+    encode = {"num_frames": 17, "noise_aug_strength": 0.0, "start_latent_strength": 1.0, "end_latent_strength": 1.0}
+    for call in (
+        lambda vae: run(host, "WanVideoEncode", vae=vae, image=image, **TILES),
+        lambda vae: run(host, "WanVideoImageToVideoMultiTalk", vae=vae, width=64, height=64, **widgets),
+        lambda vae: run(
+            host,
+            "WanVideoImageToVideoEncode",
+            vae=vae,
+            width=64,
+            height=64,
+            start_image=image,
+            force_offload=True,
+            **encode,
+        ),
+        lambda vae: run(host, "InfiniteTalkSmallDecoder", vae=vae, decoder=vae),
+    ):
+        with pytest.raises(InputError, match="encodes no images: connect vae to WanVideo VAE Loader, or join"):
+            call(small)
+
+
+def test_a_joined_decoder_encodes_as_the_vae_and_decodes_as_the_decoder(host: Host, small) -> None:
+    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    (both,) = run(host, "InfiniteTalkSmallDecoder", vae=vae, decoder=small)
+    video, latents = torch.rand(1, 3, 5, 32, 32), torch.randn(1, 16, 2, 4, 4)
+    assert torch.equal(both.encode(video), vae.encode(video))
+    assert torch.equal(both.decode(latents), small.decode(latents))
+    both.unload()
+    assert not vae.resident.offloader.loaded
+    assert not small.resident.offloader.loaded
+    assert both.described() == {**vae.described(), "decoder": small.described()["VAE"]}
+    assert vae.described().keys() == {"VAE"}
+    other = replace(small, vae=SmallDecoder.from_state_dict(decoder_weights(), denormalize=False))
+    assert other.described() != small.described(), "which latents it takes decides"
+
+
+def test_a_preview_leaves_the_latents_as_they_are(host: Host) -> None:
+    from wanvideo_infinitetalk.comfy_nodes import comfyui
+
+    for dtype in (torch.float32, torch.bfloat16):
+        latents = torch.randn(16, 3, 4, 4).to(dtype)
+        kept = latents.clone()
+        comfyui.Progress(1, torch.device("cpu"))(1, 1, latents)
+        assert torch.equal(latents, kept)
+
+
 def test_minmax_uses_the_whole_range_of_colors(host: Host) -> None:
     (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
-    tiles = {"tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128, "enable_vae_tiling": False}
     latents = {"samples": torch.randn(1, 16, 1, 4, 4) * 0.1}
     shown = {}
     for normalization in ("default", "minmax", "none"):
         shown[normalization] = run(
-            host, "WanVideoDecode", vae=vae, samples=latents, normalization=normalization, **tiles
+            host, "WanVideoDecode", vae=vae, samples=latents, normalization=normalization, **TILES
         )[0]
     assert shown["minmax"].min() == 0
     assert shown["minmax"].max() == 1

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import make_workflows, tiny_comfy, workflows
 from support.comfy_host import Host, NodeError, hosted
 from support.comfy_stubs import InterruptProcessingException, Progress
 from support.tiny_comfy import node_of, shrink
 from support.video import streams_of
+from wanvideo_infinitetalk.cli.tiny_models import decoder_weights
 from wanvideo_infinitetalk.pipeline import long_video
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, CheckpointError, InputError
 
@@ -66,6 +68,28 @@ def test_progress_and_previews_are_shown(host: Host, prompt) -> None:
     steps = [(done, total) for done, total, preview in Progress.seen if preview]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two windows of two steps
     assert any(total > 1e5 and done == total for done, total, _ in Progress.seen)  # bytes of the model
+
+
+def test_a_long_video_by_a_small_decoder(host: Host, prompt) -> None:
+    """Its frames differ from the VAE's, and so do later windows' latents, which begin with what was decoded."""
+    path = host.base / "models/vae_approx/taew2_1.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(decoder_weights(), path)
+    sampler, long = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoImageToVideoMultiTalk")
+    plain = host.run(prompt)[sampler][0]
+    vae = prompt[long]["inputs"]["vae"]
+    prompt["100"] = {"class_type": "WanVideoTinyVAELoader", "inputs": {"model_name": path.name}}
+    prompt["101"] = {"class_type": "InfiniteTalkSmallDecoder", "inputs": {"vae": vae, "decoder": ["100", 0]}}
+    prompt[long]["inputs"]["vae"] = ["101", 0]
+    made = host.run(prompt)[sampler][0]
+    assert made["video"].shape == plain["video"].shape
+    assert torch.isfinite(made["video"]).all()
+    assert not torch.equal(made["video"][:17], plain["video"][:17])
+    assert not torch.equal(made["samples"], plain["samples"])
+    prompt[long]["inputs"]["vae"] = ["100", 0]
+    with pytest.raises(NodeError, match="encodes no images") as caught:
+        host.run(prompt)
+    assert caught.value.node_id == long
 
 
 def test_models_are_known_to_the_memory_management(host: Host, prompt) -> None:

@@ -28,6 +28,7 @@ from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit, load_dit
 from wanvideo_infinitetalk.wanvideo.checkpoints.files import CheckpointFile
 from wanvideo_infinitetalk.wanvideo.checkpoints.quantized import FORMATS, HEADER
 from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.small_decoder import SmallDecoder
 from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError
@@ -101,6 +102,12 @@ KINDS = {
         lambda path: WanVAE.load(path).model,
         WanVAE.inspect,
         ("residual.2.weight", "middle.1.to_qkv.weight"),
+    ),
+    "small decoder": Kind(
+        tiny.decoder_weights,
+        lambda path: SmallDecoder.load(path).model,
+        SmallDecoder.inspect,
+        ("13.conv.weight", "conv.0.weight"),
     ),
     "wav2vec2": Kind(
         tiny.wav2vec_weights,
@@ -591,6 +598,7 @@ ROLES = {
     "text encoder": "text_encoder",
     "CLIP": "clip_vision",
     "VAE": "vae",
+    "small decoder": "decoder",
     "wav2vec2": "wav2vec",
 }
 
@@ -621,7 +629,7 @@ def test_a_weight_of_integers_is_no_weight(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.usefixtures("headers_only")
-@pytest.mark.parametrize("kind", ["VAE"])
+@pytest.mark.parametrize("kind", ["VAE", "small decoder"])
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp8"])
 def test_convolutions_are_not_stored_in_blocks(tmp_path: Path, kind: str, form: str) -> None:
     state = dict(state_of(kind))
@@ -632,7 +640,7 @@ def test_convolutions_are_not_stored_in_blocks(tmp_path: Path, kind: str, form: 
     state[f"{layer}.weight_scale"] = torch.ones(4, 4, dtype=torch.uint8)
     state[f"{layer}.weight_scale_2"] = torch.ones(())
     with pytest.raises(CheckpointError, match=layer):
-        WanVAE.inspect(save(tmp_path / "x.safetensors", kind, state))
+        KINDS[kind].inspect(save(tmp_path / "x.safetensors", kind, state))
 
 
 @pytest.mark.usefixtures("headers_only")
@@ -655,6 +663,7 @@ def test_what_such_files_hold_for_other_uses_is_no_warning(tmp_path: Path, caplo
             "project_q.weight": torch.ones(1),
             "masked_spec_embed": torch.ones(1),
         },
+        "small decoder": {"encoder.0.weight": torch.ones(1), "encoder.4.conv.0.bias": torch.ones(1)},
         "CLIP": {"vision_model.embeddings.position_ids": torch.arange(4), "logit_scale": torch.ones(())},
     }
     for kind, tensors in extra.items():

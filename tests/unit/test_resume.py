@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -357,7 +357,16 @@ def test_every_field_of_a_job_decides_unless_it_is_known_not_to(tiny_set) -> Non
     named = set(make_video._what(job))
     for name in set(vars(job)) - known - set(make_video.NOT_WHAT):
         assert name.replace("_", " ") in named, name
-    assert {"model", "vae", "audio", "image", "seed", "cfg", "scheduler"} <= named
+    assert {"model", "vae", "decoder", "audio", "image", "seed", "cfg", "scheduler"} <= named
+
+
+def test_the_name_of_a_small_decoder_decides_as_it_says_what_latents_it_takes() -> None:
+    files = make_video.ModelFiles("m", "v", "t", "w", "c")
+    named = [
+        make_video._what(make_video.Job(replace(files, decoder=name), ("a",), "o"))["scale of the decoder's latents"]
+        for name in ("folder/taew2_1.pth", "folder/LightTAEW2_1.safetensors", "light/taew2_1.safetensors")
+    ]
+    assert named == ["normalized", "raw", "normalized"]
 
 
 def test_tensors_are_described_by_their_content() -> None:

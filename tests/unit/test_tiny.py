@@ -14,6 +14,7 @@ from wanvideo_infinitetalk.tools.demo_model.faces import draw, random_faces, res
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
 from wanvideo_infinitetalk.wanvideo.checkpoints.files import read_state_dict
 from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
+from wanvideo_infinitetalk.wanvideo.encoders.small_decoder import SmallDecoder
 from wanvideo_infinitetalk.wanvideo.encoders.text import TextEncoder
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import InputError
@@ -39,6 +40,7 @@ def test_the_talking_set_has_the_names_of_the_public_files(talking_set: TinySet,
     def names(path: Path) -> set[str]:
         return {re.sub(r"blocks\.\d+\.", "blocks.", name) for name in read_state_dict(path)}
 
+    assert not talking_set.decoder.exists()
     for role in ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file"):
         unlike = names(getattr(talking_set, role)) ^ names(getattr(tiny_set, role))
         assert unlike <= {"wav2vec2.masked_spec_embed"}, role
@@ -70,7 +72,8 @@ def test_small(tiny_set: TinySet) -> None:
 
 
 def test_no_tensor_is_constant_or_wild(tiny_set: TinySet) -> None:
-    for path in (tiny_set.model, tiny_set.adapter, tiny_set.vae, tiny_set.text_encoder, tiny_set.wav2vec_file):
+    roles = ("model", "adapter", "vae", "decoder", "text_encoder", "wav2vec_file")
+    for path in (getattr(tiny_set, role) for role in roles):
         for name, tensor in read_state_dict(path).items():
             if tensor.is_floating_point():
                 values = tensor.float()
@@ -84,6 +87,7 @@ def test_no_tensor_is_constant_or_wild(tiny_set: TinySet) -> None:
         ("model", ["patch_embedding.weight", "blocks.1.cross_attn.norm_k_img.weight", "head.modulation"]),
         ("adapter", ["audio_proj.proj1_vf.weight", "blocks.1.audio_cross_attn.kv_linear.bias", "blocks.0.norm_x.bias"]),
         ("vae", ["conv2.weight", "decoder.upsamples.4.shortcut.weight", "encoder.downsamples.8.time_conv.weight"]),
+        ("decoder", ["decoder.3.conv.0.weight", "decoder.13.conv.weight", "decoder.22.bias"]),
         ("text_encoder", ["blocks.0.pos_embedding.embedding.weight", "spiece_model", "norm.weight"]),
         ("clip_vision", ["vision_model.pre_layrnorm.weight", "vision_model.encoder.layers.1.mlp.fc2.bias"]),
         ("wav2vec_file", ["wav2vec2.encoder.pos_conv_embed.conv.weight_g", "wav2vec2.masked_spec_embed"]),
@@ -117,6 +121,12 @@ def test_the_vae_loads(tiny_set: TinySet) -> None:
     assert latents.shape == (1, 16, 2, 2, 3)
     assert 0.01 < float(latents.std()) < 10
     frames = vae.decode(latents)
+    assert frames.shape == (1, 3, 5, 16, 24)
+    assert 0.05 < float(frames.std()) < 0.95
+
+
+def test_the_small_decoder_loads(tiny_set: TinySet) -> None:
+    frames = SmallDecoder.load(tiny_set.decoder).decode(torch.randn(1, 16, 2, 2, 3))
     assert frames.shape == (1, 3, 5, 16, 24)
     assert 0.05 < float(frames.std()) < 0.95
 

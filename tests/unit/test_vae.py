@@ -52,17 +52,18 @@ def test_agrees_with_the_librarys_own_use(vae, reference):
     assert relative_error(vae.decode(latents), reference.decode(latents * std + mean).sample) <= 2e-5
 
 
+@pytest.mark.parametrize("base_dim", [24, 32])  # 24: lightvaew2_1, a quarter of the public widths
 @pytest.mark.parametrize("num_res_blocks", [1, 2])
 @pytest.mark.parametrize("dim_mult", [[1, 2, 4, 4], [1, 1, 2], [1, 2, 2, 2]])
-def test_names_and_configuration_for_every_layout(num_res_blocks, dim_mult):
+def test_names_and_configuration_for_every_layout(num_res_blocks, dim_mult, base_dim):
     temporal = [False, True, True][: len(dim_mult) - 1]
     with torch.device("meta"):
         model = diffusers_vae(
-            base_dim=32, dim_mult=dim_mult, num_res_blocks=num_res_blocks, temperal_downsample=temporal
+            base_dim=base_dim, dim_mult=dim_mult, num_res_blocks=num_res_blocks, temperal_downsample=temporal
         )
     public = public_vae_names(model.state_dict(), num_res_blocks)
     config = vae_config(public)
-    assert (config.base_dim, list(config.dim_mult)) == (32, dim_mult)
+    assert (config.base_dim, list(config.dim_mult)) == (base_dim, dim_mult)
     assert (config.num_res_blocks, list(config.temporal)) == (num_res_blocks, temporal)
     assert {diffusers_names(name, num_res_blocks) for name in public} == set(model.state_dict())
 

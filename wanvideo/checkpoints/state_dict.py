@@ -46,6 +46,7 @@ _KINDS = (
     ("encoder.downsamples.", "a Wan2.1 VAE"),
     ("first_stage_model.", "an image VAE"),
     ("decoder.up_blocks.", "a VAE in diffusers names"),
+    ("decoder.7.conv.weight", "a small decoder"),
     ("condition_embedder.", DIT_KIND),
     ("patch_embedding.weight", DIT_KIND),  # CLIP has the name too, and is recognized before
     ("blocks.0.ffn.gate.0.", "a T5 text encoder"),

@@ -28,7 +28,16 @@ from .vae_frames import ALIGNED_CHANNELS, FrameDecoder, FrameEncoder
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_OVERLAP", "DEFAULT_TILE", "VaeConfig", "WanVAE", "diffusers_names", "vae_config"]
+__all__ = [
+    "DEFAULT_OVERLAP",
+    "DEFAULT_TILE",
+    "ChunkCallback",
+    "VaeConfig",
+    "VideoDecoder",
+    "WanVAE",
+    "diffusers_names",
+    "vae_config",
+]
 
 DEFAULT_TILE = 256
 """Pixels. Width and height of a tile."""
@@ -196,7 +205,106 @@ def _renamed(state: Mapping[str, Tensor], config: VaeConfig) -> dict[str, Tensor
     return {diffusers_names(name, config.num_res_blocks): tensor for name, tensor in state.items()}
 
 
-class WanVAE(Encoder):
+class VideoDecoder(Encoder):
+    """Latents to frames, one piece after the other in time, tiled in space: what all decoders share.
+
+    Subclasses give `_decode_stream`.
+
+    Attributes:
+        z_dim: latent channels.
+        spatial_ratio, temporal_ratio: pixels per latent position, frames per latent frame after the first.
+        width: channels of a decoded frame at its full size, before it becomes RGB.
+        at_once: whether all latent frames are one piece.
+    """
+
+    z_dim: int
+    spatial_ratio: int
+    temporal_ratio: int
+    width: int
+    at_once = False
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        tiled: bool = False,
+        tile_size: int = DEFAULT_TILE,
+        tile_overlap: int = DEFAULT_OVERLAP,
+        callback: ChunkCallback | None = None,
+        output_device: str | torch.device | None = None,
+    ) -> Tensor:
+        """Frames [B, 3, 1 + 4 (T - 1), 8 h, 8 w], float32 in [-1, 1], of normalized latents [B, z, T, h, w].
+
+        Args:
+            tiled, tile_size, tile_overlap: as in `WanVAE.encode`, in pixels of the result.
+            callback: see ChunkCallback; it starts anew if the work does.
+            output_device: where the frames are collected; the latents' device by default.
+
+        Raises InputError for a shape that cannot be decoded.
+        """
+        self._check_latents(latents)
+        ratio = self.spatial_ratio
+        size = (int(latents.shape[3]), int(latents.shape[4]))
+
+        def run(tile: int | None) -> Tensor:
+            return self._decode(latents, _tiles(size, tile, tile_overlap, ratio), callback, output_device)
+
+        frames = self._retry_smaller(run, tile_size if tiled else None, tile_size, max(size) * ratio, "decoding")
+        return frames.clamp_(-1.0, 1.0)
+
+    def _decode(
+        self,
+        latents: Tensor,
+        tiles: list[_Tile],
+        callback: ChunkCallback | None,
+        output_device: str | torch.device | None,
+    ) -> Tensor:
+        ratio, step = self.spatial_ratio, self.temporal_ratio
+        batch, _, frames, height, width = latents.shape
+        shape = (batch, 3, 1 + step * (frames - 1), height * ratio, width * ratio)
+        canvas = _Canvas(shape, tiles, ratio, output_device if output_device is not None else latents.device)
+        total = frames * len(tiles)
+        for index, tile in enumerate(tiles):
+            part = latents[:, :, :, tile.top : tile.bottom, tile.left : tile.right]
+            position = 0
+            for pixels in self._decode_stream(part):
+                canvas.add(tile, position, pixels)
+                position += int(pixels.shape[2])
+                if callback is not None:
+                    callback(index * frames + 1 + (position - 1) // step, total)
+        return canvas.finish()
+
+    def _decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames of the pieces, each [B, 3, n, 8 h, 8 w], not clamped: 1 + 4 (T - 1) together."""
+        raise NotImplementedError
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim or not latents.is_floating_point() or 0 in latents.shape:
+            raise InputError(
+                f"Latents are decoded as floats of shape [batch, {self.z_dim}, frames, height, width]; these are "
+                f"{list(latents.shape)} of {latents.dtype}."
+            )
+
+    def _retry_smaller(
+        self, run: Callable[[int | None], Tensor], tile: int | None, tile_size: int, extent: int, action: str
+    ) -> Tensor:
+        """`run(tile)`; each time the GPU has no memory left, again in smaller tiles, down to SMALLEST_TILE pixels."""
+        while True:
+            try:
+                return run(tile)
+            except torch.OutOfMemoryError:
+                smaller = tile // 2 if tile is not None else min(tile_size, extent // 2)
+                if smaller < SMALLEST_TILE:
+                    raise
+                logger.warning("Out of GPU memory while %s: trying again in tiles of %d pixels", action, smaller)
+            # Outside the handler: there the exception would still hold the tensors of the failed attempt.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tile = smaller
+
+
+class WanVAE(VideoDecoder):
     """Pixels to normalized latents and back.
 
     Latents are (mean of the posterior - `latents_mean`) / `latents_std`, float32; frames are float32 in [-1, 1].
@@ -207,6 +315,8 @@ class WanVAE(Encoder):
         """`channels_last`: whether the stacks run with channels last (`vae_frames`); None: where our kernels run."""
         super().__init__(model)
         self.config = config
+        self.z_dim, self.width = config.z_dim, config.base_dim
+        self.spatial_ratio, self.temporal_ratio = config.spatial_ratio, config.temporal_ratio
         self.channels_last = channels_last
         self.latents_mean = torch.tensor(model.config.latents_mean, dtype=torch.float32)
         self.latents_std = torch.tensor(model.config.latents_std, dtype=torch.float32)
@@ -250,10 +360,6 @@ class WanVAE(Encoder):
         model, config = _empty_model(weights, stated)
         fill_module(model, _renamed(weights, config), what=weights.what, dtype=dtype, device=device)
         return cls(model, config)
-
-    @property
-    def z_dim(self) -> int:
-        return self.config.z_dim
 
     # --- pixels -> latents ---------------------------------------------------------------------------------------
 
@@ -322,53 +428,6 @@ class WanVAE(Encoder):
 
     # --- latents -> pixels ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def decode(
-        self,
-        latents: Tensor,
-        *,
-        tiled: bool = False,
-        tile_size: int = DEFAULT_TILE,
-        tile_overlap: int = DEFAULT_OVERLAP,
-        callback: ChunkCallback | None = None,
-        output_device: str | torch.device | None = None,
-    ) -> Tensor:
-        """Frames [B, 3, 1 + 4 (T - 1), 8 h, 8 w], float32 in [-1, 1], of normalized latents [B, z, T, h, w].
-
-        Arguments as in `encode`; `tile_size` and `tile_overlap` are pixels of the result.
-        """
-        self._check_latents(latents)
-        ratio = self.config.spatial_ratio
-        size = (int(latents.shape[3]), int(latents.shape[4]))
-
-        def run(tile: int | None) -> Tensor:
-            return self._decode(latents, _tiles(size, tile, tile_overlap, ratio), callback, output_device)
-
-        frames = self._retry_smaller(run, tile_size if tiled else None, tile_size, max(size) * ratio, "decoding")
-        return frames.clamp_(-1.0, 1.0)
-
-    def _decode(
-        self,
-        latents: Tensor,
-        tiles: list[_Tile],
-        callback: ChunkCallback | None,
-        output_device: str | torch.device | None,
-    ) -> Tensor:
-        ratio, step = self.config.spatial_ratio, self.config.temporal_ratio
-        batch, _, frames, height, width = latents.shape
-        shape = (batch, 3, 1 + step * (frames - 1), height * ratio, width * ratio)
-        canvas = _Canvas(shape, tiles, ratio, output_device if output_device is not None else latents.device)
-        total = frames * len(tiles)
-        for index, tile in enumerate(tiles):
-            part = latents[:, :, :, tile.top : tile.bottom, tile.left : tile.right]
-            position = 0
-            for frame, pixels in enumerate(self._decode_stream(part)):
-                canvas.add(tile, position, pixels)
-                position += int(pixels.shape[2])
-                if callback is not None:
-                    callback(index * frames + frame + 1, total)
-        return canvas.finish()
-
     def _decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames of one latent frame after the other, [B, 3, 1 or 4, 8 h, 8 w], not clamped."""
         decoder = self._stack(self.model.decoder, FrameDecoder)
@@ -416,30 +475,6 @@ class WanVAE(Encoder):
                 "The VAE encodes %dn+1 frames: of %d frames the last %d are left out", step, frames, frames - used
             )
         return height, width
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.z_dim or not latents.is_floating_point() or 0 in latents.shape:
-            raise InputError(
-                f"The VAE decodes floats of shape [batch, {self.z_dim}, frames, height, width]; it got "
-                f"{list(latents.shape)} of {latents.dtype}."
-            )
-
-    def _retry_smaller(
-        self, run: Callable[[int | None], Tensor], tile: int | None, tile_size: int, extent: int, action: str
-    ) -> Tensor:
-        """`run(tile)`; each time the GPU has no memory left, again in smaller tiles, down to SMALLEST_TILE pixels."""
-        while True:
-            try:
-                return run(tile)
-            except torch.OutOfMemoryError:
-                smaller = tile // 2 if tile is not None else min(tile_size, extent // 2)
-                if smaller < SMALLEST_TILE:
-                    raise
-                logger.warning("Out of GPU memory while %s: trying again in tiles of %d pixels", action, smaller)
-            # Outside the handler: there the exception would still hold the tensors of the failed attempt.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            tile = smaller
 
 
 @dataclass(frozen=True)
