@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from .comfyui import advanced, io
 from .conversion import keyframe_window
 from .models import VaeModel, clip_embeds_of
 from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, foreign, node_schema, reject_foreign
-from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow
+from .types import ClipEmbeds, LongVideo, OneWindow
 
-COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
+logger = logging.getLogger(__name__)
+
+COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]  # in the public order
 
 
 def _size(input_id: str, default: int, largest: int) -> Any:
@@ -159,8 +162,8 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
                     "colormatch",
                     options=COLOR_MATCHES,
                     default="disabled",
-                    tooltip="Keep the colors of the image through a long video. reinhard is the method here; "
-                    "the others end in a message.",
+                    tooltip="Keep the colors of the image through a long video. reinhard: mean and contrast; mkl and "
+                    "mvgd: how colors vary together too; hm: the whole distribution of each channel, which may band.",
                 ),
                 io.Image.Input(
                     "start_image",
@@ -209,12 +212,13 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
         mode: str = "auto",
         output_path: str = "",
     ) -> Any:
-        if colormatch not in COLOR_STRENGTH:
-            raise InputError(f"colormatch {colormatch} is not part of this pack: choose reinhard.")
-        vae.check_encodes()
         check_numbers(width=width, height=height)
         check_window(frame_window_size, width, height)
+        if motion_frame % 4 != 1:
+            asked, motion_frame = motion_frame, max(1, 4 * round((motion_frame - 1) / 4) + 1)
+            logger.warning("motion_frame %d is not 4n + 1, which the VAE needs: %d is used.", asked, motion_frame)
         plan_windows(1, frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler
+        vae.check_encodes()
         plan = LongVideo(
             vae=vae,
             width=width // 16 * 16,

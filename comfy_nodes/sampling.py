@@ -31,7 +31,7 @@ from ..wanvideo.modules.attention import count_kernels
 from ..wanvideo.runtime.compilation import compile_limits
 from . import comfyui
 from .models import VideoModel
-from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,8 @@ def _long_video(
         audio_scale=speech.audio_scale,
         seed=settings.seed,
         mode=model.mode if what.mode == "auto" else what.mode,
-        color_correction=COLOR_STRENGTH[what.color_match],
+        color_correction=0.0 if what.color_match == "disabled" else 1.0,
+        color_method="reinhard" if what.color_match == "disabled" else what.color_match,
         attention_policy=_policy(model),
         tiled_vae=what.tiled,
         device=resident.device,

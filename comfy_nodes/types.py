@@ -50,10 +50,6 @@ class SpeechEmbeds:
     audio: dict[str, Any] | None = field(default=None, compare=False)  # what the video will sound like
 
 
-# Strength of the color correction for each value of colormatch that we run.
-COLOR_STRENGTH = {"disabled": 0.0, "reinhard": 1.0}
-
-
 @dataclass(frozen=True)
 class LongVideo:
     """What WanVideo Long I2V Multi/InfiniteTalk states about the video; the sampler makes the windows."""
@@ -66,7 +62,7 @@ class LongVideo:
     start_images: torch.Tensor | None  # [N, H, W, 3] in [0, 1]
     clip: ClipEmbeds | None
     mode: str  # "auto", "infinitetalk" or "multitalk"
-    color_match: str  # a key of COLOR_STRENGTH
+    color_match: str  # one of `media.color.COLOR_METHODS`, or "disabled"
     tiled: bool
     offload_between: bool
     output_path: str

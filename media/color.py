@@ -1,14 +1,22 @@
 """Color correction: frames take on the colors of a reference image, so that long videos do not drift.
 
-Reinhard, Ashikhmin, Gooch & Shirley 2001, "Color Transfer between Images", equations 10-11, in CIE L*a*b* (D65, 2
-degrees).
+`reinhard`: mean and deviation of every channel of CIE L*a*b* (D65, 2 degrees). Reinhard, Ashikhmin, Gooch & Shirley
+2001, "Color Transfer between Images", equations 10-11.
+
+`mkl`: mean and covariance of RGB, by the linear map that changes colors least. Pitie & Kokaram 2007, "The Linear
+Monge-Kantorovitch Linear Colour Mapping for Example-Based Colour Transfer", equation 12. `mvgd` is the same map.
+
+`hm`: the distribution of every channel of RGB (histogram matching), here without bins. `hm-mkl-hm`, `hm-mvgd-hm`: one
+after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-__all__ = ["lab_to_rgb", "match_colors", "rgb_to_lab"]
+__all__ = ["COLOR_METHODS", "lab_to_rgb", "match_colors", "rgb_to_lab"]
 
 # IEC 61966-2-1 (sRGB), linear RGB to XYZ; CIE 15 white point D65 of the 2 degree observer.
 _RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -46,34 +54,101 @@ def lab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
     return rgb.clamp(0, 1)
 
 
-def match_colors(frames: torch.Tensor, reference: torch.Tensor, strength: float) -> torch.Tensor:
-    """Each frame with the mean and deviation of the reference in every L*a*b* channel.
+def match_colors(
+    frames: torch.Tensor, reference: torch.Tensor, strength: float, method: str = "reinhard"
+) -> torch.Tensor:
+    """Each frame in the colors of the reference.
 
     Args:
         frames: [3, F, H, W] float32 in [-1, 1].
         reference: [3, H', W'] float32 in [-1, 1].
         strength: share of the corrected frame in the result; 0 gives the frames as they are (the same object).
+        method: one of `COLOR_METHODS`.
 
     Returns:
-        [3, F, H, W] float32 in [-1, 1]. A channel without any deviation becomes the reference's mean.
+        [3, F, H, W] float32 in [-1, 1].
     """
     if strength == 0:
         return frames
-    # Statistics need more than the 16 bits that frames may come in; few frames at a time keep the memory small.
-    wanted = rgb_to_lab((reference.float() + 1) / 2)
-    wanted_mean, wanted_std = _statistics(wanted)
+    wanted = (reference.float() + 1) / 2
     matched = torch.empty(frames.shape, dtype=torch.float32, device=frames.device)
+    # Statistics need more than the 16 bits that frames may come in; few frames at a time keep the memory small.
     for few, made in zip(frames.split(FRAMES_AT_ONCE, 1), matched.split(FRAMES_AT_ONCE, 1), strict=True):
         rgb = (few.float().transpose(0, 1) + 1) / 2  # [n, 3, H, W]
-        lab = rgb_to_lab(rgb)
-        mean, std = _statistics(lab)
-        scale = torch.where(std > 0, wanted_std / std, torch.zeros_like(std))
-        corrected = lab_to_rgb((lab - mean) * scale + wanted_mean)
+        corrected = rgb
+        for name in method.split("-"):
+            corrected = METHODS[name](corrected, wanted)
+        corrected = corrected.clamp(0, 1)
         made.copy_((((1 - strength) * rgb + strength * corrected) * 2 - 1).transpose(0, 1))
     return matched
+
+
+def _reinhard(rgb: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """[n, 3, H, W] and [3, H', W'] in [0, 1] -> the first in the colors of the second; likewise below.
+
+    A channel without any deviation becomes the reference's mean.
+    """
+    wanted_mean, wanted_std = _statistics(rgb_to_lab(wanted))
+    lab = rgb_to_lab(rgb)
+    mean, std = _statistics(lab)
+    scale = torch.where(std > 0, wanted_std / std, torch.zeros_like(std))
+    return lab_to_rgb((lab - mean) * scale + wanted_mean)
 
 
 def _statistics(lab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and population deviation of each channel of [..., 3, H, W], as [..., 3, 1, 1]."""
     std, mean = torch.std_mean(lab, dim=(-2, -1), correction=0, keepdim=True)
     return mean, std
+
+
+def _monge_kantorovitch(rgb: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    mean, covariance = _moments(rgb)
+    wanted_mean, wanted_covariance = _moments(wanted)
+    root, inverse = _powers(covariance, 0.5), _powers(covariance, -0.5)
+    matrix = inverse @ _powers(root @ wanted_covariance @ root, 0.5) @ inverse  # [n, 3, 3]
+    moved = matrix.to(rgb) @ (rgb.flatten(2) - mean.to(rgb)) + wanted_mean.to(rgb)
+    return moved.reshape(rgb.shape)
+
+
+def _moments(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [..., 3, 1] and covariance [..., 3, 3] of the colors of [..., 3, H, W], float64."""
+    colors = rgb.flatten(-2)
+    mean = colors.mean(-1, keepdim=True)
+    apart = colors - mean
+    covariance = (apart @ apart.transpose(-1, -2)).double() / colors.shape[-1]
+    return mean.double(), covariance
+
+
+def _powers(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A power of symmetric matrices [..., 3, 3]; of directions without any deviation it is 0."""
+    values, vectors = torch.linalg.eigh(matrix)
+    least = 1e-9 * values.amax(-1, keepdim=True).clamp_min(1e-12)
+    powers = torch.where(values > least, values.clamp_min(least) ** exponent, 0.0)
+    return (vectors * powers.unsqueeze(-2)) @ vectors.transpose(-1, -2)
+
+
+def _histograms(rgb: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The value of a pixel becomes that of the same rank in the reference; equal values stay equal."""
+    values = rgb.flatten(2).contiguous()  # [n, 3, N]
+    ranked = values.sort(-1).values.contiguous()
+    rank = torch.searchsorted(ranked, values, right=True) / values.shape[-1]  # of the last equal one
+    sorted_wanted = wanted.flatten(1).sort(-1).values  # [3, M]
+    last = sorted_wanted.shape[-1] - 1
+    place = (rank * (last + 1) - 1).clamp(0, last)
+    low = place.floor().long()
+    share = place - low
+    lows = sorted_wanted.expand(len(rgb), -1, -1)
+    below, above = lows.gather(-1, low), lows.gather(-1, (low + 1).clamp(max=last))
+    return (below + share * (above - below)).reshape(rgb.shape)
+
+
+METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "reinhard": _reinhard,
+    "mkl": _monge_kantorovitch,
+    "mvgd": _monge_kantorovitch,
+    "hm": _histograms,
+}
+"""Name of a method -> its function."""
+
+COLOR_METHODS = (*METHODS, "hm-mvgd-hm", "hm-mkl-hm")
+"""What a video may ask for; methods joined by - follow each other."""

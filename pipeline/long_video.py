@@ -181,7 +181,7 @@ def generate_windows(
         # The next window begins with the last frames; those before, which the window before gave out, are not used.
         unused = min(window.overlap, window.frames - config.motion_frames)
         reference = conditioner.reference.to(frames.device)
-        frames = match_colors(frames[:, unused:], reference, config.color_correction)
+        frames = match_colors(frames[:, unused:], reference, config.color_correction, config.color_method)
         carried = frames[:, -config.motion_frames :].clone()
         new = frames[:, window.overlap - unused :][:, : window.new]
         pixels = ((new + 1) / 2).permute(1, 2, 3, 0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..media.color import COLOR_METHODS
 from ..media.images import DEFAULT_AREA, fit_size
 from ..media.masks import latent_masks
 from ..wanvideo.errors import InputError
@@ -68,6 +69,7 @@ class GenerateConfig:
         seed: of all random numbers.
         mode: one of `MODES`.
         color_correction: 0 to 1, how far each frame takes on the colors of the first condition image.
+        color_method: how, one of `COLOR_METHODS`.
         attention_policy: mode of the attention kernels, or (step, steps) -> mode. None: the model's own.
         tiled_vae: encode and decode in tiles, for small GPUs.
         device: where latents live and the model is called.
@@ -94,6 +96,7 @@ class GenerateConfig:
     seed: int = 42
     mode: str = "infinitetalk"
     color_correction: float = 1.0
+    color_method: str = "reinhard"
     attention_policy: AttentionPolicy | None = None
     tiled_vae: bool = False
     device: str | torch.device = "cpu"
@@ -143,6 +146,8 @@ def plan_video(
     """
     if config.mode not in MODES:
         raise InputError(f"There is no mode '{config.mode}': choose one of {', '.join(MODES)}.")
+    if config.color_method not in COLOR_METHODS:
+        raise InputError(f"There is no color method '{config.color_method}': choose one of {', '.join(COLOR_METHODS)}.")
     check_numbers(**{name: value for name, value in vars(config).items() if name in BOUNDS})
     width, height = fit_size(image, config.width, config.height, config.area)
     check_window(config.frames, width, height)

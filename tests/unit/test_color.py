@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from wanvideo_infinitetalk.media.color import lab_to_rgb, match_colors, rgb_to_lab
+from wanvideo_infinitetalk.media.color import COLOR_METHODS, lab_to_rgb, match_colors, rgb_to_lab
 
 # sRGB and L*a*b* (D65, 2 degrees) of the primaries and grays, as tables of the color space give them.
 KNOWN = [
@@ -70,3 +73,52 @@ def test_inputs_stay_and_results_are_in_range() -> None:
     assert torch.equal(frames, before)
     assert matched.min() >= -1
     assert matched.max() <= 1
+
+
+GIVEN = json.loads((Path(__file__).parents[1] / "data/color_methods.json").read_text())
+"""A frame and a reference in steps of 1/255, and what color-matcher 0.6.0 (PyPI) makes of them in [0, 1]."""
+
+
+def _given(name: str) -> torch.Tensor:
+    """[3, H, W] in [-1, 1]"""
+    return torch.tensor(GIVEN[name]).permute(2, 0, 1).float() * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [("mkl", 0.1), ("mvgd", 0.1), ("hm", 3.1), ("hm-mvgd-hm", 3.5), ("hm-mkl-hm", 3.5)]
+)
+def test_methods_give_what_the_library_of_that_name_gives(method: str, most: float) -> None:
+    """In steps of 1/255. Its histograms have bins, ours have not, and these frames have 72 pixels."""
+    ours = match_colors(_given("frame").unsqueeze(1), _given("reference"), 1.0, method)[:, 0]
+    expected = _given(method).clamp(-1, 1)
+    assert float((ours - expected).abs().max()) * 255 / 2 <= most
+    assert float((ours - expected).abs().mean()) * 255 / 2 <= 0.6
+
+
+@pytest.mark.parametrize("method", COLOR_METHODS)
+def test_every_method_keeps_its_own_colors_and_takes_flat_frames(method: str) -> None:
+    frames = _frames(6)
+    assert torch.allclose(match_colors(frames[:, :1], frames[:, 0], 1.0, method), frames[:, :1], atol=1e-3)
+    matched = match_colors(torch.zeros(3, 5, 8, 8), frames[:, 0] * 0.5, 1.0, method)
+    assert torch.isfinite(matched).all()
+    together = match_colors(frames, frames[:, 0] * 0.5, 1.0, method)
+    one_by_one = [match_colors(frames[:, i : i + 1], frames[:, 0] * 0.5, 1.0, method) for i in range(6)]
+    assert torch.allclose(together, torch.cat(one_by_one, 1), atol=1e-5)
+
+
+def test_the_linear_map_gives_the_covariance_of_the_reference() -> None:
+    frames, reference = 0.3 * _frames() - 0.2, 0.4 * _frames(1, 20, seed=1)[:, 0]
+    reference[1] = 0.5 * reference[0] + 0.3 * reference[1]
+    matched = match_colors(frames, reference, 1.0, "mkl")
+    for frame in matched.unbind(1):
+        assert torch.allclose(frame.mean((1, 2)), reference.mean((1, 2)), atol=1e-3)
+        ours, wanted = (torch.cov(x.flatten(1), correction=0) for x in (frame, reference))
+        assert torch.allclose(ours, wanted, atol=1e-3)
+
+
+def test_histograms_give_the_values_of_the_reference() -> None:
+    frames, reference = _frames(2, 20), 0.4 * _frames(1, 20, seed=1)[:, 0]
+    matched = match_colors(frames, reference, 1.0, "hm")
+    for frame in matched.unbind(1):
+        ours, wanted = (x.flatten(1).sort(-1).values for x in (frame, reference))
+        assert torch.allclose(ours, wanted, atol=1e-4)

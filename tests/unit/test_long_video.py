@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from wanvideo_infinitetalk.media.color import COLOR_METHODS
 from wanvideo_infinitetalk.media.images import load_image
 from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter, to_bytes
-from wanvideo_infinitetalk.pipeline import nonfinite
+from wanvideo_infinitetalk.pipeline import long_video, nonfinite
 from wanvideo_infinitetalk.pipeline.attention_policy import bind
 from wanvideo_infinitetalk.pipeline.conditioning import Conditioning
 from wanvideo_infinitetalk.pipeline.long_video import Callbacks, generate
@@ -254,6 +255,19 @@ def test_frames_take_on_the_colors_of_the_image_before_they_are_carried_over() -
     half = _video(_run(replace(CONFIG, color_correction=0.5), _conditioning(9, source=[flat])))
     plain = _video(_run(CONFIG, _conditioning(9, source=[flat])))
     assert torch.allclose(half, 0.5 * plain + 0.5 * video[:9], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", COLOR_METHODS)
+def test_colors_are_matched_by_the_method_that_is_asked_for(method, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def noted(frames, reference, strength, method):
+        asked.append(method)
+        return frames
+
+    monkeypatch.setattr(long_video, "match_colors", noted)
+    _run(replace(CONFIG, color_correction=1.0, color_method=method))
+    assert asked == [method] * 3
 
 
 # --- what the model is given
@@ -640,6 +654,7 @@ def test_non_finite_frames_of_the_vae_are_an_error() -> None:
         (dict(frames=80), "4n \\+ 1"),
         (dict(motion_frames=9), "leave no room"),
         (dict(start_step=3), "leaves none of 3 steps"),
+        (dict(color_method="lut"), "There is no color method 'lut': choose one of reinhard, mkl"),
         (dict(color_correction=2.0), "color_correction 2.0 cannot be used: give a number from 0 to 1"),
         (dict(guidance="other"), "additive, nested"),
         (dict(scheduler="other"), "There is no scheduler"),

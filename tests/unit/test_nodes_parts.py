@@ -391,6 +391,15 @@ def test_a_small_decoder_encodes_nothing_and_says_so(host: Host, small) -> None:
             call(small)
 
 
+@pytest.mark.parametrize(("asked", "used"), [(1, 1), (2, 1), (4, 5), (9, 9), (12, 13), (24, 25)])
+def test_motion_frames_of_any_number_are_rounded_with_a_line_in_the_log(host: Host, asked, used, caplog) -> None:
+    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    widgets = {"frame_window_size": 81, "force_offload": False, "colormatch": "mkl", "width": 64, "height": 64}
+    plan, _ = run(host, "WanVideoImageToVideoMultiTalk", vae=vae, motion_frame=asked, **widgets)
+    assert plan.motion_frames == used
+    assert (f"motion_frame {asked} is not 4n + 1" in caplog.text) == (asked != used)
+
+
 def test_a_joined_decoder_encodes_as_the_vae_and_decodes_as_the_decoder(host: Host, small) -> None:
     (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
     (both,) = run(host, "InfiniteTalkSmallDecoder", vae=vae, decoder=small)

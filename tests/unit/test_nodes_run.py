@@ -198,7 +198,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "riflex": ("WanVideoSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
     "no step left": ("WanVideoSampler", {"start_step": 5}, InputError, "start step"),
     "an end step": ("WanVideoSampler", {"end_step": 1}, InputError, "end_step"),
-    "another color match": ("WanVideoImageToVideoMultiTalk", {"colormatch": "mkl"}, InputError, "choose reinhard"),
     "a window of 16": ("WanVideoImageToVideoMultiTalk", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
     "no room for new frames": ("WanVideoImageToVideoMultiTalk", {"motion_frame": 33}, InputError, "no room"),
 }
