@@ -37,6 +37,10 @@ MIN_SECONDS = 0.04
 RATES = (2000, 768_000)
 """Samples a second that a recording of speech may have."""
 
+LOUDEST = 100.0
+"""Of a sample: 40 dB above full scale. Floats peak near 1; integers that were taken for floats do at 127 or more, and
+FFmpeg's AAC encoder does not end on the largest of them."""
+
 TOLERANCE = 0.02
 """Seconds, half a video frame, by which time stamps may differ from the samples counted: containers round them."""
 
@@ -196,8 +200,8 @@ def load_speech(
         source: a file, or float samples [n] or [channels, n] with `rate` in Hz.
         rate: of the samples; None for a file, which states its own.
 
-    Raises InputError for a file that cannot be read, NaN or infinite samples, and less than 0.04 s. Silence passes,
-    with a warning.
+    Raises InputError for a file that cannot be read, samples that are NaN, infinite or above `LOUDEST`, and less than
+    0.04 s. Silence passes, with a warning.
     """
     if isinstance(source, str | Path):
         if rate is not None:
@@ -218,6 +222,9 @@ def load_speech(
         )
     if waveform.size < MIN_SECONDS * rate:
         raise InputError(f"{name} is too short: {waveform.size / rate:.3f} s, at least {MIN_SECONDS} s are needed.")
+    peak = max(float(waveform.max()), -float(waveform.min()))
+    if peak > LOUDEST:
+        raise InputError(f"{name} has samples of up to {peak:g}; those of sound lie within -1 and 1: export it again.")
     speech = _resample(waveform, rate)
     del waveform  # the loudness is measured in double precision: no need to hold both
     if not speech.any():
@@ -226,7 +233,9 @@ def load_speech(
 
 
 def _mono(samples: NDArray[Any] | Tensor) -> Waveform:
-    array = samples.detach().cpu().float().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
+    if isinstance(samples, Tensor):  # bfloat16 is nothing to numpy
+        samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
+    array = np.asarray(samples)
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"Samples are floats in [-1, 1]; got {array.dtype}, divide by its largest value first.")
     if array.ndim == 2 and array.shape[0] > array.shape[1]:

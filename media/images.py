@@ -9,6 +9,9 @@ import os
 import stat
 import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on metadata and on sizes, for which there is a limit below
+            _check_sums(Path(path))
             try:
                 image = _decode(path)
             except Exception:  # Pillow raises what parsing damaged metadata ends in: ValueError, struct.error ...
@@ -125,14 +129,33 @@ def _without_metadata(content: bytes) -> bytes | None:
 
 
 def _png_pixels(content: bytes) -> bytes:
-    """The critical chunks (names with a capital first) and transparency. A chunk: length, name, data, checksum."""
-    kept, at = [_PNG], len(_PNG)
-    while at < len(content):
+    """What the pixels of a PNG depend on, and nothing else."""
+    return b"".join([_PNG, *_pixel_chunks(content)])
+
+
+def _pixel_chunks(content: bytes) -> Iterator[bytes]:
+    """The critical chunks (names with a capital first) of a PNG, and transparency: length, name, data, checksum."""
+    at, name = len(_PNG), b""
+    while at < len(content) and name != b"IEND":
         length, name = struct.unpack_from(">I4s", content, at)
         if name[:1].isupper() or name == b"tRNS":
-            kept.append(content[at : at + length + 12])
+            yield content[at : at + length + 12]
         at += length + 12
-    return b"".join(kept)
+
+
+def _check_sums(path: Path) -> None:
+    """Raise ValueError for a PNG whose pixels are damaged: Pillow does not compare their checksums."""
+    with path.open("rb") as file:
+        if file.read(len(_PNG)) != _PNG:
+            return
+        content = _PNG + file.read()
+    with suppress(struct.error):  # cut off between chunks: those that are there count
+        for chunk in _pixel_chunks(content):
+            length, name = struct.unpack_from(">I4s", chunk)
+            if len(chunk) == length + 12 and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+                raise ValueError("a checksum of its pixels is wrong")
+            if len(chunk) < length + 12 and name != b"IEND":
+                raise ValueError("it ends early")
 
 
 def _jpeg_pixels(content: bytes) -> bytes:

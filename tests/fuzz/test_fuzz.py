@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import struct
 import threading
@@ -77,6 +76,9 @@ CASES, PARTS = 1800, 18
 """Inputs, and tests that they are divided among."""
 
 FRAME = 1 / 25
+
+MOVED = 2 * 1152
+"""Samples: two of the longest frames of MP3."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,6 @@ def faults_of_quantized_models(world: World, rng: random.Random, folder: Path) -
     state, _, metadata = quantized.file_of(kind, quantized.BASES[base])
     many = quantized.has_matrices(kind)
     layers = [x for x in quantized.layers_of(kind) if state[f"{x}.weight"].ndim == 2 or not many]
-    if name == "fp8, no scale":  # a layer that is there once may be plain float8
-        layers = [x for x in layers if re.search(r"\.\d+\.", x)]
     layer = rng.choice(layers)
     spoil(state, layer, metadata)
     path = quantized.save(folder / "x.safetensors", kind, state, metadata)
@@ -486,7 +486,12 @@ def masks(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
 
 @maker
 def recordings(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
-    """Each sound is where it was, to a frame; of a file that was cut, those that are left."""
+    """Each sound is where it was, to a frame; of a file that was cut, those that are left.
+
+    A file without its beginning has another one: with it goes what the encoder has put in front of the sound (LAME 1105
+    samples, which an MP3's first frame tells players to skip), or the sound of the frames that were hit. All sounds
+    that are left may stand `MOVED` samples earlier or later, by the same.
+    """
     form = rng.choice(["WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "W64", "RF64"])
     rate = rng.choice([8000, 16000, 44100, 48000])
     wave = containers.clicks(rng.uniform(1, 3), rate=rate, first=rng.uniform(0.1, 0.4))
@@ -516,8 +521,11 @@ def recordings(world: World, rng: random.Random, folder: Path) -> tuple[str, Run
         got, got_rate = read_audio(path)
         assert got_rate == rate
         found = containers.onsets(got, got_rate)
-        near = [time for time in found if min((abs(time - e) for e in expected), default=9) <= FRAME]
-        assert found == near, f"{found} is not {expected}"
+        moves = [0.0, *(found[0] - time for time in expected if found and damage == "head")]
+        moves = [move for move in moves if abs(move) <= MOVED / rate]
+        assert any(all(any(abs(t - m - e) <= FRAME for e in expected) for t in found) for m in moves), (
+            f"{found} is not {expected}"
+        )
         assert len(found) == len(expected) or damage in ("cut", "head", "zeros"), f"{found} is not {expected}"
 
     return f"{form}, {rate} Hz, {damage}, {path.suffix}", run

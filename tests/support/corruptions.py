@@ -338,7 +338,7 @@ TENSORS: dict[str, Callable[[State, random.Random], State]] = {
     "one of one dimension more": lambda state, rng: _with(state, rng, lambda t: t[None]),
     "one of five dimensions": lambda state, rng: _with(state, rng, lambda t: t.reshape(1, 1, 1, 1, -1)),
     "one flat": lambda state, rng: _with(state, rng, lambda t: t.flatten()),
-    "one empty": lambda state, rng: _with(state, rng, lambda t: t[:0]),
+    "one empty": lambda state, rng: _with(state, rng, lambda t: t[:0] if t.ndim else t),
     "one half": lambda state, rng: _with(state, rng, lambda t: t[: max(1, len(t) // 2)] if t.ndim else t),
     "one twice": lambda state, rng: _with(state, rng, lambda t: torch.cat([t, t]) if t.ndim else t),
     "one empty of another rank": lambda state, rng: _with(state, rng, lambda t: t.new_empty(0, 2**20, 3)),

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import save_file
 from support.goldens import relative_error
 from support.parts import TINY_WAV2VEC2, transformers_wav2vec2
-from wanvideo_infinitetalk.media.audio import integrated_loudness, load_speech, normalize_loudness, read_audio
+from wanvideo_infinitetalk.media.audio import (
+    LOUDEST,
+    integrated_loudness,
+    load_speech,
+    normalize_loudness,
+    read_audio,
+)
+from wanvideo_infinitetalk.media.video import VideoWriter
 from wanvideo_infinitetalk.multitalk import wav2vec
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.wanvideo.checkpoints.state_dict import owns_aligned_memory
@@ -106,6 +113,8 @@ def test_samples_of_any_shape_and_kind():
         load_speech(stereo.T, 16_000)
     with pytest.raises(InputError, match="int16"):
         load_speech(np.zeros(16_000, np.int16), 16_000)
+    with pytest.raises(InputError, match="int16"):
+        load_speech(torch.zeros(16_000, dtype=torch.int16), 16_000)
     with pytest.raises(InputError, match="rate"):
         load_speech(tone())
     with pytest.raises(InputError, match="rate"):
@@ -154,6 +163,24 @@ def test_samples_that_are_no_numbers(tmp_path, value):
     soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
     with pytest.raises(InputError, match=r"a\.wav has 1 samples .* at 0\.50 s"):
         load_speech(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("factor", [2**7, 2**15, 2**31])
+@pytest.mark.parametrize("source", ["file", "array"])
+def test_integers_that_were_taken_for_floats(tmp_path, factor, source):
+    samples = (tone() / np.abs(tone()).max() * (factor - 1)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    with pytest.raises(InputError, match="has samples of up to"):
+        load_speech(*((tmp_path / "a.wav",) if source == "file" else (samples, 16_000)))
+
+
+def test_the_loudest_samples_can_be_written(tmp_path):
+    """FFmpeg's AAC encoder does not end on larger ones (5e6, say)."""
+    samples = np.where(tone() > 0, LOUDEST, -LOUDEST).astype(np.float32)
+    assert load_speech(samples, 16_000).size == samples.size
+    with VideoWriter(tmp_path / "a.mp4", 25, samples, 16_000) as writer:
+        writer.append(torch.zeros(10, 32, 32, 3))
+    assert read_audio(tmp_path / "a.mp4")[0].size > 0
 
 
 @pytest.mark.parametrize("samples", [0, 1, 300, 639])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.image_files import JPEG_DAMAGE, MASKS, PNG_DAMAGE, area, encoded, photo, write
 from wanvideo_infinitetalk.media import images, masks
-from wanvideo_infinitetalk.media.images import load_image
+from wanvideo_infinitetalk.media.images import load_image, open_image
 from wanvideo_infinitetalk.media.masks import load_mask
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
@@ -177,6 +177,22 @@ def test_damaged_files_work_or_end_in_a_sentence(tmp_path: Path, kind: str) -> N
     assert worked > 0
     assert sentences
     assert all(str(path) in sentence and sentence.endswith(".") for sentence in sentences)
+
+
+@pytest.mark.parametrize("form", ["gray", "16 bits", "white paint"])
+def test_a_png_with_any_byte_changed_or_cut_off_is_a_sentence_or_the_same(tmp_path: Path, form: str) -> None:
+    """Its sums say so; Pillow does not compare those of the pixels."""
+    whole = encoded(MASKS[form](area()), "PNG")
+    expected = np.asarray(open_image(write(tmp_path / "a.png", whole)))
+    for at in range(8, len(whole)):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << at % 8
+        for content in (bytes(changed), whole[:at], whole[:at] + whole[at + 1 :], whole[:at] + bytes(20)):
+            try:
+                got = open_image(write(tmp_path / "b.png", content))
+            except InputError:
+                continue
+            assert np.array_equal(np.asarray(got), expected), at
 
 
 def test_no_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

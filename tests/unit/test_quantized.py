@@ -7,6 +7,7 @@ bit. The rest is rejected by the headers, without a weight being read.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -524,7 +525,6 @@ put("mxfp8, no scale", "mxfp8", "no scale", "weight_scale", lambda w: None)
 put("mxfp8, one scale", "mxfp8", "per 32", "weight_scale", lambda w: torch.ones((), dtype=torch.uint8))
 put("mxfp8, per row", "mxfp8", "per 32", "weight_scale", lambda w: torch.ones(w.shape[0], dtype=torch.uint8))
 put("mxfp8, floats", "mxfp8", "as float32", "weight_scale", lambda w: torch.ones(w.shape[0], w.shape[1] // 32))
-put("a block's scale is lost", "fp8", "other blocks", "weight_scale", lambda w: None)
 for _part in (
     "absmax",
     "quant_map",
@@ -590,6 +590,35 @@ def test_every_fault_is_one_sentence_before_a_weight_is_read(tmp_path: Path, kin
     assert "\n" not in sentence
     assert sentence.count(". ") == 0
     assert "x.safetensors" in sentence
+
+
+@pytest.mark.usefixtures("headers_only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_float8_weight_of_a_scaled_file_may_lose_its_scale(tmp_path: Path, kind: str) -> None:
+    """Whether its layer is in every block or there once."""
+    state, _, _ = file_of(kind, FP8)
+    ranks = Counter(state[f"{layer}.weight"].ndim for layer in layers_of(kind))
+    for layer in layers_of(kind):
+        if ranks[state[f"{layer}.weight"].ndim] > 1:
+            without = {name: tensor for name, tensor in state.items() if name != f"{layer}.weight_scale"}
+            with pytest.raises(CheckpointError, match=f"has no scale for .*{layer}.weight, which is float8 as"):
+                KINDS[kind].inspect(save(tmp_path / "x.safetensors", kind, without))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_scaled_file_scales_none_of_may_be_plain_float8(tmp_path: Path, kind: str) -> None:
+    stored, worth, _ = file_of(kind, FP8)
+    ranks = {stored[f"{layer}.weight"].ndim for layer in layers_of(kind)}
+    plain = [name for name, t in worth.items() if t.is_floating_point() and t.ndim and t.ndim not in ranks]
+    assert plain
+    for name in plain:
+        stored[name] = stored[name].to(torch.float8_e4m3fn)
+        worth[name] = stored[name].float()
+    made, meant = (
+        values_of(KINDS[kind].load(save(tmp_path / f"{i}.safetensors", kind, state)))
+        for i, state in enumerate((stored, worth))
+    )
+    assert [name for name in meant if not torch.equal(made[name], meant[name])] == []
 
 
 ROLES = {

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -386,14 +385,20 @@ class _Parts:
             raise self._error(f"has a {scale} that is not finite", "download it again")
 
     def _check_all_scaled(self) -> None:
-        """The same layer of all blocks is scaled in all or in none of them; where there is a marker, some are."""
+        """Raise CheckpointError for a float8 weight without a scale in a file that scales others.
+
+        Writers of such files give a scale to each matrix (and kernel) that they store as float8, and leave the rest in
+        16 or 32 bits. What they scale none of, norms and biases say, may be plain float8.
+        """
         float8 = [weight for weight in self._weights if weight.format in ("float8_e4m3fn", "float8_e5m2")]
-        if self._marked and float8 and not any(weight.scale for weight in float8):
+        scaled = {len(weight.shape): weight.name for weight in float8 if weight.scale}
+        if self._marked and float8 and not scaled:
             raise self._error(f"has the marker {_MARKER}, but no scale beside any weight")
-        scaled = Counter(_kind(weight.name) for weight in float8 if weight.scale)
         for weight in float8:
-            if weight.scale is None and scaled[_kind(weight.name)]:
-                raise self._error(f"has no scale for {weight.name}, but for the same layer of other blocks")
+            if weight.scale is None and len(weight.shape) in scaled:
+                raise self._error(
+                    f"has no scale for {weight.name}, which is float8 as {scaled[len(weight.shape)]}, which has one"
+                )
 
     # --------------------------------------------------------------------------------------------------- the rest
 
@@ -484,11 +489,6 @@ def _split(name: str) -> tuple[str, str]:
 
 def _joined(layer: str, last: str) -> str:
     return f"{layer}.{last}" if layer else last
-
-
-def _kind(name: str) -> str:
-    """The name without its numbers: the same for one layer of all blocks."""
-    return re.sub(r"\.\d+\b", ".N", name)
 
 
 def _plain(dtype: torch.dtype) -> str:
