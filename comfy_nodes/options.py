@@ -6,11 +6,19 @@ from typing import Any
 
 from ..pipeline.guidance import cfg_schedule
 from ..wanvideo.checkpoints.lora import LoraSpec
-from ..wanvideo.runtime.compilation import CompileSettings
+from ..wanvideo.runtime.compilation import COMPILE_MODES, CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import comfyui
 from .comfyui import io
-from .schema import BlockSwapType, CompileType, LoraType, WanModelType, foreign, node_schema, reject_foreign
+from .schema import (
+    BlockSwapType,
+    CompileType,
+    LoraType,
+    WanModelType,
+    foreign,
+    node_schema,
+    reject_foreign,
+)
 
 MULTI_LORA_SLOTS = range(5)
 
@@ -265,7 +273,8 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
         return node_schema(
             "WanVideoTorchCompileSettings",
             "WanVideo Torch Compile Settings",
-            "Compile the model with torch.compile: slower first step, faster ones after it. Needs Triton on a GPU.",
+            "Compile the model with torch.compile, in the first step. Compiled code takes the place of this pack's own "
+            "elementwise kernels; which is faster depends on the GPU. Needs Triton on a GPU.",
             group="options",
             aliases=["torch compile", "inductor", "编译"],
             inputs=[
@@ -282,7 +291,7 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
+                    options=list(COMPILE_MODES),
                     default="default",
                     tooltip="How much time to spend on finding faster kernels.",
                 ),

@@ -363,7 +363,12 @@ def test_decoding_goes_on_in_tiles_when_memory_runs_out(host: Host, monkeypatch,
     assert "trying again in tiles" in caplog.text
 
 
-def test_compile_settings_reach_the_model(host: Host) -> None:
+def test_compile_settings_reach_the_model(host: Host, monkeypatch) -> None:
+    from wanvideo_infinitetalk.comfy_nodes import models
+
+    # Trying Inductor takes half a minute on a CPU; tests/unit/test_compilation.py does it.
+    checked: list[Any] = []
+    monkeypatch.setattr(models, "check_compiler", lambda settings, device: checked.append(settings))
     widgets = {
         "backend": "inductor",
         "fullgraph": True,
@@ -377,20 +382,25 @@ def test_compile_settings_reach_the_model(host: Host) -> None:
     assert settings.variants == 200
     loader = {"model": TINY["dit"], "base_precision": "fp32", "quantization": "disabled", "load_device": "main_device"}
     (compiled,) = run(host, "WanVideoModelLoader", **loader, compile_args=settings)
+    run(host, "WanVideoVAELoader", model_name=TINY["vae"], compile_args=settings)
+    assert checked == [settings, settings]
     assert all("forward" in block.__dict__ for block in compiled.model.blocks)
     (plain,) = run(host, "WanVideoModelLoader", **loader)
     assert plain.weights is not compiled.weights
     assert plain.weights.resident.offloader.loaded  # main_device
 
 
-def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatch) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "fp16_fast"])
+def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatch, precision: str) -> None:
     from wanvideo_infinitetalk.comfy_nodes import sampling
 
-    class Matmul:
-        allow_fp16_accumulation = False
-
-    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul)
-    model = type("Model", (), {"precision": "fp16_fast"})
-    with sampling._fast_fp16(model):
-        assert Matmul.allow_fp16_accumulation
-    assert not Matmul.allow_fp16_accumulation
+    seen = []
+    monkeypatch.setattr(
+        sampling, "_one_window", lambda *given: seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
+    )
+    loader = {"model": TINY["dit"], "quantization": "disabled", "load_device": "offload_device"}
+    (model,) = run(host, "WanVideoModelLoader", **loader, base_precision=precision)
+    settings = sampling.SamplerSettings(steps=1, cfg=1.0, shift=5.0, seed=0, scheduler="euler")
+    sampling.sample(model, None, settings, text=object(), speech=None, start=None)
+    assert seen == [precision == "fp16_fast"]
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
