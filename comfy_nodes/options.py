@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..pipeline.guidance import cfg_schedule
+from ..pipeline.presets import PRESETS, preset_values
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.runtime.compilation import COMPILE_MODES, CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
@@ -12,6 +13,7 @@ from . import comfyui
 from .comfyui import io
 from .schema import (
     BlockSwapType,
+    ComboType,
     CompileType,
     LoraType,
     WanModelType,
@@ -408,3 +410,47 @@ class CreateCFGScheduleFloatList(io.ComfyNode):
     ) -> Any:
         schedule = cfg_schedule(steps, cfg_scale_start, cfg_scale_end, interpolation, start_percent, end_percent)
         return io.NodeOutput(schedule)
+
+
+# Setting of a preset -> type and name of the output, and its tooltip.
+PRESET_OUTPUTS: dict[str, tuple[Any, str, str]] = {
+    "steps": (io.Int, "steps", "For WanVideo Sampler."),
+    "cfg": (io.Float, "cfg", "Guidance by the prompt, for WanVideo Sampler."),
+    "shift": (io.Float, "shift", "For WanVideo Sampler."),
+    "scheduler": (ComboType, "scheduler", "For WanVideo Sampler."),
+    "audio_cfg": (io.Float, "audio_cfg_scale", "Guidance by speech, for Multi/InfiniteTalk Wav2vec2 Embeds."),
+    "quantization": (ComboType, "quantization", "For WanVideo Model Loader."),
+    "blocks_to_swap": (BlockSwapType, "block_swap_args", "For WanVideo Model Loader, in place of WanVideo Block Swap."),
+    "tiled_vae": (io.Boolean, "tiled_vae", "For WanVideo Long I2V Multi/InfiniteTalk."),
+    "text_encoder_device": (ComboType, "device", "For WanVideo TextEncode."),
+}
+
+
+class InfiniteTalkPreset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkPreset",
+            "InfiniteTalk Preset",
+            "Settings by name, the same as of infinitetalk generate --preset. Link the outputs to the widgets of other "
+            "nodes.",
+            group="options",
+            aliases=["preset", "settings", "fast", "low memory", "low vram", "预设"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="quality",
+                    tooltip="fast: few steps without guidance, for a step LoRA or a distilled model. quality: the "
+                    "public settings. low-memory: these on a small GPU.",
+                )
+            ],
+            outputs=[kind.Output(display_name=name, tooltip=tip) for kind, name, tip in PRESET_OUTPUTS.values()],
+        )
+
+    @classmethod
+    def execute(cls, preset: str) -> Any:
+        values = preset_values(preset)
+        values["blocks_to_swap"] = BlockSwap(blocks=values["blocks_to_swap"])
+        values["text_encoder_device"] = "cpu" if values["text_encoder_device"] == "cpu" else "gpu"
+        return io.NodeOutput(*(values[field] for field in PRESET_OUTPUTS))

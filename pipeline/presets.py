@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .bounds import BOUNDS
 from .make_video import Job
 from .plan import GenerateConfig
 
-__all__ = ["PRESETS", "build_job", "stated_defaults"]
+__all__ = ["PRESETS", "build_job", "preset_values", "stated_defaults"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,20 @@ DISTILLED = ("fast",)
 """Presets whose few steps need a model, or a LoRA, that was trained for them."""
 
 _CONFIG = {field.name for field in fields(GenerateConfig)} - {field.name for field in fields(Job)}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """Every field of `GenerateConfig` and `Job` that has a default, as the preset sets it, else that default.
+
+    Raises InputError for a preset that does not exist.
+    """
+    defaults = {
+        entry.name: entry.default
+        for kind in (GenerateConfig, Job)
+        for entry in fields(kind)
+        if entry.default is not MISSING
+    }
+    return defaults | _preset(name)
 
 
 def _preset(name: str | None) -> dict[str, Any]:

@@ -12,7 +12,12 @@ from support.comfy_host import Host, hosted
 
 ROOT = Path(__file__).parents[2]
 PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
-OWN = {"InfiniteTalkClipVisionLoader", "InfiniteTalkAttentionPolicy", "WanVideoAttentionDoctor"}
+OWN = {
+    "InfiniteTalkClipVisionLoader",
+    "InfiniteTalkAttentionPolicy",
+    "InfiniteTalkPreset",
+    "WanVideoAttentionDoctor",
+}
 NUMERIC = ("default", "min", "max", "step", "round")
 
 
