@@ -123,12 +123,12 @@ class Quantization:
     fast: bool
 
     @staticmethod
-    def parse(name: str) -> Quantization:
-        """In any case and with any separators; raises InputError for a name that is not in QUANTIZATIONS."""
-        known = {plain(known): known for known in QUANTIZATIONS}.get(plain(str(name)))
+    def parse(name: str, choices: Sequence[str] = QUANTIZATIONS, what: str = "quantization") -> Quantization:
+        """In any case and with any separators; raises InputError, about `what`, for a name that is not in `choices`."""
+        known = {plain(known): known for known in choices}.get(plain(str(name)))
         if known is None:
-            choices = f"{', '.join(QUANTIZATIONS)}{nearest(str(name), QUANTIZATIONS)}"
-            raise InputError(f"quantization '{name}' is unknown; choose one of {choices}.")
+            listed = f"{', '.join(choices)}{nearest(str(name), choices)}"
+            raise InputError(f"{what} '{name}' is unknown; choose one of {listed}.")
         name = known
         fast = name.endswith("_fast")
         stem = name.removesuffix("_fast")

@@ -27,6 +27,7 @@ NODES: list[Any] = [
     options.WanVideoSetBlockSwap,
     options.WanVideoTorchCompileSettings,
     options.CreateCFGScheduleFloatList,
+    options.InfiniteTalkPreset,
     kernels.InfiniteTalkAttentionPolicy,
     kernels.WanVideoAttentionDoctor,
     text.WanVideoTextEncode,

@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-
 
 class Stopped(Exception):
     """Ended from outside; the message says what is left."""
@@ -67,30 +65,40 @@ class Command:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_argument_group("what to make").add_mutually_exclusive_group(required=True)
-    source.add_argument("--image", type=Path, metavar="P", help="the image that will speak (PNG, JPEG, WebP ...)")
-    source.add_argument("--video", type=Path, metavar="V", help="a source video instead; see --start-step")
-    what = parser.add_argument_group("speech, speakers and prompt")
-    what.add_argument("--audio", type=Path, required=True, metavar="A", help="the recording (WAV, FLAC, MP3, M4A ...)")
+    what = parser.add_argument_group("input and output")
+    source = what.add_mutually_exclusive_group(required=True)
+    source.add_argument("--image", type=Path, metavar="P", help="image of the person who will speak (PNG, JPEG ...)")
+    source.add_argument("--video", type=Path, metavar="V", help="a source video in its place (dubbing): --start-step")
+    what.add_argument("--audio", type=Path, required=True, metavar="A", help="recording of speech (WAV, MP3, M4A ...)")
     for number in (2, 3, 4):
         what.add_argument(f"--audio-{number}", type=Path, metavar="A", help=f"the recording of speaker {number}")
     what.add_argument(
-        "--one-after-the-other", action="store_true", help="each recording begins where the one before ends"
+        "--one-after-the-other",
+        action="store_true",
+        default=None,
+        help="each recording begins where the one before ends; otherwise all begin together",
     )
     what.add_argument(
-        "--masks", type=Path, nargs="+", default=[], metavar="M", help="one image per speaker, white where they are"
+        "--masks",
+        type=Path,
+        nargs="+",
+        metavar="M",
+        help="one image per speaker, white where they are; otherwise side by side, speaker 1 on the left",
     )
-    what.add_argument("--prompt", metavar="T", help="what to show; a | b: one for each window (a person talking)")
-    what.add_argument("--negative-prompt", metavar="T", help="what not to show")
+    what.add_argument("--prompt", metavar="T", help="what to show; 'a | b': one for each window (a person talking)")
+    what.add_argument("--negative-prompt", metavar="T", help="what not to show; used where --cfg is not 1")
     what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
     what.add_argument(
-        "--resume", action="store_true", help="go on after the last finished window of a run that was interrupted"
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on after the last finished window of a run that was interrupted",
     )
 
     files = parser.add_argument_group("model files")
     for option, required, text in (
         ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF)"),
-        ("--adapter", False, "InfiniteTalk or MultiTalk; not needed for a merged model"),
+        ("--adapter", False, "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
         ("--vae", True, "Wan2.1 VAE"),
         ("--decoder", False, "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
         ("--text-encoder", True, "UMT5-XXL encoder"),
@@ -104,10 +112,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--lora",
         type=_lora,
         action="append",
-        default=[],
         dest="loras",
         metavar="F[:X]",
-        help="a LoRA with its strength (1), as in style.safetensors:0.8; several times for several",
+        help="a LoRA with its strength (1), as in style.safetensors:0.8; may be given several times",
     )
 
     size = parser.add_argument_group("size and length")
@@ -116,9 +123,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         ("--width", "pixels, rounded to 16; default: from the image"),
         ("--height", "pixels, rounded to 16; default: from the image"),
         ("--frames", "frames per window, 4n + 1 (%(default)s)"),
-        ("--motion-frames", "frames carried over (%(default)s)"),
+        ("--motion-frames", "frames that a window begins with, of the one before, 4n + 1 (%(default)s)"),
     )
-    _add_number(size, "--max-frames", "stop after so many frames, 25 per second")
+    _add_number(size, "--max-frames", "stop after so many frames, 25 per second; default: the whole recording")
     _add_sampling(parser)
     _add_machine(parser)
 
@@ -165,8 +172,22 @@ def _add_number(group: Any, option: str, text: str) -> None:
     group.add_argument(option, type=number, metavar="N" if BOUNDS[name].whole else "X", help=text)
 
 
+def _presets() -> str:
+    """What each preset stands for, in options."""
+    from ..pipeline.presets import PRESETS
+
+    def option(field: str, value: object) -> str:
+        name = f"--{field.replace('_', '-')}"
+        return name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+    return "; ".join(
+        f"{name}: {' '.join(option(*item) for item in values.items())}" for name, values in PRESETS.items()
+    )
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    from ..pipeline.plan import MODES
+    from ..media.color import COLOR_METHODS
+    from ..pipeline.plan import MODES, GenerateConfig
     from ..pipeline.presets import PRESETS
     from ..pipeline.schedulers import SCHEDULERS
 
@@ -174,48 +195,81 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="settings where no option says otherwise; fast needs a step LoRA",
+        help=f"options where they are not given. {_presets()}. fast needs a step LoRA or a distilled model",
     )
     _add_config(
         group,
-        ("--steps", "%(default)s; 4 to 8 with distilled models"),
-        ("--shift", "of the noise schedule (%(default)s)"),
-        ("--cfg", "text guidance, 1 is none; 5,4,3: one for each step (%(default)s)"),
-        ("--audio-cfg", "speech guidance, likewise (%(default)s)"),
-        ("--audio-scale", "weight of the speech (%(default)s)"),
-        ("--seed", "of the random numbers (%(default)s)"),
+        ("--steps", "denoising steps per window (%(default)s); 4 to 8 with a step LoRA or a distilled model"),
+        ("--shift", "shift of the noise schedule (%(default)s): 7 at 480p, 11 at 720p"),
+        ("--cfg", "guidance by the prompt, 1 is none; 5,4,3: one for each step (%(default)s)"),
+        ("--audio-cfg", "guidance by the speech, likewise (%(default)s)"),
+        ("--audio-scale", "how strongly the speech moves mouth and face (%(default)s)"),
+        ("--seed", "the same seed gives the same video (%(default)s)"),
     )
     group.add_argument(
         "--apg", action="store_true", dest="use_apg", default=None, help="adaptive projected guidance, for high --cfg"
     )
-    group.add_argument("--scheduler", choices=SCHEDULERS, default="multitalk", metavar="S", help=", ".join(SCHEDULERS))
-    group.add_argument("--mode", choices=tuple(MODES), default="infinitetalk", help="%(default)s")
+    group.add_argument(
+        "--scheduler", choices=SCHEDULERS, metavar="S", help=f"{', '.join(SCHEDULERS)} ({GenerateConfig.scheduler})"
+    )
+    group.add_argument(
+        "--mode",
+        choices=tuple(MODES),
+        help="how windows follow each other, by the adapter: infinitetalk anchors each to the image, multitalk to the "
+        f"end of the one before ({GenerateConfig.mode})",
+    )
     _add_config(
         group,
-        ("--start-step", "with --video: how many steps to leave out"),
-        ("--color-correction", "0 to 1, towards the image's (%(default)s)"),
+        ("--start-step", "with --video: steps left out; the more, the closer to the source (%(default)s)"),
+        ("--color-correction", "0 to 1: how far colors are drawn to those of the image (%(default)s)"),
+    )
+    group.add_argument(
+        "--color-method", choices=COLOR_METHODS, metavar="C", help=f"how: {', '.join(COLOR_METHODS)} (reinhard)"
     )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     from ..fp8_optimization import QUANTIZATIONS
     from ..pipeline.attention_policy import POLICIES
+    from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
     from ..wanvideo.modules.attention import ATTENTION_MODES
+    from ..wanvideo.runtime.compilation import COMPILE_MODES
+    from ..wanvideo.runtime.precision import PRECISIONS
 
-    group = parser.add_argument_group("the machine")
-    group.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
+    group = parser.add_argument_group("speed, precision and memory")
+    group.add_argument("--attention-mode", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
     group.add_argument(
-        "--attention-policy", choices=tuple(POLICIES), default="default", help="which step uses the mode"
+        "--attention-policy",
+        choices=tuple(POLICIES),
+        help="which steps use that mode. default: FP4 modes run the first and last step in FP8; ends_16bit: all "
+        "low-precision modes run them in 16 bits; uniform: every step does",
     )
-    group.add_argument("--quantization", metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)")
-    group.add_argument("--base-precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 else")
-    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     group.add_argument(
-        "--text-encoder-device", default="auto", metavar="D", help="cpu: leave the GPU to others (%(default)s)"
+        "--quantization", metavar="Q", help=f"of the transformer's weights: {', '.join(QUANTIZATIONS)} (disabled)"
     )
-    _add_number(group, "--blocks-to-swap", "blocks that wait in host memory (0)")
     group.add_argument(
-        "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles, for small GPUs"
+        "--base-precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="what is not quantized; auto: bf16 on a GPU, fp32 on a CPU; fp16_fast: fp16 that also adds up in fp16, "
+        "faster on consumer GPUs and less exact",
+    )
+    group.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1 ... (auto)")
+    _add_number(group, "--blocks-to-swap", "of the model's 40 transformer blocks, how many wait in host memory (0)")
+    group.add_argument(
+        "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles: slower, less GPU memory"
+    )
+    group.add_argument("--text-encoder-device", metavar="D", help="where prompts are encoded; auto: on --device (auto)")
+    group.add_argument(
+        "--text-encoder-quantization", metavar="Q", help=f"{', '.join(TEXT_QUANTIZATIONS)}: less memory (disabled)"
+    )
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        metavar="MODE",
+        help=f"compile the transformer blocks by torch.compile ({', '.join(COMPILE_MODES)}); the first step is slow",
     )
 
 
@@ -240,20 +294,27 @@ def _run_generate(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
-    """The job of the options that are given."""
-    import torch
-
+    """The job of the options that are given; those that are not (None) are left to presets and defaults."""
     from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
     from ..pipeline.presets import build_job, stated_defaults
+    from ..wanvideo.runtime.compilation import CompileSettings
+    from ..wanvideo.runtime.precision import PRECISIONS
 
-    dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    named = {"negative_prompt": "negative", "base_precision": "base_dtype"}
+    named = {"negative_prompt": "negative"}
     known = {entry.name for kind in (Job, GenerateConfig) for entry in fields(kind)}
     settings = {named.get(name, name): value for name, value in vars(args).items() if value is not None}
-    settings["base_dtype"] = dtypes[args.base_precision]
-    settings |= {"files": files, "audio": tuple(audio), "masks": tuple(args.masks), "loras": tuple(args.loras)}
-    settings = {name: value for name, value in settings.items() if name in known}
+    if args.base_precision != "auto":
+        settings["base_dtype"] = PRECISIONS[args.base_precision]
+        settings["fp16_accumulation"] = args.base_precision == "fp16_fast"
+    if args.compile is not None:
+        settings["compile_settings"] = CompileSettings(mode=args.compile)
+    settings |= {"files": files, "audio": audio}
+    settings = {
+        name: tuple(value) if name in ("audio", "masks", "loras") else value
+        for name, value in settings.items()
+        if name in known
+    }
     return build_job(settings, args.preset, stated_defaults(args.model))
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..fp8_optimization import Fp8Linear, quantize_linears
+from ..fp8_optimization import quantize_linears
 from ..media.audio import load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
@@ -33,14 +33,13 @@ from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.kernels.layout import aligned_contiguous
 from ..wanvideo.modules.attention import canonical_mode, check_mode
 from ..wanvideo.modules.model import WanModel
-from ..wanvideo.runtime.compilation import CompileSettings, check_with_block_swap, compile_model
+from ..wanvideo.runtime.compilation import CompileSettings, check_compiler, check_with_block_swap, compile_model
 from ..wanvideo.runtime.offload import BlockSwap
+from ..wanvideo.runtime.precision import PRECISIONS
 from . import comfyui
 from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_fast": torch.float16}
 
 
 def _stamp(path: str | Path) -> tuple[str, int, int]:
@@ -123,6 +122,7 @@ class VideoModel:
         weights = _in_use.get(key)
         if weights is None:
             with comfyui.ordinary_tensors():
+                check_compiler(compile_settings, comfyui.device())
                 weights = _load_weights(path, adapter, precision, quantization, merged, compile_settings, swap)
             _in_use[key] = weights
         else:
@@ -230,6 +230,7 @@ class VaeModel:
         cls, path: Path, precision: str, *, compile_settings: CompileSettings | None = None, verbose: bool = False
     ) -> VaeModel:
         with comfyui.ordinary_tensors():
+            check_compiler(compile_settings, comfyui.device())
             vae = WanVAE.load(path, PRECISIONS[precision])
             if compile_settings is not None:
                 compile_model(vae.model.decoder, replace(compile_settings, blocks_only=False))
@@ -300,9 +301,6 @@ class VaeModel:
 
 # --- the text encoder --------------------------------------------------------------------------------------------
 
-# Linears of UMT5 that stay in 16 bits: transformers casts its activations to the dtype of this weight.
-_TEXT_KEEPS = ("wo",)
-
 
 @dataclass(frozen=True)
 class TextModel:
@@ -316,12 +314,7 @@ class TextModel:
     @classmethod
     def load(cls, path: Path, precision: str, quantization: str, *, keep_on_device: bool = False) -> TextModel:
         with comfyui.ordinary_tensors():
-            dtype = PRECISIONS[precision]
-            encoder = TextEncoder.load(path, _tokenizer_source(path), dtype)
-            if quantization == "fp8_e4m3fn":
-                for name, module in encoder.model.named_modules():
-                    if isinstance(module, torch.nn.Linear) and not name.endswith(_TEXT_KEEPS):
-                        Fp8Linear.quantize(module, torch.float8_e4m3fn, dtype, scaled=False, fast=False)
+            encoder = TextEncoder.load(path, _tokenizer_source(path), PRECISIONS[precision], quantization=quantization)
             resident = comfyui.Resident(encoder.model, comfyui.device())
         return cls(encoder, resident, f"{_stamp(path)} {precision} {quantization}", keep_on_device)
 

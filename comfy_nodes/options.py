@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from ..pipeline.guidance import cfg_schedule
+from ..pipeline.presets import PRESETS, preset_values
 from ..wanvideo.checkpoints.lora import LoraSpec
-from ..wanvideo.runtime.compilation import CompileSettings
+from ..wanvideo.runtime.compilation import COMPILE_MODES, CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import comfyui
 from .comfyui import io
-from .schema import BlockSwapType, CompileType, LoraType, WanModelType, foreign, node_schema, reject_foreign
+from .schema import (
+    BlockSwapType,
+    ComboType,
+    CompileType,
+    LoraType,
+    WanModelType,
+    foreign,
+    node_schema,
+    reject_foreign,
+)
 
 MULTI_LORA_SLOTS = range(5)
 
@@ -265,7 +275,8 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
         return node_schema(
             "WanVideoTorchCompileSettings",
             "WanVideo Torch Compile Settings",
-            "Compile the model with torch.compile: slower first step, faster ones after it. Needs Triton on a GPU.",
+            "Compile the model with torch.compile, in the first step. Compiled code takes the place of this pack's own "
+            "elementwise kernels; which is faster depends on the GPU. Needs Triton on a GPU.",
             group="options",
             aliases=["torch compile", "inductor", "编译"],
             inputs=[
@@ -282,7 +293,7 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
+                    options=list(COMPILE_MODES),
                     default="default",
                     tooltip="How much time to spend on finding faster kernels.",
                 ),
@@ -399,3 +410,47 @@ class CreateCFGScheduleFloatList(io.ComfyNode):
     ) -> Any:
         schedule = cfg_schedule(steps, cfg_scale_start, cfg_scale_end, interpolation, start_percent, end_percent)
         return io.NodeOutput(schedule)
+
+
+# Setting of a preset -> type and name of the output, and its tooltip.
+PRESET_OUTPUTS: dict[str, tuple[Any, str, str]] = {
+    "steps": (io.Int, "steps", "For WanVideo Sampler."),
+    "cfg": (io.Float, "cfg", "Guidance by the prompt, for WanVideo Sampler."),
+    "shift": (io.Float, "shift", "For WanVideo Sampler."),
+    "scheduler": (ComboType, "scheduler", "For WanVideo Sampler."),
+    "audio_cfg": (io.Float, "audio_cfg_scale", "Guidance by speech, for Multi/InfiniteTalk Wav2vec2 Embeds."),
+    "quantization": (ComboType, "quantization", "For WanVideo Model Loader."),
+    "blocks_to_swap": (BlockSwapType, "block_swap_args", "For WanVideo Model Loader, in place of WanVideo Block Swap."),
+    "tiled_vae": (io.Boolean, "tiled_vae", "For WanVideo Long I2V Multi/InfiniteTalk."),
+    "text_encoder_device": (ComboType, "device", "For WanVideo TextEncode."),
+}
+
+
+class InfiniteTalkPreset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkPreset",
+            "InfiniteTalk Preset",
+            "Settings by name, the same as of infinitetalk generate --preset. Link the outputs to the widgets of other "
+            "nodes.",
+            group="options",
+            aliases=["preset", "settings", "fast", "low memory", "low vram", "预设"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="quality",
+                    tooltip="fast: few steps without guidance, for a step LoRA or a distilled model. quality: the "
+                    "public settings. low-memory: these on a small GPU.",
+                )
+            ],
+            outputs=[kind.Output(display_name=name, tooltip=tip) for kind, name, tip in PRESET_OUTPUTS.values()],
+        )
+
+    @classmethod
+    def execute(cls, preset: str) -> Any:
+        values = preset_values(preset)
+        values["blocks_to_swap"] = BlockSwap(blocks=values["blocks_to_swap"])
+        values["text_encoder_device"] = "cpu" if values["text_encoder_device"] == "cpu" else "gpu"
+        return io.NodeOutput(*(values[field] for field in PRESET_OUTPUTS))

@@ -28,7 +28,8 @@ from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import count_kernels
-from ..wanvideo.runtime.compilation import compile_limits
+from ..wanvideo.runtime.compilation import compile_limits, described
+from ..wanvideo.runtime.precision import fp16_accumulation
 from . import comfyui
 from .models import VideoModel
 from .types import ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
@@ -112,7 +113,7 @@ def sample(
     with (
         comfyui.ordinary_tensors(),
         count_kernels() as kernels,
-        _fast_fp16(model),
+        fp16_accumulation(model.precision == "fp16_fast"),
         compile_limits(model.compile_settings),
     ):
         if isinstance(what, LongVideo):
@@ -123,21 +124,6 @@ def sample(
     line = what_ran(linears, model.attention_mode, model.attention_policy, kernels)
     logger.info("%s, %s, %.1f s: %s", model.name, model.precision, time.monotonic() - begin, line)
     return result
-
-
-@contextlib.contextmanager
-def _fast_fp16(model: VideoModel) -> Iterator[None]:
-    """fp16_fast: let matrix products accumulate in fp16, where this torch can, while the model runs."""
-    matmul = torch.backends.cuda.matmul
-    if model.precision != "fp16_fast" or not hasattr(matmul, "allow_fp16_accumulation"):
-        yield
-        return
-    before = matmul.allow_fp16_accumulation
-    matmul.allow_fp16_accumulation = True
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_accumulation = before
 
 
 def _policy(model: VideoModel) -> Any:
@@ -237,8 +223,13 @@ def _long_video(
     clip = None if what.clip is None else _FixedClip(what.clip)
     windows = partial(generate, model.model, what.vae, clip, conditioning, plan)
     if what.output_path:
-        described = _described(model, what, conditioning, plan, speech)
-        result = _write(windows, callbacks, what, speech, len(plan.windows), described)
+        what_is_made = _described(model, what, conditioning, plan, speech)
+        how = {
+            "torch": torch.__version__,
+            "tiling of the VAE": str(what.tiled),
+            "compilation": described(model.compile_settings),
+        }
+        result = _write(windows, callbacks, what, speech, len(plan.windows), what_is_made, how)
     else:
         result = _collect(windows(callbacks), speech)
     what.vae.unload()
@@ -294,14 +285,15 @@ def _write(
     what: LongVideo,
     speech: SpeechEmbeds,
     count: int,
-    described: dict[str, str],
+    what_is_made: dict[str, str],
+    how: dict[str, str],
 ) -> Latent:
     """The windows appended to a file as they come, behind those of an interrupted run of the same video."""
     path = comfyui.output_file(what.output_path, ".mp4")
     check_output(path)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
     with OutputFiles.of(path).locked() as files, count_kernels() as kernels:
-        journal = Journal(files, described, {"torch": torch.__version__, "tiling of the VAE": str(what.tiled)})
+        journal = Journal(files, what_is_made, how)
         start = None
         try:
             start = journal.start(resume=True)

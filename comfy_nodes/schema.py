@@ -25,6 +25,9 @@ LoraType = io.Custom("WANVIDLORA")
 BlockSwapType = io.Custom("BLOCKSWAPARGS")
 CompileType = io.Custom("WANCOMPILEARGS")
 
+# The output of a value for combo widgets: io.Combo.Output has, in some versions, the list of values as its type.
+ComboType = io.Custom("COMBO")
+
 # Inputs that saved workflows may carry for models and methods that this pack does not run. The socket exists, so that
 # the workflow loads; connecting it is answered with one sentence.
 FOREIGN = {

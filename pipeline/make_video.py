@@ -33,13 +33,22 @@ from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
 from ..wanvideo.checkpoints.state_dict import kind_of
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.small_decoder import SmallDecoder, denormalizes
-from ..wanvideo.encoders.text import TextEncoder
+from ..wanvideo.encoders.text import TextEncoder, text_quantization
 from ..wanvideo.encoders.vae import VideoDecoder, WanVAE
 from ..wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
 from ..wanvideo.kernels.layout import GuardStats
 from ..wanvideo.modules.attention import canonical_mode, check_mode, count_kernels
 from ..wanvideo.modules.model import WanConfig, WanModel
+from ..wanvideo.runtime.compilation import (
+    CompileSettings,
+    check_compiler,
+    check_with_block_swap,
+    compile_limits,
+    compile_model,
+    described,
+)
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
+from ..wanvideo.runtime.precision import fp16_accumulation
 from .attention_policy import bind
 from .bounds import check_numbers, shown
 from .conditioning import Conditioning, FrameSource
@@ -65,7 +74,7 @@ FPS = 25
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
 """Fields of a `Job` where a string is a path."""
 
-NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap")
+NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 UNKNOWN_KIND = kind_of(())
@@ -111,11 +120,14 @@ class Job:
         loras: LoRA files with their strengths. They are merged into weights of 16 and 32 bits, before these are
             quantized; a file that changes weights which came quantized is added to the layers' outputs.
         base_dtype: of weights and activations; None: bfloat16 on a GPU, float32 on the CPU.
+        fp16_accumulation: with base_dtype float16, add up products in float16 too: less exact, faster on consumer GPUs.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1" ...
         text_encoder_device: where the prompts are encoded; "auto": on the device.
+        text_encoder_quantization: how the text encoder's linears are stored, one of `TEXT_QUANTIZATIONS`.
         blocks_to_swap: transformer blocks that wait in host memory while others run.
+        compile_settings: how the model is compiled by torch.compile, which may change the last bits; None: not at all.
         resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
-            must be the same; devices, blocks_to_swap and tiled_vae may differ.
+            must be the same; devices, blocks_to_swap, compile_settings and tiled_vae may differ.
     """
 
     files: ModelFiles
@@ -134,9 +146,12 @@ class Job:
     quantization: str = "disabled"
     loras: Sequence[LoraSpec] = ()
     base_dtype: torch.dtype | None = None
+    fp16_accumulation: bool = False
     device: str = "auto"
     text_encoder_device: str = "auto"
+    text_encoder_quantization: str = "disabled"
     blocks_to_swap: int = 0
+    compile_settings: CompileSettings | None = None
     resume: bool = False
 
 
@@ -201,7 +216,8 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
     mode, quantization = canonical_mode(job.attention_mode), Quantization.parse(job.quantization).name
-    job = replace(job, attention_mode=mode, quantization=quantization)
+    text = text_quantization(job.text_encoder_quantization).name
+    job = replace(job, attention_mode=mode, quantization=quantization, text_encoder_quantization=text)
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 
@@ -230,8 +246,14 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         # 4. Generate; each window is written while the next one is made.
         conditioning = Conditioning(context, negative, audio, checked.source)
         state = None if start is None else start.state
-        events.stage("Generating")
-        with count_kernels() as kernels, writer, Recorder(writer, journal, kernels, events.window_done) as recorder:
+        events.stage("Generating" if job.compile_settings is None else "Generating, the first step compiles the model")
+        with (
+            count_kernels() as kernels,
+            writer,
+            Recorder(writer, journal, kernels, events.window_done) as recorder,
+            compile_limits(job.compile_settings),
+            fp16_accumulation(job.fp16_accumulation),
+        ):
 
             def check_interrupt() -> None:
                 events.check_interrupt()
@@ -314,6 +336,7 @@ def check(job: Job) -> Checked:
     text_encoder_device = device if job.text_encoder_device == "auto" else choose_device(job.text_encoder_device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
+    check_with_block_swap(job.compile_settings, _swap(job))
     for lora in job.loras:
         check_numbers(lora_strength=lora.strength)
     prompt = parse_prompt(job.prompt)
@@ -342,6 +365,7 @@ def check(job: Job) -> Checked:
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
     _check_encoders(job.files)
     inspect_loras(dit, job.loras)
+    check_compiler(job.compile_settings, device)  # the last check, which takes seconds
     return Checked(device, text_encoder_device, dtype, dit, source, speech, prompt, plan)
 
 
@@ -440,6 +464,7 @@ def _how(job: Job, device: torch.device) -> dict[str, str]:
         "the text encoder's device": job.text_encoder_device,
         "the number of swapped blocks": str(job.blocks_to_swap),
         "tiling of the VAE": str(job.config.tiled_vae),
+        "compilation": described(job.compile_settings),
         "torch": torch.__version__,
     }
 
@@ -511,6 +536,7 @@ def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[T
         tokenizer=job.files.tokenizer,
         dtype=checked.dtype,
         device=checked.text_encoder_device,
+        quantization=job.text_encoder_quantization,
     )
 
     def encode(texts: Sequence[str]) -> list[Tensor]:
@@ -520,9 +546,13 @@ def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[T
     return encode_pieces(checked.prompt, encode), encode([job.negative])[0]
 
 
+def _swap(job: Job) -> BlockSwap | None:
+    return BlockSwap(blocks=job.blocks_to_swap) if job.blocks_to_swap else None
+
+
 def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     events.stage("Loading the model")
-    swap = BlockSwap(blocks=job.blocks_to_swap) if job.blocks_to_swap else None
+    swap = _swap(job)
     home = "cpu" if swap else checked.device
     after_merging = job.quantization != "disabled" and any(lora.merge and lora.strength for lora in job.loras)
     model = load_dit(
@@ -539,6 +569,8 @@ def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     if after_merging:
         quantize_linears(model, job.quantization, checked.dtype)  # so that weights are rounded once
         model.to(home)
+    if job.compile_settings is not None:
+        compile_model(model, job.compile_settings)
     if swap is not None:
         Offloader(model, checked.device, swap).load()
     return model

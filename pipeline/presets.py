@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .bounds import BOUNDS
 from .make_video import Job
 from .plan import GenerateConfig
 
-__all__ = ["PRESETS", "build_job", "stated_defaults"]
+__all__ = ["PRESETS", "build_job", "preset_values", "stated_defaults"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,13 @@ QUALITY: dict[str, Any] = {"steps": 40, "shift": 7.0, "cfg": 5.0, "audio_cfg": 4
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 4, "cfg": 1.0, "audio_cfg": 1.0},
     "quality": QUALITY,
-    "low-memory": QUALITY | {"blocks_to_swap": 40, "quantization": "fp8_e4m3fn_scaled", "tiled_vae": True},
+    "low-memory": QUALITY
+    | {
+        "blocks_to_swap": 40,
+        "quantization": "fp8_e4m3fn_scaled",
+        "tiled_vae": True,
+        "text_encoder_device": "cpu",  # UMT5-XXL would take more of the GPU than all the rest
+    },
 }
 """Name -> fields of `GenerateConfig` and `Job` with their values."""
 
@@ -33,6 +39,26 @@ DISTILLED = ("fast",)
 """Presets whose few steps need a model, or a LoRA, that was trained for them."""
 
 _CONFIG = {field.name for field in fields(GenerateConfig)} - {field.name for field in fields(Job)}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """Every field of `GenerateConfig` and `Job` that has a default, as the preset sets it, else that default.
+
+    Raises InputError for a preset that does not exist.
+    """
+    defaults = {
+        entry.name: entry.default
+        for kind in (GenerateConfig, Job)
+        for entry in fields(kind)
+        if entry.default is not MISSING
+    }
+    return defaults | _preset(name)
+
+
+def _preset(name: str | None) -> dict[str, Any]:
+    if name is not None and name not in PRESETS:
+        raise InputError(f"There is no preset '{name}': choose one of {', '.join(PRESETS)}.")
+    return {} if name is None else PRESETS[name]
 
 
 def stated_defaults(model: str | Path) -> dict[str, Any]:
@@ -62,9 +88,7 @@ def build_job(settings: Mapping[str, Any], preset: str | None = None, defaults: 
 
     Raises InputError for a preset that does not exist.
     """
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}.")
-    chosen = {**(PRESETS[preset] if preset else {}), **settings}
+    chosen = {**_preset(preset), **settings}
     own = {name: value for name, value in (defaults or {}).items() if name not in chosen}
     if chosen.keys() & {"width", "height"}:  # one alone follows the image's aspect
         own = {name: value for name, value in own.items() if name not in ("width", "height")}

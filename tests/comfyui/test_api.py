@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 from support import make_workflows, workflows
 from support.comfy_server import PACK, Server, messages, saved_files
-from support.tiny_comfy import node_of, shrink
+from support.tiny_comfy import link_preset, node_of, shrink
 from support.video import streams_of
 
 pytestmark = pytest.mark.comfyui
 
 ROOT = workflows.ROOT
 PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
-OWN = {"InfiniteTalkClipVisionLoader", "InfiniteTalkAttentionPolicy", "WanVideoAttentionDoctor"}
+OWN = {
+    "InfiniteTalkClipVisionLoader",
+    "InfiniteTalkAttentionPolicy",
+    "InfiniteTalkPreset",
+    "WanVideoAttentionDoctor",
+}
 
 
 @pytest.fixture
@@ -83,6 +88,13 @@ def test_example_workflow_ends_in_a_video_with_sound(server: Server, tmp_path: P
     frames, shown, sound = streams_of(server.download(file, tmp_path))
     assert frames == 25
     assert sound == pytest.approx(shown, abs=0.07)
+
+
+def test_a_preset_is_linked_to_the_widgets(server: Server, prompt) -> None:
+    outputs = server.get("/object_info")["InfiniteTalkPreset"]["output_name"]
+    link_preset(prompt, "fast", outputs)
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", messages(entry, "execution_error")
 
 
 def test_one_line_says_what_ran(server: Server, prompt) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,21 @@ def node_of(prompt: dict[str, Any], class_type: str) -> str:
     """Id of the one node of a type."""
     (found,) = [node_id for node_id, node in prompt.items() if node["class_type"] == class_type]
     return found
+
+
+# Node -> its widgets and sockets that InfiniteTalk Preset has an output for.
+PRESET_LINKS = {
+    "WanVideoSampler": ("steps", "cfg", "shift", "scheduler"),
+    "MultiTalkWav2VecEmbeds": ("audio_cfg_scale",),
+    "WanVideoModelLoader": ("quantization", "block_swap_args"),
+    "WanVideoImageToVideoMultiTalk": ("tiled_vae",),
+    "WanVideoTextEncode": ("device",),
+}
+
+
+def link_preset(prompt: dict[str, Any], preset: str, outputs: Sequence[str]) -> None:
+    """Give the nodes of `prompt` the settings of a preset; `outputs` are the names of the preset node's, in order."""
+    prompt["900"] = {"class_type": "InfiniteTalkPreset", "inputs": {"preset": preset}}
+    for class_type, names in PRESET_LINKS.items():
+        for name in names:
+            prompt[node_of(prompt, class_type)]["inputs"][name] = ["900", list(outputs).index(name)]

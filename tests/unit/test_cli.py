@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +37,8 @@ from wanvideo_infinitetalk.wanvideo.checkpoints.dit import inspect_dit
 from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
 from wanvideo_infinitetalk.wanvideo.encoders.vae import VideoDecoder
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
+from wanvideo_infinitetalk.wanvideo.runtime import compilation
+from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings
 
 SECONDS = 0.52
 FRAMES = 13
@@ -909,15 +911,75 @@ def test_options_that_are_not_given_are_the_library_s(
     )
 
 
-def test_every_option_arrives_in_the_job(job_of: Callable[..., generate.Job]) -> None:
-    options = {"steps": 3, "cfg": 2.0, "seed": 7, "scheduler": "euler", "mode": "multitalk", "max_frames": 9}
-    options |= {"negative_prompt": "n", "prompt": "p", "blocks_to_swap": 1, "quantization": "fp8_e5m2", "device": "cpu"}
-    options |= {"base_precision": "fp16", "attention_mode": "eager", "attention_policy": "ends_16bit"}
-    job = job_of("--tiled-vae", "--resume", **options)
-    renamed = {"negative": "n", "base_dtype": torch.float16, "tiled_vae": True, "resume": True}
-    for name, value in (options | renamed).items():
-        if name not in ("negative_prompt", "base_precision"):
-            assert getattr(job, name, getattr(job.config, name, None)) == value, name
+GIVEN: dict[str, tuple[str, Any]] = {
+    "one_after_the_other": ("--one-after-the-other", True),
+    "masks": ("--masks m.png", (Path("m.png"),)),
+    "prompt": ("--prompt p", "p"),
+    "negative": ("--negative-prompt n", "n"),
+    "resume": ("--resume", True),
+    "loras": ("--lora l:0.5", (LoraSpec("l", 0.5),)),
+    "width": ("--width 48", 48),
+    "height": ("--height 80", 80),
+    "frames": ("--frames 9", 9),
+    "motion_frames": ("--motion-frames 5", 5),
+    "max_frames": ("--max-frames 9", 9),
+    "steps": ("--steps 3", 3),
+    "shift": ("--shift 2", 2),
+    "cfg": ("--cfg 3,2", [3, 2]),
+    "audio_cfg": ("--audio-cfg 1.5", 1.5),
+    "audio_scale": ("--audio-scale 0.5", 0.5),
+    "seed": ("--seed 7", 7),
+    "use_apg": ("--apg", True),
+    "scheduler": ("--scheduler euler", "euler"),
+    "mode": ("--mode multitalk", "multitalk"),
+    "start_step": ("--start-step 2", 2),
+    "color_correction": ("--color-correction 0.25", 0.25),
+    "color_method": ("--color-method mkl", "mkl"),
+    "attention_mode": ("--attention-mode eager", "eager"),
+    "attention_policy": ("--attention-policy ends_16bit", "ends_16bit"),
+    "quantization": ("--quantization fp8_e5m2", "fp8_e5m2"),
+    "base_dtype": ("--base-precision fp16", torch.float16),
+    "fp16_accumulation": ("--base-precision fp16_fast", True),
+    "device": ("--device cpu", "cpu"),
+    "blocks_to_swap": ("--blocks-to-swap 1", 1),
+    "tiled_vae": ("--tiled-vae", True),
+    "text_encoder_device": ("--text-encoder-device cpu", "cpu"),
+    "text_encoder_quantization": ("--text-encoder-quantization fp8_e4m3fn", "fp8_e4m3fn"),
+    "compile_settings": ("--compile max-autotune", CompileSettings(mode="max-autotune")),
+}
+"""Field of `Job` or `GenerateConfig` -> an option that sets it, and its value then, which is not the default."""
+
+
+def setting(job: generate.Job, name: str) -> object:
+    return getattr(job if hasattr(job, name) else job.config, name)
+
+
+def test_every_option_of_generate_is_tried() -> None:
+    (subparsers,) = [action for action in cli.parser()._actions if isinstance(action.choices, dict)]
+    options = {action.option_strings[-1] for action in subparsers.choices["generate"]._actions}
+    files = {f"--{name.replace('_', '-')}" for name in generate.ModelFiles.__dataclass_fields__}
+    inputs = {"--image", "--video", "--audio", "--audio-2", "--audio-3", "--audio-4", "--out"}
+    tried = {line.split()[0] for line, _ in GIVEN.values()}
+    assert options - tried - inputs - files == {"--help", "--verbose", "--preset"}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_option_arrives_in_the_job_and_a_preset_may_set_it(
+    job_of: Callable[..., generate.Job], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    option, value = GIVEN[name]
+    assert setting(job_of(*option.split()), name) == value
+    default = setting(job_of(), name)
+    assert default != value
+    monkeypatch.setitem(PRESETS, "quality", {name: value})
+    assert setting(job_of(preset="quality"), name) == value
+    monkeypatch.setitem(PRESETS, "quality", {name: default})
+    assert setting(job_of(*option.split(), preset="quality"), name) == value
+
+
+def test_the_help_says_what_presets_stand_for(job_of: Callable[..., generate.Job]) -> None:
+    for preset, said in (text.split(": ") for text in cli._presets().split("; ")):
+        assert job_of(*said.split()) == job_of(preset=preset), preset
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -1070,6 +1132,76 @@ def test_the_text_encoder_s_device(run: Callable[..., Ran], monkeypatch: pytest.
     assert devices == [torch.device("cpu"), torch.device("cpu", 0)]
     monkeypatch.undo()
     assert_rejected(run(text_encoder_device="tpu"), "no device 'tpu'")
+
+
+def test_the_text_encoder_in_fp8(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders = []
+    load = generate.TextEncoder.load
+    monkeypatch.setattr(generate.TextEncoder, "load", lambda *a, **k: encoders.append(load(*a, **k)) or encoders[-1])
+    for spelling in ("disabled", "FP8-e4m3fn"):
+        ran = run(text_encoder_quantization=spelling, max_frames=5)
+        assert ran.code == 0, ran.err
+    forms = [{parameter.dtype for parameter in encoder.model.parameters()} for encoder in encoders]
+    assert [torch.float8_e4m3fn in form for form in forms] == [False, True]
+    prompts = [encoder.encode(["a woman talks"])[0] for encoder in encoders]
+    assert 0 < (prompts[1] - prompts[0]).norm() / prompts[0].norm() < 0.15
+    assert_rejected(run(text_encoder_quantization="fp4"), "text encoder quantization 'fp4' is unknown", "fp8_e4m3fn")
+
+
+def test_fp16_fast_accumulates_in_fp16(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    load, step = generate.load_dit, terminal.ProgressBar._step
+
+    def keep(self: terminal.ProgressBar, *given: int) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
+        step(self, *given)
+
+    monkeypatch.setattr(terminal.ProgressBar, "_step", keep)
+    dtypes = []
+    monkeypatch.setattr(generate, "load_dit", lambda *a, **k: dtypes.append(k["base_dtype"]) or load(*a, **k))
+    for precision in ("fp16", "fp16_fast"):
+        assert run(base_precision=precision, max_frames=5).code == 0
+    assert (dtypes, seen) == ([torch.float16] * 2, [False, True])
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+class Graphs:
+    """A backend of torch.compile that runs graphs as they are and counts them."""
+
+    count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """The backend that `--compile` takes in place of Inductor, which needs half a minute."""
+    torch._dynamo.reset()
+    backend: Any = Graphs()
+    monkeypatch.setattr(compilation, "CompileSettings", lambda mode: CompileSettings(backend=backend, mode=mode))
+    yield backend
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_make_the_same_video(run: Callable[..., Ran], graphs: Graphs, tmp_path: Path) -> None:
+    """By graphs that run as they are, so bit for bit: one to try the compiler, one for all blocks and windows."""
+    videos, counts = [], []
+    for flags in ((), ("--compile",)):
+        ran = run(*flags, steps=2, blocks_to_swap=1)
+        assert ran.code == 0, ran.err
+        videos.append((tmp_path / "video.mp4").read_bytes())
+        counts.append(graphs.count)
+    assert videos[0] == videos[1]
+    assert counts == [0, 2]
+
+
+@pytest.mark.usefixtures("unread")
+def test_compilation_that_cannot_be(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_rejected(run("--compile=reduce-overhead", blocks_to_swap=1), "block swap", "max-autotune-no-cudagraphs")
+    monkeypatch.setattr(compilation, "CompileSettings", lambda mode: CompileSettings(backend="none of torch's"))
+    assert_rejected(run("--compile"), "torch.compile does not work here with backend none of torch's", "do not compile")
 
 
 def test_the_demo_takes_another_image_and_recording(

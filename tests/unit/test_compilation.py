@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support.models import random_inputs, random_model
-from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, InfiniteTalkError, InputError
 from wanvideo_infinitetalk.wanvideo.runtime.compilation import (
     CompileSettings,
+    check_compiler,
     check_with_block_swap,
     compile_limits,
     compile_model,
@@ -19,6 +20,10 @@ from wanvideo_infinitetalk.wanvideo.runtime.compilation import (
 from wanvideo_infinitetalk.wanvideo.runtime.offload import BlockSwap, Offloader
 
 MODES = ("sdpa", "eager", "sageattn_3_fp4", "sageattn_3_fp8", "sageattn_3", "sageattn")
+
+
+SLOW = pytest.mark.slow
+"""Inductor builds C++ on the CPU: half a minute."""
 
 
 class Counter:
@@ -86,10 +91,11 @@ def test_compiled_blocks_may_be_swapped(counter: Counter) -> None:
     assert counter.graphs == 1
 
 
-@pytest.mark.cuda
-def test_inductor_gives_the_same_numbers(counter: Counter) -> None:
-    model = random_model().cuda()
-    inputs = {name: value.cuda() for name, value in random_inputs().items()}
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("cpu", marks=SLOW)])
+def test_inductor_gives_the_same_numbers(counter: Counter, device: str) -> None:
+    model = random_model().to(device)
+    inputs = {name: value.to(device) for name, value in random_inputs().items()}
+    check_compiler(CompileSettings(), device)
     with torch.no_grad():
         expected = model(**inputs)
         compile_model(model, CompileSettings(backend="inductor", fullgraph=True))
@@ -127,3 +133,31 @@ def test_block_swap_is_refused_where_weights_must_not_move(settings: CompileSett
     with pytest.raises(InputError, match=words):
         check_with_block_swap(settings, BlockSwap(blocks=1))
     check_with_block_swap(CompileSettings(), BlockSwap(blocks=1))
+
+
+def test_a_compiler_that_is_not_there_is_said(counter: Counter) -> None:
+    """Inductor's own error, without a C++ compiler and without what earlier runs have compiled."""
+    import torch._inductor.config as config
+    from torch._inductor.utils import fresh_cache
+
+    check_compiler(None, "cpu")
+    check_compiler(CompileSettings(backend="eager"), "cpu")
+    sentence = r"backend inductor \(.*C\+\+ compiler.*or do not compile\.$"
+    none = config.patch({"cpp.cxx": (None, "/no/compiler")})
+    with fresh_cache(), none, pytest.raises(BackendUnavailableError, match=sentence):
+        check_compiler(CompileSettings(), "cpu")
+    with pytest.raises(BackendUnavailableError, match=r"backend nonsense \("):
+        check_compiler(CompileSettings(backend="nonsense"), "cpu")
+
+
+def test_what_torch_cannot_compile_is_said(counter: Counter) -> None:
+    class Breaking(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return x
+
+    model, settings = Breaking(), settings_of(counter, blocks_only=False)
+    compile_model(model, settings)
+    sentence = r"^torch\.compile cannot compile this model \([^\n]*\): run it"
+    with pytest.raises(InfiniteTalkError, match=sentence), compile_limits(settings):
+        model(torch.ones(2))

@@ -455,7 +455,12 @@ def test_decoding_goes_on_in_tiles_when_memory_runs_out(host: Host, monkeypatch,
     assert "trying again in tiles" in caplog.text
 
 
-def test_compile_settings_reach_the_model(host: Host) -> None:
+def test_compile_settings_reach_the_model(host: Host, monkeypatch) -> None:
+    from wanvideo_infinitetalk.comfy_nodes import models
+
+    # Trying Inductor takes half a minute on a CPU; tests/unit/test_compilation.py does it.
+    checked: list[Any] = []
+    monkeypatch.setattr(models, "check_compiler", lambda settings, device: checked.append(settings))
     widgets = {
         "backend": "inductor",
         "fullgraph": True,
@@ -469,20 +474,62 @@ def test_compile_settings_reach_the_model(host: Host) -> None:
     assert settings.variants == 200
     loader = {"model": TINY["dit"], "base_precision": "fp32", "quantization": "disabled", "load_device": "main_device"}
     (compiled,) = run(host, "WanVideoModelLoader", **loader, compile_args=settings)
+    run(host, "WanVideoVAELoader", model_name=TINY["vae"], compile_args=settings)
+    assert checked == [settings, settings]
     assert all("forward" in block.__dict__ for block in compiled.model.blocks)
     (plain,) = run(host, "WanVideoModelLoader", **loader)
     assert plain.weights is not compiled.weights
     assert plain.weights.resident.offloader.loaded  # main_device
 
 
-def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatch) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "fp16_fast"])
+def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatch, precision: str) -> None:
     from wanvideo_infinitetalk.comfy_nodes import sampling
 
-    class Matmul:
-        allow_fp16_accumulation = False
+    seen = []
+    monkeypatch.setattr(
+        sampling, "_one_window", lambda *given: seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
+    )
+    loader = {"model": TINY["dit"], "quantization": "disabled", "load_device": "offload_device"}
+    (model,) = run(host, "WanVideoModelLoader", **loader, base_precision=precision)
+    settings = sampling.SamplerSettings(steps=1, cfg=1.0, shift=5.0, seed=0, scheduler="euler")
+    sampling.sample(model, None, settings, text=object(), speech=None, start=None)
+    assert seen == [precision == "fp16_fast"]
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
 
-    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul)
-    model = type("Model", (), {"precision": "fp16_fast"})
-    with sampling._fast_fp16(model):
-        assert Matmul.allow_fp16_accumulation
-    assert not Matmul.allow_fp16_accumulation
+
+# --- presets
+
+
+def test_the_presets_are_the_command_s(host: Host) -> None:
+    """Every setting of every preset has an output; what a preset does not set is the command's default."""
+    from wanvideo_infinitetalk.comfy_nodes.options import PRESET_OUTPUTS
+    from wanvideo_infinitetalk.pipeline.presets import PRESETS, preset_values
+
+    widget = host.nodes["InfiniteTalkPreset"].GET_SCHEMA().inputs[0]
+    assert widget.options["options"] == list(PRESETS)
+    read = {"blocks_to_swap": lambda swap: swap.blocks, "text_encoder_device": {"gpu": "auto", "cpu": "cpu"}.get}
+    for name, settings in PRESETS.items():
+        assert settings.keys() <= PRESET_OUTPUTS.keys(), f"without an output: {settings.keys() - PRESET_OUTPUTS.keys()}"
+        outputs = dict(zip(PRESET_OUTPUTS, run(host, "InfiniteTalkPreset", preset=name), strict=True))
+        expected = {field: value for field, value in preset_values(name).items() if field in PRESET_OUTPUTS}
+        assert {field: read.get(field, lambda same: same)(value) for field, value in outputs.items()} == expected
+        assert settings.items() <= expected.items()
+
+
+def test_the_outputs_of_a_preset_fit_the_widgets_that_they_are_for(host: Host) -> None:
+    node = host.nodes["InfiniteTalkPreset"].GET_SCHEMA()
+    outputs = {output.display_name: output for output in node.outputs}
+    links = [(node_id, name) for node_id, names in tiny_comfy.PRESET_LINKS.items() for name in names]
+    assert sorted(outputs) == sorted(name for _, name in links)
+    given = [
+        dict(zip(outputs, run(host, "InfiniteTalkPreset", preset=preset), strict=True))
+        for preset in node.inputs[0].options["options"]
+    ]
+    for node_id, name in links:
+        schema = host.nodes[node_id].GET_SCHEMA()
+        (widget,) = [widget for widget in schema.inputs if widget.id == name]
+        assert outputs[name].io_type == widget.get_io_type(), name
+        assert schema.display_name in outputs[name].tooltip
+        choices = widget.options.get("options")
+        assert choices is None or all(values[name] in choices for values in given), name

@@ -15,6 +15,7 @@ from support.comfy_stubs import InterruptProcessingException, Progress
 from support.tiny_comfy import node_of, shrink
 from support.video import streams_of
 from wanvideo_infinitetalk.cli.tiny_models import decoder_weights
+from wanvideo_infinitetalk.fp8_optimization import stored_summary
 from wanvideo_infinitetalk.pipeline import long_video
 from wanvideo_infinitetalk.wanvideo.errors import BackendUnavailableError, CheckpointError, InputError
 
@@ -90,6 +91,20 @@ def test_a_long_video_by_a_small_decoder(host: Host, prompt) -> None:
     with pytest.raises(NodeError, match="encodes no images") as caught:
         host.run(prompt)
     assert caught.value.node_id == long
+
+
+def test_a_preset_decides_what_is_made(host: Host, prompt) -> None:
+    outputs = [output.display_name for output in host.nodes["InfiniteTalkPreset"].GET_SCHEMA().outputs]
+    tiny_comfy.link_preset(prompt, "fast", outputs)
+    Progress.seen.clear()
+    host.run(prompt)
+    assert [total for _, total, preview in Progress.seen if preview] == [2 * 4] * 8  # two windows of four steps
+    prompt["900"]["inputs"]["preset"] = "low-memory"
+    loader = node_of(prompt, "WanVideoModelLoader")
+    needed = ("900", node_of(prompt, "MultiTalkModelLoader"), loader)
+    (model,) = host.run({node_id: prompt[node_id] for node_id in needed})[loader]
+    assert model.swap.blocks == 40
+    assert "fp8_e4m3fn_scaled" in stored_summary(model.model)
 
 
 def test_models_are_known_to_the_memory_management(host: Host, prompt) -> None:

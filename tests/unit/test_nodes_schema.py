@@ -16,6 +16,7 @@ OWN = {
     "InfiniteTalkClipVisionLoader",
     "InfiniteTalkSmallDecoder",
     "InfiniteTalkAttentionPolicy",
+    "InfiniteTalkPreset",
     "WanVideoAttentionDoctor",
 }
 NUMERIC = ("default", "min", "max", "step", "round")

@@ -28,6 +28,8 @@ from wanvideo_infinitetalk.pipeline import journal, long_video, make_video
 from wanvideo_infinitetalk.pipeline.journal import Journal, describe, digest_of_file
 from wanvideo_infinitetalk.pipeline.long_video import RunState
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
+from wanvideo_infinitetalk.wanvideo.runtime import compilation
+from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings
 
 WINDOWS, NEW = 10, 4
 FRAMES = 5 + (WINDOWS - 1) * NEW
@@ -227,6 +229,7 @@ def test_what_is_made_must_be_the_same(case, whole, tmp_path_factory) -> None:
         (("--max-frames", "20"), "max frames 20, was None"),
         (("--attention-mode", "eager"), "attention mode eager, was auto"),
         (("--quantization", "fp8_e4m3fn"), "quantization fp8_e4m3fn, was disabled"),
+        (("--text-encoder-quantization", "fp8_e4m3fn"), "text encoder quantization fp8_e4m3fn, was disabled"),
     ):
         ran = case.run("--resume", *more)
         assert ran.code == 2, more
@@ -241,6 +244,13 @@ def test_how_it_is_made_may_change_and_is_said(case) -> None:
     assert "swapped blocks is 1, and was 0 for the windows before: bits may differ" in ran.err
     assert "Tiling of the vae is True" in ran.err
     assert len(frames_of(case.out)) == FRAMES
+
+
+def test_compiling_later_windows_is_said(case, monkeypatch) -> None:
+    monkeypatch.setattr(compilation, "CompileSettings", lambda mode: CompileSettings(backend="eager", mode=mode))
+    ran = case.run("--resume", "--compile")
+    assert ran.code == 0, ran.err
+    assert "Compilation is by eager, mode default, and was none for the windows before: bits may differ" in ran.err
 
 
 def test_copies_of_the_inputs_do_as_well(case, whole, tmp_path_factory, tiny_set) -> None:

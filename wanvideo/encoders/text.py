@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...fp8_optimization import Quantization, quantize_linear
 from ..checkpoints.files import CheckpointFile
 from ..checkpoints.quantized import Weights
 from ..checkpoints.reading import fitting, small_file
@@ -21,12 +22,32 @@ from .base import Encoder, check_tensors, check_unused, empty_transformer
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["MAX_TOKENS", "TextEncoder", "Tokenizer", "clean_prompt", "load_tokenizer", "transformers_names"]
+__all__ = [
+    "MAX_TOKENS",
+    "TEXT_QUANTIZATIONS",
+    "TextEncoder",
+    "Tokenizer",
+    "clean_prompt",
+    "load_tokenizer",
+    "text_quantization",
+    "transformers_names",
+]
 
 MAX_TOKENS = 512
 """The DiT's text length, end mark included."""
 
 HUB_TOKENIZER = "google/umt5-xxl"
+
+TEXT_QUANTIZATIONS = ("disabled", "fp8_e4m3fn")
+"""How the encoder's linears may be stored; all are computed in 16 or 32 bits."""
+
+# Linears that stay in 16 bits: transformers casts their activations to the dtype of this weight.
+_UNQUANTIZED = ("wo",)
+
+
+def text_quantization(name: str) -> Quantization:
+    """The one of TEXT_QUANTIZATIONS that `name` spells, in any case and with any separators. Raises InputError."""
+    return Quantization.parse(name, TEXT_QUANTIZATIONS, "text encoder quantization")
 
 
 def clean_prompt(text: str) -> str:
@@ -302,17 +323,27 @@ class TextEncoder(Encoder):
         tokenizer: str | Path | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
+        quantization: str = "disabled",
     ) -> TextEncoder:
         """Read an UMT5 encoder in official, Hugging Face or llama.cpp's names: 16 or 32 bits, fp8, scaled fp8 or GGUF.
 
         `tokenizer` as in `load_tokenizer`; with None the one that the file carries (`spiece_model`) is used, else one
-        that lies next to it. Raises CheckpointError for other files and where no tokenizer is found.
+        that lies next to it. `quantization` is one of TEXT_QUANTIZATIONS: how the linears are stored, whatever the file
+        holds. Raises CheckpointError for other files and where no tokenizer is found, InputError for other names.
         """
+        wanted = text_quantization(quantization)
         if dtype not in _DTYPES:
             raise InputError(f"The text encoder computes in float32, bfloat16 or float16, not {dtype}.")
         with CheckpointFile(path) as file:
             weights, words = cls._opened(file, path, tokenizer)
-            return cls._filled(weights, words, dtype, device)
+            if wanted.name == "disabled":
+                return cls._filled(weights, words, dtype, device)
+            encoder = cls._filled(weights, words, dtype, "cpu")
+        for name, module in encoder.model.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(_UNQUANTIZED):
+                # One by one, so that the device never holds all of them in 16 bits.
+                quantize_linear(module.to(device), wanted, dtype)
+        return encoder.to(device)
 
     @classmethod
     def inspect(cls, path: str | Path, tokenizer: str | Path | None = None) -> None:

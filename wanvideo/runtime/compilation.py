@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import BackendUnavailableError, InfiniteTalkError, InputError
 from .offload import BlockSwap
+
+logger = logging.getLogger(__name__)
+
+COMPILE_MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead")
+"""Modes of `torch.compile`."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,46 @@ def compile_model(model: nn.Module, settings: CompileSettings) -> None:
             backend=settings.backend,
             fullgraph=settings.fullgraph,
             dynamic=settings.dynamic,
-            mode=None if settings.mode == "default" or settings.backend != "inductor" else settings.mode,
+            mode=_mode(settings),
         )
         # On the instance, so that `model(...)` still runs hooks (block swap) before it enters the compiled code.
         module.__dict__["forward"] = compiled
+
+
+def described(settings: CompileSettings | None) -> str:
+    """In a few words, for the log."""
+    return "none" if settings is None else f"by {settings.backend}, mode {settings.mode}"
+
+
+def check_compiler(settings: CompileSettings | None, device: str | torch.device) -> None:
+    """Compile and run one small function as `settings` say, so that what torch lacks is said before a model is read.
+
+    Raises BackendUnavailableError where that fails; no settings always pass.
+    """
+    if settings is None:
+        return
+    logger.info("Trying torch.compile on a small function")
+    try:
+        with torch.no_grad():
+            torch.compile(_small, backend=settings.backend, mode=_mode(settings))(torch.ones(16, device=device))
+    except (RuntimeError, ImportError, OSError) as error:  # torch's own, of the compiler's process, of a lacking Triton
+        raise BackendUnavailableError(
+            f"torch.compile does not work here with backend {settings.backend} ({_first_line(error)}): install what it "
+            "lacks, or do not compile."
+        ) from error
+
+
+def _small(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1
+
+
+def _mode(settings: CompileSettings) -> str | None:
+    """The argument `mode`, which only Inductor takes."""
+    return None if settings.mode == "default" or settings.backend != "inductor" else settings.mode
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".:")
 
 
 def check_with_block_swap(settings: CompileSettings | None, swap: BlockSwap | None) -> None:
@@ -78,19 +120,28 @@ def is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def compile_limits(settings: CompileSettings | None) -> Iterator[None]:
-    """torch's settings for the time in which a compiled model runs."""
+    """torch's settings for the time in which a compiled model runs.
+
+    Raises InfiniteTalkError where torch cannot compile it.
+    """
     if settings is None:
         yield
         return
     import torch._dynamo.config as config
+    from torch._dynamo.exc import TorchDynamoException
 
     wanted = {
         # The name since torch 2.6, and the one before.
         "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit": settings.variants,
         "force_parameter_static_shapes": settings.static_parameter_shapes or not settings.dynamic,
     }
-    with torch._dynamo.config.patch(wanted):
-        yield
+    try:
+        with torch._dynamo.config.patch(wanted):
+            yield
+    except TorchDynamoException as error:
+        raise InfiniteTalkError(
+            f"torch.compile cannot compile this model ({_first_line(error)}): run it without being compiled."
+        ) from error
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
