@@ -4,46 +4,46 @@ from __future__ import annotations
 
 from typing import Any
 
-from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, options, sampler, text
+from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, neighbors, options, sampler, text
 from .comfy_nodes.schema import check_numbers_of
 from .comfy_nodes.sockets import check_objects_of
 
 comfyui.register_folders()
 
 NODES: list[Any] = [
-    loaders.WanVideoModelLoader,
-    loaders.MultiTalkModelLoader,
-    loaders.WanVideoVAELoader,
-    loaders.WanVideoTinyVAELoader,
+    loaders.InfiniteTalkModelLoader,
+    loaders.InfiniteTalkAdapterLoader,
+    loaders.InfiniteTalkVAELoader,
+    loaders.InfiniteTalkSmallDecoderLoader,
     loaders.InfiniteTalkSmallDecoder,
-    loaders.LoadWanVideoT5TextEncoder,
+    loaders.InfiniteTalkTextEncoderLoader,
     loaders.InfiniteTalkClipVisionLoader,
-    loaders.Wav2VecModelLoader,
-    loaders.DownloadAndLoadWav2VecModel,
-    options.WanVideoLoraSelect,
-    options.WanVideoLoraSelectMulti,
-    options.WanVideoSetLoRAs,
-    options.WanVideoBlockSwap,
-    options.WanVideoSetBlockSwap,
-    options.WanVideoTorchCompileSettings,
-    options.CreateCFGScheduleFloatList,
+    loaders.InfiniteTalkWav2VecLoader,
+    loaders.InfiniteTalkWav2VecDownloader,
+    options.InfiniteTalkLora,
+    options.InfiniteTalkLoras,
+    options.InfiniteTalkSetLoras,
+    options.InfiniteTalkBlockSwap,
+    options.InfiniteTalkSetBlockSwap,
+    options.InfiniteTalkTorchCompile,
+    options.InfiniteTalkCfgSchedule,
     options.InfiniteTalkPreset,
     kernels.InfiniteTalkAttentionPolicy,
-    kernels.WanVideoAttentionDoctor,
-    text.WanVideoTextEncode,
-    text.WanVideoTextEncodeCached,
-    text.WanVideoTextEmbedBridge,
-    audio.MultiTalkWav2VecEmbeds,
-    audio.MultiTalkSilentEmbeds,
-    audio.NormalizeAudioLoudness,
-    images.WanVideoClipVisionEncode,
-    images.WanVideoImageToVideoMultiTalk,
-    images.WanVideoImageToVideoEncode,
-    images.WanVideoEmptyEmbeds,
-    latents.WanVideoEncode,
-    latents.WanVideoDecode,
-    latents.WanVideoPassImagesFromSamples,
-    sampler.WanVideoSampler,
+    kernels.InfiniteTalkAttentionDoctor,
+    text.InfiniteTalkTextEncode,
+    text.InfiniteTalkTextEncodeCached,
+    text.InfiniteTalkTextEmbedBridge,
+    audio.InfiniteTalkSpeech,
+    audio.InfiniteTalkSilence,
+    audio.InfiniteTalkNormalizeLoudness,
+    images.InfiniteTalkClipVisionEncode,
+    images.InfiniteTalkLongVideo,
+    images.InfiniteTalkImageToVideo,
+    images.InfiniteTalkEmptyVideo,
+    latents.InfiniteTalkEncode,
+    latents.InfiniteTalkDecode,
+    latents.InfiniteTalkImagesFromSamples,
+    sampler.InfiniteTalkSampler,
 ]
 
 for _node in NODES:
@@ -52,8 +52,14 @@ for _node in NODES:
 
 
 class InfiniteTalkExtension(comfyui.ComfyExtension):
+    async def on_load(self) -> None:
+        for node in NODES:
+            schema = node.define_schema()
+            if schema.node_id in neighbors.PUBLIC_IDS:
+                await comfyui.register_replacement(neighbors.PUBLIC_IDS[schema.node_id][0], schema)
+
     async def get_node_list(self) -> list[Any]:
-        return NODES
+        return NODES + neighbors.aliases(NODES)
 
 
 async def comfy_entrypoint() -> InfiniteTalkExtension:

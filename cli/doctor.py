@@ -1,6 +1,6 @@
 """What runs on this machine: every attention mode and quantization, tried, with its accuracy and speed.
 
-`infinitetalk doctor` and the node WanVideoAttentionDoctor print the report; `--report` writes it as JSON.
+`infinitetalk doctor` and the node InfiniteTalkAttentionDoctor print the report; `--report` writes it as JSON.
 """
 
 from __future__ import annotations

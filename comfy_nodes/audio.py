@@ -15,20 +15,20 @@ from .types import SpeechEmbeds
 _FRAMES = {"default": 81, "min": 1, "max": 10000, "step": 1}
 
 
-class MultiTalkWav2VecEmbeds(io.ComfyNode):
+class InfiniteTalkSpeech(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         more_speakers = [
             io.Audio.Input(f"audio_{i}", optional=True, tooltip=f"What speaker {i} says.") for i in (2, 3, 4)
         ]
         return node_schema(
-            "MultiTalkWav2VecEmbeds",
-            "Multi/InfiniteTalk Wav2vec2 Embeds",
+            "InfiniteTalkSpeech",
+            "InfiniteTalk Speech",
             "Turn one to four recordings into speech features for the sampler.",
             group="audio",
             aliases=["audio embeds", "wav2vec2", "speech", "lip sync", "语音", "对口型"],
             inputs=[
-                Wav2VecType.Input("wav2vec_model", tooltip="From Wav2vec2 Model Loader."),
+                Wav2VecType.Input("wav2vec_model", tooltip="From InfiniteTalk Wav2Vec2 Loader."),
                 io.Audio.Input("audio_1", tooltip="What the first (or only) speaker says."),
                 io.Boolean.Input(
                     "normalize_loudness",
@@ -90,7 +90,7 @@ class MultiTalkWav2VecEmbeds(io.ComfyNode):
                 ),
             ],
             outputs=[
-                SpeechEmbedsType.Output(display_name="multitalk_embeds", tooltip="For WanVideo Sampler."),
+                SpeechEmbedsType.Output(display_name="multitalk_embeds", tooltip="For InfiniteTalk Sampler."),
                 io.Audio.Output(display_name="audio", tooltip="All speakers together: the sound of the video."),
                 io.Int.Output(
                     display_name="num_frames", tooltip="Frames that the recordings fill, at most num_frames."
@@ -131,17 +131,17 @@ class MultiTalkWav2VecEmbeds(io.ComfyNode):
         return io.NodeOutput(embeds, embeds.audio, embeds.num_frames)
 
 
-class MultiTalkSilentEmbeds(io.ComfyNode):
+class InfiniteTalkSilence(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "MultiTalkSilentEmbeds",
-            "MultiTalk Silent Embeds",
+            "InfiniteTalkSilence",
+            "InfiniteTalk Silence",
             "Speech features of silence: the person moves but does not talk.",
             group="audio",
             aliases=["silence", "no audio", "静音"],
             inputs=[io.Int.Input("num_frames", **_FRAMES, tooltip="Length of the video in frames.")],
-            outputs=[SpeechEmbedsType.Output(display_name="multitalk_embeds", tooltip="For WanVideo Sampler.")],
+            outputs=[SpeechEmbedsType.Output(display_name="multitalk_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
 
     @classmethod
@@ -149,12 +149,12 @@ class MultiTalkSilentEmbeds(io.ComfyNode):
         return io.NodeOutput(SpeechEmbeds(speakers=(), num_frames=num_frames))
 
 
-class NormalizeAudioLoudness(io.ComfyNode):
+class InfiniteTalkNormalizeLoudness(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "NormalizeAudioLoudness",
-            "Normalize Audio Loudness",
+            "InfiniteTalkNormalizeLoudness",
+            "InfiniteTalk Normalize Loudness",
             "Bring a recording to a loudness, measured after ITU-R BS.1770. Silence stays as it is.",
             group="audio",
             aliases=["loudness", "lufs", "volume", "响度"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,29 @@ def cache_folder(name: str) -> Path:
     path = Path(folder_paths.get_user_directory()) / "wanvideo_infinitetalk" / name
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+# --- other packs -------------------------------------------------------------------------------------------------
+
+
+def custom_node_folders() -> list[Path]:
+    """Folders of all packs that are installed beside this one, and that ComfyUI will load or has loaded."""
+    places = [Path(place) for place in folder_paths.get_folder_paths("custom_nodes")]
+    return [folder for place in places if place.is_dir() for folder in sorted(place.iterdir()) if folder.is_dir()]
+
+
+def is_registered(node_id: str) -> bool:
+    """Whether a pack that was loaded before has a node of this id."""
+    return node_id in getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+
+
+async def register_replacement(old_id: str, schema: Any) -> None:
+    """Let a newer ComfyUI offer the node of `schema` for one that is missing, with the same inputs and outputs."""
+    if hasattr(io, "NodeReplace"):
+        from comfy_api.latest import ComfyAPI
+
+        widgets = [widget.id for widget in schema.inputs if isinstance(widget, io.WidgetInput)]
+        await ComfyAPI().node_replacement.register(io.NodeReplace(schema.node_id, old_id, widgets))
 
 
 # --- devices and memory ------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def decode_latent(vae: VaeModel, samples: dict[str, Any], tiles: Tiles | None, n
 def frames_of(samples: dict[str, Any]) -> tuple[Tensor, str]:
     """(IMAGE, path) of a long video that the sampler has decoded."""
     if samples.get("video") is None:
-        raise InputError("These samples hold no images, only latents: use WanVideo Decode instead.")
+        raise InputError("These samples hold no images, only latents: use InfiniteTalk Decode instead.")
     return samples["video"], str(samples.get("output_path", ""))
 
 

@@ -32,12 +32,12 @@ def _size(input_id: str, default: int, largest: int) -> Any:
     )
 
 
-class WanVideoClipVisionEncode(io.ComfyNode):
+class InfiniteTalkClipVisionEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoClipVisionEncode",
-            "WanVideo ClipVision Encode",
+            "InfiniteTalkClipVisionEncode",
+            "InfiniteTalk CLIP Vision Encode",
             "Describe one or two images with CLIP vision, for I2V models.",
             group="image",
             aliases=["clip vision encode", "image embeds", "CLIP 视觉编码"],
@@ -90,7 +90,7 @@ class WanVideoClipVisionEncode(io.ComfyNode):
             ],
             outputs=[
                 ClipEmbedsType.Output(
-                    display_name="image_embeds", tooltip="For WanVideo Long I2V or WanVideo ImageToVideo Encode."
+                    display_name="image_embeds", tooltip="For InfiniteTalk Long Video or InfiniteTalk Image To Video."
                 )
             ],
         )
@@ -123,17 +123,17 @@ class WanVideoClipVisionEncode(io.ComfyNode):
         return io.NodeOutput(embeds)
 
 
-class WanVideoImageToVideoMultiTalk(io.ComfyNode):
+class InfiniteTalkLongVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoImageToVideoMultiTalk",
-            "WanVideo Long I2V Multi/InfiniteTalk",
+            "InfiniteTalkLongVideo",
+            "InfiniteTalk Long Video",
             "A talking video of any length from an image (or a source video), made in windows that follow each other.",
             group="image",
             aliases=["infinitetalk", "multitalk", "long video", "talking head", "数字人", "长视频"],
             inputs=[
-                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader; it encodes and decodes every window."),
+                WanVaeType.Input("vae", tooltip="From InfiniteTalk VAE Loader; it encodes and decodes every window."),
                 _size("width", 832, 2048),
                 _size("height", 480, 29048),
                 io.Int.Input(
@@ -173,7 +173,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
                 io.Boolean.Input(
                     "tiled_vae", default=False, optional=True, tooltip="Encode and decode in tiles: slower, needs less."
                 ),
-                ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From WanVideo ClipVision Encode."),
+                ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From InfiniteTalk CLIP Vision Encode."),
                 io.Combo.Input(
                     "mode",
                     options=["auto", "multitalk", "infinitetalk"],
@@ -191,7 +191,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler."),
+                ImageEmbedsType.Output(display_name="image_embeds", tooltip="For InfiniteTalk Sampler."),
                 io.String.Output(display_name="output_path", tooltip="The path as given."),
             ],
         )
@@ -236,12 +236,12 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
         return io.NodeOutput(plan, output_path)
 
 
-class WanVideoEmptyEmbeds(io.ComfyNode):
+class InfiniteTalkEmptyVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoEmptyEmbeds",
-            "WanVideo Empty Embeds",
+            "InfiniteTalkEmptyVideo",
+            "InfiniteTalk Empty Video",
             "Size and length of a video that starts from no image (text to video).",
             group="image",
             aliases=["t2v", "text to video", "empty latent", "文生视频"],
@@ -263,7 +263,7 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
                     "extra_latents", optional=True, tooltip="For models with reference latents, not run by this pack."
                 ),
             ],
-            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler.")],
+            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
 
     @classmethod
@@ -275,12 +275,12 @@ class WanVideoEmptyEmbeds(io.ComfyNode):
         return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, (num_frames - 1) // 4 * 4 + 1))
 
 
-class WanVideoImageToVideoEncode(io.ComfyNode):
+class InfiniteTalkImageToVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoImageToVideoEncode",
-            "WanVideo ImageToVideo Encode",
+            "InfiniteTalkImageToVideo",
+            "InfiniteTalk Image To Video",
             "One window of video that starts from an image, ends in an image, or both.",
             group="image",
             aliases=["i2v", "image to video", "start end frame", "图生视频", "首尾帧"],
@@ -320,8 +320,10 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     tooltip="Factor on the latents of the last image.",
                 ),
                 io.Boolean.Input("force_offload", default=True, tooltip="Move the VAE to host memory when it is done."),
-                WanVaeType.Input("vae", optional=True, tooltip="From WanVideo VAE Loader; needed where an image is."),
-                ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From WanVideo ClipVision Encode."),
+                WanVaeType.Input(
+                    "vae", optional=True, tooltip="From InfiniteTalk VAE Loader; needed where an image is."
+                ),
+                ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From InfiniteTalk CLIP Vision Encode."),
                 io.Image.Input("start_image", optional=True, tooltip="The first frame, or several first frames."),
                 io.Image.Input("end_image", optional=True, tooltip="The last frame."),
                 ImageEmbedsType.Input(
@@ -361,7 +363,7 @@ class WanVideoImageToVideoEncode(io.ComfyNode):
                     tooltip="What the frames that no image fills are filled with; gray without it.",
                 ),
             ],
-            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For WanVideo Sampler.")],
+            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
 
     @classmethod

@@ -24,7 +24,7 @@ class InfiniteTalkAttentionPolicy(io.ComfyNode):
             group="options",
             aliases=["attention policy", "sage attention steps", "fp4 steps", "注意力策略"],
             inputs=[
-                WanModelType.Input("model", tooltip="From WanVideo Model Loader."),
+                WanModelType.Input("model", tooltip="From InfiniteTalk Model Loader."),
                 io.Combo.Input(
                     "attention_policy",
                     options=list(POLICIES),
@@ -41,12 +41,12 @@ class InfiniteTalkAttentionPolicy(io.ComfyNode):
         return io.NodeOutput(model.with_attention_policy(attention_policy))
 
 
-class WanVideoAttentionDoctor(io.ComfyNode):
+class InfiniteTalkAttentionDoctor(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoAttentionDoctor",
-            "WanVideo Attention Doctor",
+            "InfiniteTalkAttentionDoctor",
+            "InfiniteTalk Attention Doctor",
             "Try every attention mode and quantization on this machine: what runs, how exact, how fast, and what to "
             "install for better. Connect the report to Preview Any.",
             group="options",

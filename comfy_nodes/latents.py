@@ -17,17 +17,17 @@ def _tile(input_id: str, default: int, least: int, most: int, step: int, tooltip
     return io.Int.Input(input_id, default=default, min=least, max=most, step=step, tooltip=tooltip)
 
 
-class WanVideoEncode(io.ComfyNode):
+class InfiniteTalkEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoEncode",
-            "WanVideo Encode",
+            "InfiniteTalkEncode",
+            "InfiniteTalk Encode",
             "Encode the frames of a video into latents, for video-to-video.",
             group="latents",
             aliases=["vae encode", "v2v", "video to video", "VAE 编码"],
             inputs=[
-                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader."),
+                WanVaeType.Input("vae", tooltip="From InfiniteTalk VAE Loader."),
                 io.Image.Input("image", tooltip="The frames; sizes are cut to multiples of 16, the length to 4n + 1."),
                 io.Boolean.Input(
                     "enable_vae_tiling", default=False, tooltip="Work in tiles: slower, with less memory."
@@ -80,19 +80,19 @@ class WanVideoEncode(io.ComfyNode):
         return io.NodeOutput(latent)
 
 
-class WanVideoDecode(io.ComfyNode):
+class InfiniteTalkDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoDecode",
-            "WanVideo Decode",
+            "InfiniteTalkDecode",
+            "InfiniteTalk Decode",
             "Decode latents into images. Videos made in windows come decoded already and pass through. "
             "When GPU memory runs out it tries again in tiles and says so.",
             group="latents",
             aliases=["vae decode", "VAE 解码"],
             inputs=[
-                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader or WanVideo Tiny VAE Loader."),
-                io.Latent.Input("samples", tooltip="From WanVideo Sampler."),
+                WanVaeType.Input("vae", tooltip="From InfiniteTalk VAE Loader or InfiniteTalk Small Decoder Loader."),
+                io.Latent.Input("samples", tooltip="From InfiniteTalk Sampler."),
                 io.Boolean.Input(
                     "enable_vae_tiling", default=False, tooltip="Work in tiles: slower, with less memory."
                 ),
@@ -129,18 +129,16 @@ class WanVideoDecode(io.ComfyNode):
         return io.NodeOutput(decode_latent(vae, samples, tiles, normalization))
 
 
-class WanVideoPassImagesFromSamples(io.ComfyNode):
+class InfiniteTalkImagesFromSamples(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoPassImagesFromSamples",
-            "WanVideo Pass Images From Samples",
+            "InfiniteTalkImagesFromSamples",
+            "InfiniteTalk Images From Samples",
             "The images of a video that the sampler made in windows and has decoded already.",
             group="latents",
             aliases=["images from samples", "infinitetalk output", "取出图像"],
-            inputs=[
-                io.Latent.Input("samples", tooltip="From WanVideo Sampler after WanVideo Long I2V Multi/InfiniteTalk.")
-            ],
+            inputs=[io.Latent.Input("samples", tooltip="From InfiniteTalk Sampler after InfiniteTalk Long Video.")],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames."),
                 io.String.Output(display_name="output_path", tooltip="The video file, where one was asked for."),

@@ -55,12 +55,12 @@ def _load_device(default: str, **options: Any) -> Any:
     )
 
 
-class WanVideoModelLoader(io.ComfyNode):
+class InfiniteTalkModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoModelLoader",
-            "WanVideo Model Loader",
+            "InfiniteTalkModelLoader",
+            "InfiniteTalk Model Loader",
             "Load a Wan2.1 video model: safetensors, scaled fp8 or GGUF, with the InfiniteTalk or MultiTalk adapter "
             "and LoRAs. A model that is already loaded with the same settings is used again.",
             group="loaders",
@@ -95,16 +95,16 @@ class WanVideoModelLoader(io.ComfyNode):
                     tooltip="How self-attention is computed. auto chooses the fastest that is known to be right on "
                     "this GPU. sageattn_3_fp4 and sageattn_3_fp8 run anywhere; where a package is missing it says so.",
                 ),
-                CompileType.Input("compile_args", optional=True, tooltip="From WanVideo Torch Compile Settings."),
-                BlockSwapType.Input("block_swap_args", optional=True, tooltip="From WanVideo Block Swap."),
-                LoraType.Input("lora", optional=True, tooltip="From WanVideo Lora Select."),
-                foreign("VRAM_MANAGEMENTARGS", "vram_management_args", "Not supported; use WanVideo Block Swap."),
+                CompileType.Input("compile_args", optional=True, tooltip="From InfiniteTalk Torch Compile."),
+                BlockSwapType.Input("block_swap_args", optional=True, tooltip="From InfiniteTalk Block Swap."),
+                LoraType.Input("lora", optional=True, tooltip="From InfiniteTalk LoRA."),
+                foreign("VRAM_MANAGEMENTARGS", "vram_management_args", "Not supported; use InfiniteTalk Block Swap."),
                 foreign("VACEPATH", "extra_model", "VACE is not supported; leave unconnected."),
                 foreign("FANTASYTALKINGMODEL", "fantasytalking_model", "Not supported; leave unconnected."),
                 AdapterType.Input(
                     "multitalk_model",
                     optional=True,
-                    tooltip="From Multi/InfiniteTalk Model Loader. Not needed where the model file has audio layers.",
+                    tooltip="From InfiniteTalk Adapter Loader. Not needed where the model file has audio layers.",
                 ),
                 foreign("FANTASYPORTRAITMODEL", "fantasyportrait_model", "Not supported; leave unconnected."),
                 io.Combo.Input(
@@ -148,12 +148,12 @@ class WanVideoModelLoader(io.ComfyNode):
         return io.NodeOutput(loaded)
 
 
-class MultiTalkModelLoader(io.ComfyNode):
+class InfiniteTalkAdapterLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "MultiTalkModelLoader",
-            "Multi/InfiniteTalk Model Loader",
+            "InfiniteTalkAdapterLoader",
+            "InfiniteTalk Adapter Loader",
             "Choose the InfiniteTalk or MultiTalk adapter that gives a Wan2.1 I2V model its audio layers.",
             group="loaders",
             aliases=["infinitetalk", "multitalk", "lip sync", "audio adapter", "数字人", "对口型"],
@@ -165,7 +165,7 @@ class MultiTalkModelLoader(io.ComfyNode):
                     "in its name it counts as InfiniteTalk, else as MultiTalk; the video node can overrule that.",
                 )
             ],
-            outputs=[AdapterType.Output(display_name="model", tooltip="For WanVideo Model Loader.")],
+            outputs=[AdapterType.Output(display_name="model", tooltip="For InfiniteTalk Model Loader.")],
         )
 
     @classmethod
@@ -173,12 +173,12 @@ class MultiTalkModelLoader(io.ComfyNode):
         return io.NodeOutput(Adapter(comfyui.model_path("dit", model)))
 
 
-class WanVideoVAELoader(io.ComfyNode):
+class InfiniteTalkVAELoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoVAELoader",
-            "WanVideo VAE Loader",
+            "InfiniteTalkVAELoader",
+            "InfiniteTalk VAE Loader",
             "Load the Wan2.1 VAE, which turns images into latents and latents into images.",
             group="loaders",
             aliases=["wan vae", "加载 VAE"],
@@ -222,14 +222,14 @@ class WanVideoVAELoader(io.ComfyNode):
         return io.NodeOutput(VaeModel.load(path, precision, compile_settings=compile_args, verbose=verbose))
 
 
-class WanVideoTinyVAELoader(io.ComfyNode):
+class InfiniteTalkSmallDecoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoTinyVAELoader",
-            "WanVideo Tiny VAE Loader",
-            "Load a small decoder of Wan2.1 latents, taew2_1 or lighttaew2_1, for previews: WanVideo Decode takes it "
-            "alone, InfiniteTalk Small Decoder joins it with the VAE for long videos. It encodes nothing.",
+            "InfiniteTalkSmallDecoderLoader",
+            "InfiniteTalk Small Decoder Loader",
+            "Load a small decoder of Wan2.1 latents, taew2_1 or lighttaew2_1, for previews: InfiniteTalk Decode takes "
+            "it alone, InfiniteTalk Small Decoder joins it with the VAE for long videos. It encodes nothing.",
             group="loaders",
             aliases=["taehv", "taew2_1", "lighttaew2_1", "tiny vae", "加载小型 VAE"],
             inputs=[
@@ -256,7 +256,7 @@ class WanVideoTinyVAELoader(io.ComfyNode):
             ],
             outputs=[
                 WanVaeType.Output(
-                    display_name="vae", tooltip="For WanVideo Decode, or decoder of InfiniteTalk Small Decoder."
+                    display_name="vae", tooltip="For InfiniteTalk Decode, or decoder of InfiniteTalk Small Decoder."
                 )
             ],
         )
@@ -278,12 +278,10 @@ class InfiniteTalkSmallDecoder(io.ComfyNode):
             group="loaders",
             aliases=["tiny vae", "taehv", "preview decoder", "小型解码器"],
             inputs=[
-                WanVaeType.Input("vae", tooltip="From WanVideo VAE Loader: encodes."),
-                WanVaeType.Input("decoder", tooltip="From WanVideo Tiny VAE Loader: decodes."),
+                WanVaeType.Input("vae", tooltip="From InfiniteTalk VAE Loader: encodes."),
+                WanVaeType.Input("decoder", tooltip="From InfiniteTalk Small Decoder Loader: decodes."),
             ],
-            outputs=[
-                WanVaeType.Output(display_name="vae", tooltip="For WanVideo Long I2V Multi/InfiniteTalk, for example.")
-            ],
+            outputs=[WanVaeType.Output(display_name="vae", tooltip="For InfiniteTalk Long Video, for example.")],
         )
 
     @classmethod
@@ -291,12 +289,12 @@ class InfiniteTalkSmallDecoder(io.ComfyNode):
         return io.NodeOutput(vae.decoding_by(decoder))
 
 
-class LoadWanVideoT5TextEncoder(io.ComfyNode):
+class InfiniteTalkTextEncoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "LoadWanVideoT5TextEncoder",
-            "WanVideo T5 Text Encoder Loader",
+            "InfiniteTalkTextEncoderLoader",
+            "InfiniteTalk Text Encoder Loader",
             "Load the UMT5-XXL text encoder that Wan2.1 understands prompts with.",
             group="loaders",
             aliases=["umt5", "t5", "text encoder", "文本编码器"],
@@ -353,7 +351,7 @@ class InfiniteTalkClipVisionLoader(io.ComfyNode):
                     tooltip="What the model computes in.",
                 ),
             ],
-            outputs=[io.ClipVision.Output(display_name="clip_vision", tooltip="For WanVideo ClipVision Encode.")],
+            outputs=[io.ClipVision.Output(display_name="clip_vision", tooltip="For InfiniteTalk CLIP Vision Encode.")],
         )
 
     @classmethod
@@ -362,7 +360,7 @@ class InfiniteTalkClipVisionLoader(io.ComfyNode):
 
 
 def _wav2vec_outputs() -> list[Any]:
-    return [Wav2VecType.Output(display_name="wav2vec_model", tooltip="For Multi/InfiniteTalk Wav2vec2 Embeds.")]
+    return [Wav2VecType.Output(display_name="wav2vec_model", tooltip="For InfiniteTalk Speech.")]
 
 
 def _wav2vec_precision() -> Any:
@@ -371,12 +369,12 @@ def _wav2vec_precision() -> Any:
     )
 
 
-class Wav2VecModelLoader(io.ComfyNode):
+class InfiniteTalkWav2VecLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "Wav2VecModelLoader",
-            "Wav2vec2 Model Loader",
+            "InfiniteTalkWav2VecLoader",
+            "InfiniteTalk Wav2Vec2 Loader",
             "Load the wav2vec2 model that turns speech into what the lips follow.",
             group="loaders",
             aliases=["wav2vec2", "audio encoder", "speech encoder", "语音编码器"],
@@ -398,12 +396,12 @@ class Wav2VecModelLoader(io.ComfyNode):
         return io.NodeOutput(_speech_model(comfyui.model_path("wav2vec", model), base_precision, load_device))
 
 
-class DownloadAndLoadWav2VecModel(io.ComfyNode):
+class InfiniteTalkWav2VecDownloader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "DownloadAndLoadWav2VecModel",
-            "(Down)load Wav2Vec Model",
+            "InfiniteTalkWav2VecDownloader",
+            "InfiniteTalk Wav2Vec2 Downloader",
             "Load wav2vec2 from ComfyUI/models/wav2vec2; download it from Hugging Face first if it is not there.",
             group="loaders",
             aliases=["wav2vec2", "download wav2vec", "下载"],

@@ -251,8 +251,8 @@ class VaeModel:
         """Raise InputError for a small decoder alone."""
         if self.encoder is None and isinstance(self.vae, SmallDecoder):
             raise InputError(
-                "A small decoder encodes no images: connect vae to WanVideo VAE Loader, or join both with InfiniteTalk "
-                "Small Decoder."
+                "A small decoder encodes no images: connect vae to InfiniteTalk VAE Loader, or join both with "
+                "InfiniteTalk Small Decoder."
             )
 
     def described(self) -> dict[str, str]:

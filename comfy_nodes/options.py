@@ -33,12 +33,12 @@ _LOW_MEM_TIP = (
 )
 
 
-class WanVideoLoraSelect(io.ComfyNode):
+class InfiniteTalkLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoLoraSelect",
-            "WanVideo Lora Select",
+            "InfiniteTalkLora",
+            "InfiniteTalk LoRA",
             "Choose a LoRA for the model loader; chain several through prev_lora.",
             group="options",
             aliases=["lora", "lightx2v", "distill lora", "选择 LoRA", "蒸馏"],
@@ -76,7 +76,7 @@ class WanVideoLoraSelect(io.ComfyNode):
         return io.NodeOutput((*(prev_lora or ()), chosen))
 
 
-class WanVideoLoraSelectMulti(io.ComfyNode):
+class InfiniteTalkLoras(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         files = ["none", *comfyui.model_files("loras")]
@@ -96,8 +96,8 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
             )
         ]
         return node_schema(
-            "WanVideoLoraSelectMulti",
-            "WanVideo Lora Select Multi",
+            "InfiniteTalkLoras",
+            "InfiniteTalk LoRAs",
             "Choose up to five LoRAs at once.",
             group="options",
             aliases=["loras", "lora stack", "multi lora", "多个 LoRA"],
@@ -140,12 +140,12 @@ class WanVideoLoraSelectMulti(io.ComfyNode):
         return io.NodeOutput((*(prev_lora or ()), *chosen))
 
 
-class WanVideoSetLoRAs(io.ComfyNode):
+class InfiniteTalkSetLoras(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoSetLoRAs",
-            "WanVideo Set LoRAs",
+            "InfiniteTalkSetLoras",
+            "InfiniteTalk Set LoRAs",
             "Add unmerged LoRAs to a loaded model, without loading or merging anything again. "
             "They replace other unmerged LoRAs; merged ones stay.",
             group="options",
@@ -164,12 +164,12 @@ class WanVideoSetLoRAs(io.ComfyNode):
         return io.NodeOutput(model if lora is None else model.with_loras(lora))
 
 
-class WanVideoBlockSwap(io.ComfyNode):
+class InfiniteTalkBlockSwap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoBlockSwap",
-            "WanVideo Block Swap",
+            "InfiniteTalkBlockSwap",
+            "InfiniteTalk Block Swap",
             "Keep transformer blocks in host memory and bring each to the GPU just before it runs. "
             "The numbers do not change; GPU memory is saved.",
             group="options",
@@ -246,19 +246,19 @@ class WanVideoBlockSwap(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
-class WanVideoSetBlockSwap(io.ComfyNode):
+class InfiniteTalkSetBlockSwap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoSetBlockSwap",
-            "WanVideo Set BlockSwap",
+            "InfiniteTalkSetBlockSwap",
+            "InfiniteTalk Set Block Swap",
             "Change the block swap of a loaded model without loading it again.",
             group="options",
             aliases=["block swap", "offload", "设置块交换"],
             inputs=[
                 WanModelType.Input("model", tooltip="The loaded model."),
                 BlockSwapType.Input(
-                    "block_swap_args", optional=True, tooltip="From WanVideo Block Swap; none turns swapping off."
+                    "block_swap_args", optional=True, tooltip="From InfiniteTalk Block Swap; none turns swapping off."
                 ),
             ],
             outputs=[WanModelType.Output(display_name="model", tooltip="The same weights with this block swap.")],
@@ -269,12 +269,12 @@ class WanVideoSetBlockSwap(io.ComfyNode):
         return io.NodeOutput(model.with_block_swap(block_swap_args))
 
 
-class WanVideoTorchCompileSettings(io.ComfyNode):
+class InfiniteTalkTorchCompile(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoTorchCompileSettings",
-            "WanVideo Torch Compile Settings",
+            "InfiniteTalkTorchCompile",
+            "InfiniteTalk Torch Compile",
             "Compile the model with torch.compile, in the first step. Compiled code takes the place of this pack's own "
             "elementwise kernels; which is faster depends on the GPU. Needs Triton on a GPU.",
             group="options",
@@ -364,7 +364,7 @@ class WanVideoTorchCompileSettings(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
-class CreateCFGScheduleFloatList(io.ComfyNode):
+class InfiniteTalkCfgSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         def scale(input_id: str, tooltip: str) -> Any:
@@ -374,8 +374,8 @@ class CreateCFGScheduleFloatList(io.ComfyNode):
             return io.Float.Input(input_id, default=default, min=0.0, max=1.0, step=0.01, round=0.01, tooltip=tooltip)
 
         return node_schema(
-            "CreateCFGScheduleFloatList",
-            "Create CFG Schedule Float List",
+            "InfiniteTalkCfgSchedule",
+            "InfiniteTalk CFG Schedule",
             "Guidance that changes from step to step, for the sampler's cfg.",
             group="options",
             aliases=["cfg schedule", "guidance schedule", "CFG 调度"],
@@ -414,15 +414,19 @@ class CreateCFGScheduleFloatList(io.ComfyNode):
 
 # Setting of a preset -> type and name of the output, and its tooltip.
 PRESET_OUTPUTS: dict[str, tuple[Any, str, str]] = {
-    "steps": (io.Int, "steps", "For WanVideo Sampler."),
-    "cfg": (io.Float, "cfg", "Guidance by the prompt, for WanVideo Sampler."),
-    "shift": (io.Float, "shift", "For WanVideo Sampler."),
-    "scheduler": (ComboType, "scheduler", "For WanVideo Sampler."),
-    "audio_cfg": (io.Float, "audio_cfg_scale", "Guidance by speech, for Multi/InfiniteTalk Wav2vec2 Embeds."),
-    "quantization": (ComboType, "quantization", "For WanVideo Model Loader."),
-    "blocks_to_swap": (BlockSwapType, "block_swap_args", "For WanVideo Model Loader, in place of WanVideo Block Swap."),
-    "tiled_vae": (io.Boolean, "tiled_vae", "For WanVideo Long I2V Multi/InfiniteTalk."),
-    "text_encoder_device": (ComboType, "device", "For WanVideo TextEncode."),
+    "steps": (io.Int, "steps", "For InfiniteTalk Sampler."),
+    "cfg": (io.Float, "cfg", "Guidance by the prompt, for InfiniteTalk Sampler."),
+    "shift": (io.Float, "shift", "For InfiniteTalk Sampler."),
+    "scheduler": (ComboType, "scheduler", "For InfiniteTalk Sampler."),
+    "audio_cfg": (io.Float, "audio_cfg_scale", "Guidance by speech, for InfiniteTalk Speech."),
+    "quantization": (ComboType, "quantization", "For InfiniteTalk Model Loader."),
+    "blocks_to_swap": (
+        BlockSwapType,
+        "block_swap_args",
+        "For InfiniteTalk Model Loader, in place of InfiniteTalk Block Swap.",
+    ),
+    "tiled_vae": (io.Boolean, "tiled_vae", "For InfiniteTalk Long Video."),
+    "text_encoder_device": (ComboType, "device", "For InfiniteTalk Text Encode."),
 }
 
 

@@ -46,19 +46,20 @@ SCHEDULERS = [
 ]
 
 
-class WanVideoSampler(io.ComfyNode):
+class InfiniteTalkSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoSampler",
-            "WanVideo Sampler",
-            "Make the video. With WanVideo Long I2V Multi/InfiniteTalk it makes and decodes window after window.",
+            "InfiniteTalkSampler",
+            "InfiniteTalk Sampler",
+            "Make the video. With InfiniteTalk Long Video it makes and decodes window after window.",
             group="sampling",
             aliases=["ksampler", "infinitetalk sampler", "wan sampler", "采样器"],
             inputs=[
-                WanModelType.Input("model", tooltip="From WanVideo Model Loader."),
+                WanModelType.Input("model", tooltip="From InfiniteTalk Model Loader."),
                 ImageEmbedsType.Input(
-                    "image_embeds", tooltip="Image, size and length: from WanVideo Long I2V, ImageToVideo or Empty."
+                    "image_embeds",
+                    tooltip="Image, size and length: from InfiniteTalk Long Video, Image To Video or Empty Video.",
                 ),
                 io.Int.Input(
                     "steps", default=30, min=1, tooltip="Denoising steps per window; 4 to 8 with a distillation LoRA."
@@ -100,7 +101,7 @@ class WanVideoSampler(io.ComfyNode):
                     step=1,
                     tooltip="RIFLEx stretches one very long window; not part of this pack, leave it at 0.",
                 ),
-                TextEmbedsType.Input("text_embeds", optional=True, tooltip="From WanVideo TextEncode."),
+                TextEmbedsType.Input("text_embeds", optional=True, tooltip="From InfiniteTalk Text Encode."),
                 io.Latent.Input(
                     "samples",
                     optional=True,
@@ -141,9 +142,7 @@ class WanVideoSampler(io.ComfyNode):
                 foreign("UNIANIMATE_POSE", "unianimate_poses", "UniAnimate is not supported; leave unconnected."),
                 foreign("FANTASYTALKING_EMBEDS", "fantasytalking_embeds", "Use multitalk_embeds instead."),
                 foreign("UNI3C_EMBEDS", "uni3c_embeds", "Uni3C is not supported; leave unconnected."),
-                SpeechEmbedsType.Input(
-                    "multitalk_embeds", optional=True, tooltip="From Multi/InfiniteTalk Wav2vec2 Embeds."
-                ),
+                SpeechEmbedsType.Input("multitalk_embeds", optional=True, tooltip="From InfiniteTalk Speech."),
                 foreign("FREEINITARGS", "freeinit_args", "FreeInit is not supported; leave unconnected."),
                 io.Int.Input(
                     "start_step",
@@ -174,7 +173,7 @@ class WanVideoSampler(io.ComfyNode):
             outputs=[
                 io.Latent.Output(
                     display_name="samples",
-                    tooltip="For WanVideo Decode, or for WanVideo Pass Images From Samples after a long video.",
+                    tooltip="For InfiniteTalk Decode, or for InfiniteTalk Images From Samples after a long video.",
                 ),
                 io.Latent.Output(
                     display_name="denoised_samples", tooltip="The clean video as the last step run guessed it."

@@ -108,7 +108,7 @@ def sample(
 ) -> tuple[Latent, Latent]:
     """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
     if text is None:
-        raise InputError("There is no prompt: connect text_embeds (WanVideo TextEncode).")
+        raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
     begin = time.monotonic()
     with (
         comfyui.ordinary_tensors(),
@@ -180,11 +180,13 @@ def _long_video(
 ) -> tuple[Latent, Latent]:
     """All windows: decoded frames in the LATENT's "video", the last window's latents as its samples."""
     if speech is None:
-        raise InputError("There is no speech: connect multitalk_embeds (MultiTalk Silent Embeds for a silent person).")
+        raise InputError("There is no speech: connect multitalk_embeds (InfiniteTalk Silence for a silent person).")
     if settings.end_step != -1:
         raise InputError("end_step stops within a window, a long video has many: set it to -1.")
     if what.clip is not None and what.clip.negative is not None:
-        raise InputError("A negative_image has no effect on long videos: disconnect it (WanVideo ClipVision Encode).")
+        raise InputError(
+            "A negative_image has no effect on long videos: disconnect it (InfiniteTalk CLIP Vision Encode)."
+        )
     source = _source(what, start)
     resident = model.weights.resident
     config = GenerateConfig(
@@ -237,15 +239,15 @@ def _long_video(
 
 
 def _source(what: LongVideo, start: Latent | None) -> Tensor:
-    """Images that the video starts from: a source video's frames come with the latents of WanVideo Encode."""
+    """Images that the video starts from: a source video's frames come with the latents of InfiniteTalk Encode."""
     frames = None if start is None else start.get("source_frames")
     if start is not None and frames is None:
-        raise InputError("samples of a long video must come from WanVideo Encode: connect its output.")
+        raise InputError("samples of a long video must come from InfiniteTalk Encode: connect its output.")
     if what.start_images is not None and (frames is None or len(what.start_images) > 1):
         return what.start_images
     if frames is not None:
         return frames
-    raise InputError("There is no image: connect start_image of WanVideo Long I2V Multi/InfiniteTalk.")
+    raise InputError("There is no image: connect start_image of InfiniteTalk Long Video.")
 
 
 def _stages(
@@ -448,7 +450,7 @@ def _only(pieces: Sequence[Tensor]) -> Tensor:
     if len(pieces) > 1:
         raise InputError(
             f"The prompt has {len(pieces)} pieces for a video of one window: remove the | from it, or make a long "
-            "video with WanVideo Long I2V Multi/InfiniteTalk."
+            "video with InfiniteTalk Long Video."
         )
     return pieces[0]
 

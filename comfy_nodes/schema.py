@@ -9,7 +9,7 @@ from ..pipeline.bounds import BOUNDS, Bound, shown
 from ..wanvideo.errors import InputError
 from .comfyui import io, make_schema
 
-CATEGORY = "WanVideo InfiniteTalk"
+CATEGORY = "InfiniteTalk"
 
 # The types that travel between our nodes, under the names that saved workflows know.
 WanModelType = io.Custom("WANVIDEOMODEL")
@@ -31,14 +31,14 @@ ComboType = io.Custom("COMBO")
 # Inputs that saved workflows may carry for models and methods that this pack does not run. The socket exists, so that
 # the workflow loads; connecting it is answered with one sentence.
 FOREIGN = {
-    "VRAM_MANAGEMENTARGS": "per-layer VRAM management (use WanVideo Block Swap)",
+    "VRAM_MANAGEMENTARGS": "per-layer VRAM management (use InfiniteTalk Block Swap)",
     "VACEPATH": "VACE models",
     "FANTASYTALKINGMODEL": "FantasyTalking models (use an InfiniteTalk or MultiTalk model)",
     "FANTASYPORTRAITMODEL": "FantasyPortrait models",
     "SELECTEDBLOCKS": "LoRAs on selected blocks (here every block gets the LoRA)",
     "WANVIDEOPROMPTEXTENDER_ARGS": "prompt extension (write the longer prompt into positive_prompt)",
     "FETAARGS": "Enhance-A-Video",
-    "WANVIDCONTEXT": "context windows (WanVideo Long I2V Multi/InfiniteTalk makes long videos in windows)",
+    "WANVIDCONTEXT": "context windows (InfiniteTalk Long Video makes long videos in windows)",
     "CACHEARGS": "step caching (TeaCache, MagCache, EasyCache; a distillation LoRA with fewer steps saves more)",
     "FLOWEDITARGS": "FlowEdit",
     "SLGARGS": "skip-layer guidance",

@@ -16,18 +16,18 @@ from .types import Adapter, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, Text
 __all__ = ["CARRIED", "check_objects_of"]
 
 CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
-    schema.WanModelType: (VideoModel, "WanVideo Model Loader"),
-    schema.WanVaeType: (VaeModel, "WanVideo VAE Loader"),
-    schema.AdapterType: (Adapter, "Multi/InfiniteTalk Model Loader"),
-    schema.Wav2VecType: (SpeechModel, "Wav2vec2 Model Loader"),
-    schema.TextEncoderType: (TextModel, "WanVideo T5 Text Encoder Loader"),
-    schema.TextEmbedsType: (TextEmbeds, "WanVideo TextEncode"),
-    schema.ClipEmbedsType: (ClipEmbeds, "WanVideo ClipVision Encode"),
-    schema.ImageEmbedsType: ((LongVideo, OneWindow), "WanVideo Long I2V Multi/InfiniteTalk"),
-    schema.SpeechEmbedsType: (SpeechEmbeds, "Multi/InfiniteTalk Wav2vec2 Embeds"),
-    schema.LoraType: (LoraSpec, "WanVideo Lora Select"),
-    schema.BlockSwapType: (BlockSwap, "WanVideo Block Swap"),
-    schema.CompileType: (CompileSettings, "WanVideo Torch Compile Settings"),
+    schema.WanModelType: (VideoModel, "InfiniteTalk Model Loader"),
+    schema.WanVaeType: (VaeModel, "InfiniteTalk VAE Loader"),
+    schema.AdapterType: (Adapter, "InfiniteTalk Adapter Loader"),
+    schema.Wav2VecType: (SpeechModel, "InfiniteTalk Wav2Vec2 Loader"),
+    schema.TextEncoderType: (TextModel, "InfiniteTalk Text Encoder Loader"),
+    schema.TextEmbedsType: (TextEmbeds, "InfiniteTalk Text Encode"),
+    schema.ClipEmbedsType: (ClipEmbeds, "InfiniteTalk CLIP Vision Encode"),
+    schema.ImageEmbedsType: ((LongVideo, OneWindow), "InfiniteTalk Long Video"),
+    schema.SpeechEmbedsType: (SpeechEmbeds, "InfiniteTalk Speech"),
+    schema.LoraType: (LoraSpec, "InfiniteTalk LoRA"),
+    schema.BlockSwapType: (BlockSwap, "InfiniteTalk Block Swap"),
+    schema.CompileType: (CompileSettings, "InfiniteTalk Torch Compile"),
 }
 """Socket type -> class of its values (or of their items), and the node of this pack that gives it."""
 

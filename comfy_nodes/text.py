@@ -26,12 +26,12 @@ def _prompt(input_id: str, tooltip: str) -> Any:
     return io.String.Input(input_id, default="", multiline=True, tooltip=tooltip)
 
 
-class WanVideoTextEncode(io.ComfyNode):
+class InfiniteTalkTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoTextEncode",
-            "WanVideo TextEncode",
+            "InfiniteTalkTextEncode",
+            "InfiniteTalk Text Encode",
             "Encode the prompt and the negative prompt.",
             group="text",
             aliases=["prompt", "text encode", "提示词"],
@@ -41,7 +41,7 @@ class WanVideoTextEncode(io.ComfyNode):
                 TextEncoderType.Input(
                     "t5",
                     optional=True,
-                    tooltip="From WanVideo T5 Text Encoder Loader. May be left out for prompts in the disk cache.",
+                    tooltip="From InfiniteTalk Text Encoder Loader. May be left out for prompts in the disk cache.",
                 ),
                 io.Boolean.Input(
                     "force_offload",
@@ -57,7 +57,7 @@ class WanVideoTextEncode(io.ComfyNode):
                 io.Boolean.Input("use_disk_cache", default=False, optional=True, tooltip=_DISK_CACHE_TIP),
                 io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=_DEVICE_TIP),
             ],
-            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For WanVideo Sampler.")],
+            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
 
     @classmethod
@@ -80,12 +80,12 @@ class WanVideoTextEncode(io.ComfyNode):
         return io.NodeOutput(embeds)
 
 
-class WanVideoTextEncodeCached(io.ComfyNode):
+class InfiniteTalkTextEncodeCached(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoTextEncodeCached",
-            "WanVideo TextEncode Cached",
+            "InfiniteTalkTextEncodeCached",
+            "InfiniteTalk Text Encode Cached",
             "Encode prompts with a text encoder that is loaded for the moment only, and not at all for known prompts.",
             group="text",
             aliases=["prompt", "cached prompt", "提示词 缓存"],
@@ -111,7 +111,7 @@ class WanVideoTextEncodeCached(io.ComfyNode):
                 foreign("WANVIDEOPROMPTEXTENDER_ARGS", "extender_args", "Not supported; leave unconnected."),
             ],
             outputs=[
-                TextEmbedsType.Output(display_name="text_embeds", tooltip="For WanVideo Sampler."),
+                TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler."),
                 TextEmbedsType.Output(
                     display_name="negative_text_embeds", tooltip="The negative prompt as if it were a prompt."
                 ),
@@ -146,12 +146,12 @@ class WanVideoTextEncodeCached(io.ComfyNode):
         return io.NodeOutput(embeds, negative, positive_prompt)
 
 
-class WanVideoTextEmbedBridge(io.ComfyNode):
+class InfiniteTalkTextEmbedBridge(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         return node_schema(
-            "WanVideoTextEmbedBridge",
-            "WanVideo TextEmbed Bridge",
+            "InfiniteTalkTextEmbedBridge",
+            "InfiniteTalk Text Embed Bridge",
             "Use prompts encoded by ComfyUI's own CLIP Text Encode (Load CLIP with type wan).",
             group="text",
             aliases=["conditioning", "clip text encode", "提示词 桥接"],
@@ -159,7 +159,7 @@ class WanVideoTextEmbedBridge(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt, encoded by ComfyUI with type wan."),
                 io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, encoded alike."),
             ],
-            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For WanVideo Sampler.")],
+            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
 
     @classmethod

@@ -52,7 +52,7 @@ class SpeechEmbeds:
 
 @dataclass(frozen=True)
 class LongVideo:
-    """What WanVideo Long I2V Multi/InfiniteTalk states about the video; the sampler makes the windows."""
+    """What InfiniteTalk Long Video states about the video; the sampler makes the windows."""
 
     vae: Any  # VaeModel
     width: int

@@ -22,7 +22,7 @@ OWN = {
     "InfiniteTalkClipVisionLoader",
     "InfiniteTalkAttentionPolicy",
     "InfiniteTalkPreset",
-    "WanVideoAttentionDoctor",
+    "InfiniteTalkAttentionDoctor",
 }
 
 
@@ -70,9 +70,9 @@ def test_all_nodes_are_registered_as_saved_workflows_know_them(server: Server) -
 def test_models_are_found_in_comfyui_folders(server: Server) -> None:
     info = server.get("/object_info")
     found = {
-        "dit": ("WanVideoModelLoader", "model"),
-        "lora": ("WanVideoLoraSelect", "lora"),
-        "wav2vec": ("Wav2VecModelLoader", "model"),
+        "dit": ("InfiniteTalkModelLoader", "model"),
+        "lora": ("InfiniteTalkLora", "lora"),
+        "wav2vec": ("InfiniteTalkWav2VecLoader", "model"),
         "clip": ("InfiniteTalkClipVisionLoader", "clip_name"),
     }
     for kind, (node, widget) in found.items():
@@ -108,17 +108,17 @@ def test_one_line_says_what_ran(server: Server, prompt) -> None:
 def test_a_second_run_takes_the_models_that_are_there(server: Server, prompt) -> None:
     server.run(prompt)
     loaded = server.log.count("Loaded wan2.1-i2v-tiny")
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt[sampler]["inputs"]["seed"] = 4242
     entry = server.run(prompt)
     cached = {node for message in messages(entry, "execution_cached") for node in message["nodes"]}
-    assert node_of(prompt, "WanVideoModelLoader") in cached
+    assert node_of(prompt, "InfiniteTalkModelLoader") in cached
     assert sampler not in cached
     assert server.log.count("Loaded wan2.1-i2v-tiny") == loaded
 
 
 def test_a_value_that_is_no_choice_is_rejected_on_its_node(server: Server, prompt) -> None:
-    loader = node_of(prompt, "WanVideoModelLoader")
+    loader = node_of(prompt, "InfiniteTalkModelLoader")
     prompt[loader]["inputs"]["model"] = "gone.safetensors"
     status, answer = server.post("/prompt", {"prompt": prompt})
     if status == 400:  # ComfyUI knows the choices of V3 combos
@@ -132,9 +132,9 @@ def test_a_value_that_is_no_choice_is_rejected_on_its_node(server: Server, promp
 @pytest.mark.parametrize(
     ("class_type", "change", "words"),
     [
-        ("WanVideoModelLoader", {"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
-        ("WanVideoModelLoader", {"model": make_workflows.TINY["adapter"]}, "is an InfiniteTalk adapter"),
-        ("WanVideoSampler", {"scheduler": "deis"}, "choose dpm"),
+        ("InfiniteTalkModelLoader", {"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
+        ("InfiniteTalkModelLoader", {"model": make_workflows.TINY["adapter"]}, "is an InfiniteTalk adapter"),
+        ("InfiniteTalkSampler", {"scheduler": "deis"}, "choose dpm"),
     ],
 )
 def test_wrong_input_is_answered_on_the_node_that_has_it(
@@ -149,7 +149,7 @@ def test_wrong_input_is_answered_on_the_node_that_has_it(
 
 
 def test_interruption_ends_within_a_step_and_the_next_run_works(server: Server, prompt) -> None:
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt[sampler]["inputs"].update(steps=200, seed=7)
     prompt_id = server.queue(prompt)
     time.sleep(6)

@@ -124,17 +124,17 @@ def test_a_file_of_an_older_release_keeps_its_values_and_links(page: Any, looks:
     content = drawn("infinitetalk_tiny")
     nodes = {node["type"]: node for node in content["nodes"]}
     kept = {
-        "WanVideoVAELoader": 2,
-        "WanVideoModelLoader": 5,
-        "WanVideoImageToVideoMultiTalk": 7,
-        "MultiTalkWav2VecEmbeds": 6,
-        "WanVideoSampler": 12,
+        "InfiniteTalkVAELoader": 2,
+        "InfiniteTalkModelLoader": 5,
+        "InfiniteTalkLongVideo": 7,
+        "InfiniteTalkSpeech": 6,
+        "InfiniteTalkSampler": 12,
     }
     for node_type, count in kept.items():
         nodes[node_type]["widgets_values"] = nodes[node_type]["widgets_values"][:count]
-    nodes["WanVideoSampler"]["widgets_values"][1] = 1.0000000000000002  # as the page wrote fractions
-    nodes["MultiTalkModelLoader"]["widgets_values"].append("fp16")
-    loader = nodes["WanVideoModelLoader"]
+    nodes["InfiniteTalkSampler"]["widgets_values"][1] = 1.0000000000000002  # as the page wrote fractions
+    nodes["InfiniteTalkAdapterLoader"]["widgets_values"].append("fp16")
+    loader = nodes["InfiniteTalkModelLoader"]
     loader["widgets_values"][0] = r"folder\a-file-that-is-not-here.gguf"
     (socket,) = [socket for socket in loader["inputs"] if socket["name"] == "extra_model"]
     socket["name"] = "vace_model"
@@ -153,7 +153,7 @@ def test_a_file_of_an_older_release_keeps_its_values_and_links(page: Any, looks:
         for name, value in zip(looks[node_type].widgets, values, strict=False):
             assert not name or widgets[name] == value, f"{node_type} {name}"
     exported = page.evaluate("async () => (await app.graphToPrompt()).output")[str(loader["id"])]["inputs"]
-    assert exported["multitalk_model"] == [str(nodes["MultiTalkModelLoader"]["id"]), 0]
+    assert exported["multitalk_model"] == [str(nodes["InfiniteTalkAdapterLoader"]["id"]), 0]
     assert exported["model"] == loader["widgets_values"][0]
 
 
@@ -185,7 +185,7 @@ def test_the_run_button_makes_a_video(server: Server, page: Any, tmp_path: Path)
     page.wait_for_function(
         "() => seen.b_preview_with_metadata || seen.b_preview || seen.execution_error", timeout=300_000
     )
-    (sampler,) = [node_id for node_id, node in small.items() if node["class_type"] == "WanVideoSampler"]
+    (sampler,) = [node_id for node_id, node in small.items() if node["class_type"] == "InfiniteTalkSampler"]
     page.evaluate(f"() => app.canvas.centerOnNode(app.graph.getNodeById({sampler}))")
     page.wait_for_timeout(700)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def test_the_run_button_makes_a_video(server: Server, page: Any, tmp_path: Path)
 def test_an_error_is_shown_on_its_node(server: Server, page: Any) -> None:
     content = drawn("infinitetalk_tiny")
     for node in content["nodes"]:
-        if node["type"] == "WanVideoModelLoader":
+        if node["type"] == "InfiniteTalkModelLoader":
             node["widgets_values"][4] = "radial_sage_attention"
             loader = node["id"]
     open_workflow(page, content, "wrong.json")

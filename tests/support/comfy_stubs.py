@@ -130,6 +130,7 @@ def _folder_paths(base: Path) -> types.ModuleType:
     suffixes = {".safetensors", ".pth", ".pt", ".bin"}
     kinds = ("diffusion_models", "vae", "vae_approx", "text_encoders", "clip_vision", "loras", "audio_encoders")
     folders = {kind: ([str(base / "models" / kind)], suffixes) for kind in kinds}
+    folders["custom_nodes"] = ([str(base / "custom_nodes")], set())
 
     def get_filename_list(kind: str) -> list[str]:
         roots, endings = folders[kind]

@@ -18,7 +18,7 @@ from support.workflows import CORE, FOLDER, ROOT, Look, look_of, to_api
 
 COLUMN, GAP = 420, 40
 TITLE, SOCKET, WIDGET = 40, 22, 26
-TALL = {"LoadImage": 320, "LoadAudio": 140, "LoadVideo": 260, "WanVideoTextEncode": 330, "SaveVideo": 420}
+TALL = {"LoadImage": 320, "LoadAudio": 140, "LoadVideo": 260, "InfiniteTalkTextEncode": 330, "SaveVideo": 420}
 
 
 @dataclass
@@ -41,7 +41,12 @@ class Workflow:
 
 
 # Values of widgets that the page adds by itself.
-PAGE_WIDGETS = {"LoadImage": ["image"], "LoadVideo": ["image"], "LoadAudio": [None, None], "WanVideoSampler": ["fixed"]}
+PAGE_WIDGETS = {
+    "LoadImage": ["image"],
+    "LoadVideo": ["image"],
+    "LoadAudio": [None, None],
+    "InfiniteTalkSampler": ["fixed"],
+}
 
 PROMPT = "A woman is talking to the camera, with natural expressions and small movements of the head."
 NEGATIVE = (
@@ -87,36 +92,36 @@ def loaders(files: dict[str, str], *, adapter: str = "adapter") -> tuple[dict[st
     """The loader nodes of every workflow, in two columns."""
     real = "lora" in files
     nodes = {
-        "adapter": Node("MultiTalkModelLoader", {"model": files[adapter]}),
+        "adapter": Node("InfiniteTalkAdapterLoader", {"model": files[adapter]}),
         "dit": Node(
-            "WanVideoModelLoader",
+            "InfiniteTalkModelLoader",
             {"model": files["dit"], "attention_mode": "auto"},
             {"multitalk_model": ("adapter", 0)},
         ),
-        "vae": Node("WanVideoVAELoader", {"model_name": files["vae"], "precision": "bf16" if real else "fp32"}),
-        "t5": Node("LoadWanVideoT5TextEncoder", {"model_name": files["text"]}),
+        "vae": Node("InfiniteTalkVAELoader", {"model_name": files["vae"], "precision": "bf16" if real else "fp32"}),
+        "t5": Node("InfiniteTalkTextEncoderLoader", {"model_name": files["text"]}),
         "clip": Node("InfiniteTalkClipVisionLoader", {"clip_name": files["clip"]}),
-        "wav2vec": Node("Wav2VecModelLoader", {"model": files["wav2vec"]}),
+        "wav2vec": Node("InfiniteTalkWav2VecLoader", {"model": files["wav2vec"]}),
         "prompt": Node(
-            "WanVideoTextEncode", {"positive_prompt": PROMPT, "negative_prompt": NEGATIVE}, {"t5": ("t5", 0)}
+            "InfiniteTalkTextEncode", {"positive_prompt": PROMPT, "negative_prompt": NEGATIVE}, {"t5": ("t5", 0)}
         ),
     }
     first = ["adapter", "t5", "wav2vec", "clip", "vae"]
     if real:
-        nodes["lora"] = Node("WanVideoLoraSelect", {"lora": files["lora"]})
-        nodes["swap"] = Node("WanVideoBlockSwap", {"blocks_to_swap": 20, "prefetch_blocks": 1})
+        nodes["lora"] = Node("InfiniteTalkLora", {"lora": files["lora"]})
+        nodes["swap"] = Node("InfiniteTalkBlockSwap", {"blocks_to_swap": 20, "prefetch_blocks": 1})
         nodes["dit"].links |= {"lora": ("lora", 0), "block_swap_args": ("swap", 0)}
         first = ["lora", "swap", *first]
     return nodes, [first, ["dit", "prompt"]]
 
 
 def clip_encode(image: tuple[str, int]) -> Node:
-    return Node("WanVideoClipVisionEncode", {}, {"clip_vision": ("clip", 0), "image_1": image})
+    return Node("InfiniteTalkClipVisionEncode", {}, {"clip_vision": ("clip", 0), "image_1": image})
 
 
 def speech(frames: int, links: dict[str, tuple[str, int]], **widgets: Any) -> Node:
     return Node(
-        "MultiTalkWav2VecEmbeds",
+        "InfiniteTalkSpeech",
         {"num_frames": frames, **widgets},
         {"wav2vec_model": ("wav2vec", 0), "audio_1": ("speech", 0), **links},
     )
@@ -126,7 +131,7 @@ def sampling(prefix: str, **widgets: Any) -> tuple[dict[str, Node], list[list[st
     """Everything behind the embeds: sampler, images, the saved video."""
     nodes = {
         "sampler": Node(
-            "WanVideoSampler",
+            "InfiniteTalkSampler",
             {"steps": 4, "cfg": 1.0, "shift": 11.0, "seed": 2, "scheduler": "dpm++_sde", **widgets},
             {
                 "model": ("dit", 0),
@@ -135,7 +140,7 @@ def sampling(prefix: str, **widgets: Any) -> tuple[dict[str, Node], list[list[st
                 "multitalk_embeds": ("embeds", 0),
             },
         ),
-        "images": Node("WanVideoPassImagesFromSamples", {}, {"samples": ("sampler", 0)}),
+        "images": Node("InfiniteTalkImagesFromSamples", {}, {"samples": ("sampler", 0)}),
         "video": Node("CreateVideo", {"fps": 25.0}, {"images": ("images", 0), "audio": ("embeds", 1)}),
         "save": Node(
             "SaveVideo",
@@ -148,7 +153,7 @@ def sampling(prefix: str, **widgets: Any) -> tuple[dict[str, Node], list[list[st
 
 def long_video(image: tuple[str, int], **widgets: Any) -> Node:
     return Node(
-        "WanVideoImageToVideoMultiTalk",
+        "InfiniteTalkLongVideo",
         {"motion_frame": 9, **widgets},
         {"vae": ("vae", 0), "start_image": image, "clip_embeds": ("look", 0)},
     )

@@ -3,13 +3,15 @@
     cd tests && python -m support.node_docs
 
 Chinese is translated by hand in locales/zh/nodeDefs.json; the Chinese pages take their tables from there. The prose of
-a page, between its title and its first table, is written by hand too and kept.
+a page, between its title and its first table, is written by hand too and kept. What belongs to the wrapper's ids is
+copied from our nodes of which they are aliases.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,32 @@ def translations(language: str) -> dict[str, Any]:
     return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
+@cache
+def own_ids() -> dict[str, str]:
+    """The wrapper's id -> that of our node."""
+    with tempfile.TemporaryDirectory() as folder, hosted(Path(folder)):
+        from wanvideo_infinitetalk.comfy_nodes.neighbors import PUBLIC_IDS
+
+        return {public_id: own for own, (public_id, _) in PUBLIC_IDS.items()}
+
+
+def with_aliases(texts: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """Translations of all nodes: those of our ids, and copies of them for the wrapper's.
+
+    Locales hold for an id, whichever pack has it; so what the wrapper's nodes are called is not of this pack, and in
+    English, which the schemas hold anyway, there is none for them.
+    """
+    own = own_ids()
+
+    def of(node_id: str) -> Any:
+        if node_id not in own:
+            return texts[node_id]
+        found = texts[own[node_id]]
+        return {**found, "display_name": found["display_name"].replace("InfiniteTalk", "WanVideo")}
+
+    return {node_id: of(node_id) for node_id in schemas}
+
+
 def tables(schema: Any, texts: dict[str, Any], language: str) -> str:
     """The generated part of a page."""
     words = WORDS[language]
@@ -79,7 +107,7 @@ def page_path(node_id: str, language: str) -> Path:
 
 def page(node_id: str, schema: Any, texts: dict[str, Any], language: str) -> str:
     """The whole page: title, description, the prose that is there already, tables."""
-    path = page_path(node_id, language)
+    path = page_path(own_ids().get(node_id, node_id), language)
     first_table = f"## {WORDS[language]['inputs']}"
     prose = ""
     if path.is_file():
@@ -101,9 +129,12 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    texts = json.dumps(english(node_schemas()), indent=2, ensure_ascii=False) + "\n"
+    own = {node_id: schema for node_id, schema in node_schemas().items() if node_id not in own_ids()}
+    texts = json.dumps(english(own), indent=2, ensure_ascii=False) + "\n"
     (LOCALES / "en").mkdir(parents=True, exist_ok=True)
     (LOCALES / "en/nodeDefs.json").write_text(texts, encoding="utf-8")
+    chinese = json.dumps(with_aliases(translations("zh"), node_schemas()), indent=2, ensure_ascii=False) + "\n"
+    (LOCALES / "zh/nodeDefs.json").write_text(chinese, encoding="utf-8")
     for path, content in pages().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")

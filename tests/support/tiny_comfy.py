@@ -104,7 +104,7 @@ def shrink(
                 inputs[name] = value
         if "frame_window_size" in inputs:
             inputs["frame_window_size"] = window
-        if node["class_type"] == "MultiTalkWav2VecEmbeds":
+        if node["class_type"] == "InfiniteTalkSpeech":
             inputs["num_frames"] = frames
         if inputs.get("start_step"):
             inputs["start_step"] = 1
@@ -119,11 +119,11 @@ def node_of(prompt: dict[str, Any], class_type: str) -> str:
 
 # Node -> its widgets and sockets that InfiniteTalk Preset has an output for.
 PRESET_LINKS = {
-    "WanVideoSampler": ("steps", "cfg", "shift", "scheduler"),
-    "MultiTalkWav2VecEmbeds": ("audio_cfg_scale",),
-    "WanVideoModelLoader": ("quantization", "block_swap_args"),
-    "WanVideoImageToVideoMultiTalk": ("tiled_vae",),
-    "WanVideoTextEncode": ("device",),
+    "InfiniteTalkSampler": ("steps", "cfg", "shift", "scheduler"),
+    "InfiniteTalkSpeech": ("audio_cfg_scale",),
+    "InfiniteTalkModelLoader": ("quantization", "block_swap_args"),
+    "InfiniteTalkLongVideo": ("tiled_vae",),
+    "InfiniteTalkTextEncode": ("device",),
 }
 
 

@@ -153,13 +153,13 @@ def test_every_node_rejects_numbers_outside_of_its_widgets(host: Host) -> None:
     assert tried > 150
 
 
-@pytest.mark.parametrize("node", ["WanVideoEmptyEmbeds", "WanVideoImageToVideoEncode", "WanVideoImageToVideoMultiTalk"])
+@pytest.mark.parametrize("node", ["InfiniteTalkEmptyVideo", "InfiniteTalkImageToVideo", "InfiniteTalkLongVideo"])
 def test_windows_that_no_gpu_holds(host: Host, node: str) -> None:
     given: dict[str, Any] = {"width": 2048, "height": 8000, "num_frames": 1001}
-    if node == "WanVideoImageToVideoMultiTalk":
+    if node == "InfiniteTalkLongVideo":
         given |= {"frame_window_size": given.pop("num_frames"), "motion_frame": 9, "vae": None}
         given |= {"force_offload": False, "colormatch": "disabled"}
-    if node == "WanVideoImageToVideoEncode":
+    if node == "InfiniteTalkImageToVideo":
         given |= dict.fromkeys(("noise_aug_strength", "start_latent_strength", "end_latent_strength"), 0.0)
         given |= {"force_offload": False}
     with pytest.raises(InputError, match=r"1001 frames of 2048 x 8000 pixels is too large"):

@@ -44,7 +44,7 @@ def sound(seconds: float = 1.0, rate: int = 22_050, channels: int = 2) -> dict[s
 @pytest.fixture(scope="module")
 def wav2vec(host: Host) -> Any:
     loader = {"model": TINY["wav2vec"], "base_precision": "fp16", "load_device": "offload_device"}
-    return run(host, "Wav2VecModelLoader", **loader)[0]
+    return run(host, "InfiniteTalkWav2VecLoader", **loader)[0]
 
 
 def test_a_neighbors_configuration_is_not_this_files(host: Host, tmp_path, tiny_set) -> None:
@@ -85,7 +85,7 @@ def embed(host: Host, wav2vec: Any, *recordings: dict[str, Any], **changes: Any)
         "multi_audio_type": "para",
     }
     speakers = {f"audio_{i + 1}": recording for i, recording in enumerate(recordings)}
-    return run(host, "MultiTalkWav2VecEmbeds", wav2vec_model=wav2vec, **speakers, **{**settings, **changes})  # type: ignore[return-value]
+    return run(host, "InfiniteTalkSpeech", wav2vec_model=wav2vec, **speakers, **{**settings, **changes})  # type: ignore[return-value]
 
 
 def test_frames_follow_the_recording_the_limit_and_the_rate(host: Host, wav2vec) -> None:
@@ -135,18 +135,18 @@ def test_recordings_without_a_gap(host: Host, wav2vec) -> None:
 def test_loudness_is_brought_to_where_it_is_asked(host: Host) -> None:
     from wanvideo_infinitetalk.media.audio import integrated_loudness
 
-    (louder,) = run(host, "NormalizeAudioLoudness", audio=sound(3.0), lufs=-14.0)
+    (louder,) = run(host, "InfiniteTalkNormalizeLoudness", audio=sound(3.0), lufs=-14.0)
     assert louder["waveform"].shape == sound(3.0)["waveform"].shape
     mono = louder["waveform"][0].mean(0).numpy()
     assert integrated_loudness(mono, 22_050) == pytest.approx(-14.0, abs=0.2)
     silence = {"waveform": torch.zeros(1, 1, 8000), "sample_rate": 8000}
-    assert not run(host, "NormalizeAudioLoudness", audio=silence, lufs=-14.0)[0]["waveform"].any()
+    assert not run(host, "InfiniteTalkNormalizeLoudness", audio=silence, lufs=-14.0)[0]["waveform"].any()
 
 
 def test_the_hub_is_named_when_it_cannot_be_reached(host: Host) -> None:
     inputs = {"model": "facebook/wav2vec2-base-960h", "base_precision": "fp32", "load_device": "main_device"}
     with pytest.raises(NodeError, match="download it by hand"):
-        host.run({"1": {"class_type": "DownloadAndLoadWav2VecModel", "inputs": inputs}})
+        host.run({"1": {"class_type": "InfiniteTalkWav2VecDownloader", "inputs": inputs}})
 
 
 def test_a_folder_in_the_models_folder_is_taken_instead_of_a_download(host: Host) -> None:
@@ -154,7 +154,7 @@ def test_a_folder_in_the_models_folder_is_taken_instead_of_a_download(host: Host
 
     shutil.copytree(host.base / "tiny/wav2vec2-tiny", host.base / "models/wav2vec2/chinese-wav2vec2-base")
     inputs = {"model": "TencentGameMate/chinese-wav2vec2-base", "base_precision": "fp32", "load_device": "main_device"}
-    outputs = host.run({"1": {"class_type": "DownloadAndLoadWav2VecModel", "inputs": inputs}})
+    outputs = host.run({"1": {"class_type": "InfiniteTalkWav2VecDownloader", "inputs": inputs}})
     assert outputs["1"][0].features.layers == 2
 
 
@@ -163,23 +163,23 @@ def test_a_folder_in_the_models_folder_is_taken_instead_of_a_download(host: Host
 
 def test_conditioning_of_core_nodes_is_taken_over(host: Host) -> None:
     words, none = torch.randn(1, 7, 64), torch.randn(1, 5, 64)
-    (embeds,) = run(host, "WanVideoTextEmbedBridge", positive=[[words, {}]], negative=[[none, {}]])
+    (embeds,) = run(host, "InfiniteTalkTextEmbedBridge", positive=[[words, {}]], negative=[[none, {}]])
     assert torch.equal(embeds.positive[0], words[0])
     assert torch.equal(embeds.negative, none[0])
-    assert run(host, "WanVideoTextEmbedBridge", positive=[[words, {}]])[0].negative is None
+    assert run(host, "InfiniteTalkTextEmbedBridge", positive=[[words, {}]])[0].negative is None
     for combined in ([[words, {}], [words, {}]], [[words.repeat(2, 1, 1), {}]], []):
         with pytest.raises(InputError, match="connect one CLIP Text Encode"):
-            run(host, "WanVideoTextEmbedBridge", positive=combined)
+            run(host, "InfiniteTalkTextEmbedBridge", positive=combined)
 
 
 @pytest.fixture(scope="module")
 def t5(host: Host) -> Any:
     loader = {"model_name": TINY["text"], "precision": "fp32", "quantization": "disabled"}
-    return run(host, "LoadWanVideoT5TextEncoder", **loader)[0]
+    return run(host, "InfiniteTalkTextEncoderLoader", **loader)[0]
 
 
 def prompts(host: Host, t5: Any, positive: str, negative: str = "", **options: Any) -> Any:
-    return run(host, "WanVideoTextEncode", positive_prompt=positive, negative_prompt=negative, t5=t5, **options)[0]
+    return run(host, "InfiniteTalkTextEncode", positive_prompt=positive, negative_prompt=negative, t5=t5, **options)[0]
 
 
 def test_pieces_and_weights_of_a_prompt(host: Host, t5) -> None:
@@ -199,7 +199,7 @@ def test_weights_do_not_pass_from_one_prompt_to_the_other_by_the_cache(host: Hos
     again = prompts(host, None, text, text, use_disk_cache=True)
     once = {"model_name": TINY["text"], "precision": "fp32", "quantization": "disabled", "device": "cpu"}
     third = run(
-        host, "WanVideoTextEncodeCached", **once, positive_prompt=text, negative_prompt=text, use_disk_cache=True
+        host, "InfiniteTalkTextEncodeCached", **once, positive_prompt=text, negative_prompt=text, use_disk_cache=True
     )[0]
     for made in (first, again, third):
         assert torch.equal(made.positive[0], second.positive[0] * 0.5)
@@ -219,8 +219,8 @@ def test_the_text_encoder_may_be_kept_in_fp8(host: Host) -> None:
     made = {}
     for quantization in ("disabled", "fp8_e4m3fn"):
         loader = {"model_name": TINY["text"], "precision": "fp32", "quantization": quantization}
-        (model,) = run(host, "LoadWanVideoT5TextEncoder", **loader)
-        made[quantization] = run(host, "WanVideoTextEncode", positive_prompt="a", negative_prompt="b", t5=model)[
+        (model,) = run(host, "InfiniteTalkTextEncoderLoader", **loader)
+        made[quantization] = run(host, "InfiniteTalkTextEncode", positive_prompt="a", negative_prompt="b", t5=model)[
             0
         ].positive[0]
     stored = {parameter.dtype for parameter in model.encoder.model.parameters()}
@@ -287,7 +287,7 @@ def look(host: Host, clip: Any, **changes: Any) -> Any:
         "combine_embeds": "average",
         "force_offload": True,
     }
-    return run(host, "WanVideoClipVisionEncode", **{**settings, **changes})[0]
+    return run(host, "InfiniteTalkClipVisionEncode", **{**settings, **changes})[0]
 
 
 def test_images_are_combined(host: Host, clip) -> None:
@@ -327,8 +327,8 @@ def test_a_compiled_vae_decodes_the_same(host: Host, monkeypatch) -> None:
 
     torch._dynamo.reset()
     settings = CompileSettings(backend="eager")
-    (plain,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
-    (compiled,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32", compile_args=settings)
+    (plain,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32")
+    (compiled,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32", compile_args=settings)
     latents = torch.randn(1, 16, 2, 4, 4)
     torch.testing.assert_close(compiled.decode(latents), plain.decode(latents))
     assert "forward" in compiled.vae.model.decoder.__dict__
@@ -341,7 +341,7 @@ def small(host: Host) -> Any:
     path = host.base / "models/vae_approx/lighttaew2_1.safetensors"
     path.parent.mkdir(exist_ok=True)
     save_file(decoder_weights(), path)
-    return run(host, "WanVideoTinyVAELoader", model_name=path.name, precision="fp32")[0]
+    return run(host, "InfiniteTalkSmallDecoderLoader", model_name=path.name, precision="fp32")[0]
 
 
 TILES = {"tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128, "enable_vae_tiling": False}
@@ -349,22 +349,22 @@ TILES = {"tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 12
 
 def test_the_decode_node_takes_a_small_decoder(host: Host, small) -> None:
     latents = {"samples": torch.randn(1, 16, 3, 4, 6)}
-    (images,) = run(host, "WanVideoDecode", vae=small, samples=latents, **TILES)
+    (images,) = run(host, "InfiniteTalkDecode", vae=small, samples=latents, **TILES)
     plain = SmallDecoder.from_state_dict(decoder_weights(), denormalize=True)
     torch.testing.assert_close(images, (plain.decode(latents["samples"])[0].permute(1, 2, 3, 0) + 1) / 2)
     (at_once,) = run(
-        host, "WanVideoTinyVAELoader", model_name="lighttaew2_1.safetensors", precision="fp32", parallel=True
+        host, "InfiniteTalkSmallDecoderLoader", model_name="lighttaew2_1.safetensors", precision="fp32", parallel=True
     )
     seen: list[int] = []
     handle = at_once.vae.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    (together,) = run(host, "WanVideoDecode", vae=at_once, samples=latents, **TILES)
+    (together,) = run(host, "InfiniteTalkDecode", vae=at_once, samples=latents, **TILES)
     handle.remove()
     torch.testing.assert_close(together, images)
     assert seen == [3]
     x = latents["samples"]
     assert at_once._working_bytes(x, pixels=False) == 3 * small._working_bytes(x, pixels=False)
     assert not small.resident.offloader.loaded
-    (half,) = run(host, "WanVideoTinyVAELoader", model_name="lighttaew2_1.safetensors")
+    (half,) = run(host, "InfiniteTalkSmallDecoderLoader", model_name="lighttaew2_1.safetensors")
     assert half.vae.dtype == torch.float16
 
 
@@ -373,11 +373,11 @@ def test_a_small_decoder_encodes_nothing_and_says_so(host: Host, small) -> None:
     widgets = {"motion_frame": 9, "frame_window_size": 17, "force_offload": False, "colormatch": "disabled"}
     encode = {"num_frames": 17, "noise_aug_strength": 0.0, "start_latent_strength": 1.0, "end_latent_strength": 1.0}
     for call in (
-        lambda vae: run(host, "WanVideoEncode", vae=vae, image=image, **TILES),
-        lambda vae: run(host, "WanVideoImageToVideoMultiTalk", vae=vae, width=64, height=64, **widgets),
+        lambda vae: run(host, "InfiniteTalkEncode", vae=vae, image=image, **TILES),
+        lambda vae: run(host, "InfiniteTalkLongVideo", vae=vae, width=64, height=64, **widgets),
         lambda vae: run(
             host,
-            "WanVideoImageToVideoEncode",
+            "InfiniteTalkImageToVideo",
             vae=vae,
             width=64,
             height=64,
@@ -387,21 +387,21 @@ def test_a_small_decoder_encodes_nothing_and_says_so(host: Host, small) -> None:
         ),
         lambda vae: run(host, "InfiniteTalkSmallDecoder", vae=vae, decoder=vae),
     ):
-        with pytest.raises(InputError, match="encodes no images: connect vae to WanVideo VAE Loader, or join"):
+        with pytest.raises(InputError, match="encodes no images: connect vae to InfiniteTalk VAE Loader, or join"):
             call(small)
 
 
 @pytest.mark.parametrize(("asked", "used"), [(1, 1), (2, 1), (4, 5), (9, 9), (12, 13), (24, 25)])
 def test_motion_frames_of_any_number_are_rounded_with_a_line_in_the_log(host: Host, asked, used, caplog) -> None:
-    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    (vae,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32")
     widgets = {"frame_window_size": 81, "force_offload": False, "colormatch": "mkl", "width": 64, "height": 64}
-    plan, _ = run(host, "WanVideoImageToVideoMultiTalk", vae=vae, motion_frame=asked, **widgets)
+    plan, _ = run(host, "InfiniteTalkLongVideo", vae=vae, motion_frame=asked, **widgets)
     assert plan.motion_frames == used
     assert (f"motion_frame {asked} is not 4n + 1" in caplog.text) == (asked != used)
 
 
 def test_a_joined_decoder_encodes_as_the_vae_and_decodes_as_the_decoder(host: Host, small) -> None:
-    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    (vae,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32")
     (both,) = run(host, "InfiniteTalkSmallDecoder", vae=vae, decoder=small)
     video, latents = torch.rand(1, 3, 5, 32, 32), torch.randn(1, 16, 2, 4, 4)
     assert torch.equal(both.encode(video), vae.encode(video))
@@ -426,12 +426,12 @@ def test_a_preview_leaves_the_latents_as_they_are(host: Host) -> None:
 
 
 def test_minmax_uses_the_whole_range_of_colors(host: Host) -> None:
-    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    (vae,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32")
     latents = {"samples": torch.randn(1, 16, 1, 4, 4) * 0.1}
     shown = {}
     for normalization in ("default", "minmax", "none"):
         shown[normalization] = run(
-            host, "WanVideoDecode", vae=vae, samples=latents, normalization=normalization, **TILES
+            host, "InfiniteTalkDecode", vae=vae, samples=latents, normalization=normalization, **TILES
         )[0]
     assert shown["minmax"].min() == 0
     assert shown["minmax"].max() == 1
@@ -439,7 +439,7 @@ def test_minmax_uses_the_whole_range_of_colors(host: Host) -> None:
 
 
 def test_decoding_goes_on_in_tiles_when_memory_runs_out(host: Host, monkeypatch, caplog) -> None:
-    (vae,) = run(host, "WanVideoVAELoader", model_name=TINY["vae"], precision="fp32")
+    (vae,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32")
     latents = torch.randn(1, 16, 1, 40, 40)
     expected = vae.decode(latents)
     stream = vae.vae._decode_stream
@@ -469,15 +469,15 @@ def test_compile_settings_reach_the_model(host: Host, monkeypatch) -> None:
         "dynamo_cache_size_limit": 200,
         "compile_transformer_blocks_only": True,
     }
-    (settings,) = run(host, "WanVideoTorchCompileSettings", **widgets)
+    (settings,) = run(host, "InfiniteTalkTorchCompile", **widgets)
     assert settings.fullgraph
     assert settings.variants == 200
     loader = {"model": TINY["dit"], "base_precision": "fp32", "quantization": "disabled", "load_device": "main_device"}
-    (compiled,) = run(host, "WanVideoModelLoader", **loader, compile_args=settings)
-    run(host, "WanVideoVAELoader", model_name=TINY["vae"], compile_args=settings)
+    (compiled,) = run(host, "InfiniteTalkModelLoader", **loader, compile_args=settings)
+    run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], compile_args=settings)
     assert checked == [settings, settings]
     assert all("forward" in block.__dict__ for block in compiled.model.blocks)
-    (plain,) = run(host, "WanVideoModelLoader", **loader)
+    (plain,) = run(host, "InfiniteTalkModelLoader", **loader)
     assert plain.weights is not compiled.weights
     assert plain.weights.resident.offloader.loaded  # main_device
 
@@ -491,7 +491,7 @@ def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatc
         sampling, "_one_window", lambda *given: seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
     )
     loader = {"model": TINY["dit"], "quantization": "disabled", "load_device": "offload_device"}
-    (model,) = run(host, "WanVideoModelLoader", **loader, base_precision=precision)
+    (model,) = run(host, "InfiniteTalkModelLoader", **loader, base_precision=precision)
     settings = sampling.SamplerSettings(steps=1, cfg=1.0, shift=5.0, seed=0, scheduler="euler")
     sampling.sample(model, None, settings, text=object(), speech=None, start=None)
     assert seen == [precision == "fp16_fast"]

@@ -41,7 +41,7 @@ def test_example_workflow_ends_in_a_video_with_sound(host: Host, name: str) -> N
     frames, shown, sound = streams_of(path)
     assert frames == 25
     assert sound == pytest.approx(shown, abs=0.07)  # AAC packets of 1024 samples at 16 kHz
-    images = outputs[node_of(prompt, "WanVideoPassImagesFromSamples")][0]
+    images = outputs[node_of(prompt, "InfiniteTalkImagesFromSamples")][0]
     assert images.shape == (25, 64, 64, 3)
     assert torch.isfinite(images).all()
     assert images.std() > 0.01
@@ -49,7 +49,7 @@ def test_example_workflow_ends_in_a_video_with_sound(host: Host, name: str) -> N
 
 def test_a_second_run_takes_the_models_that_are_there(host: Host, prompt) -> None:
     first = host.run(prompt)
-    loader, sampler = node_of(prompt, "WanVideoModelLoader"), node_of(prompt, "WanVideoSampler")
+    loader, sampler = node_of(prompt, "InfiniteTalkModelLoader"), node_of(prompt, "InfiniteTalkSampler")
     prompt[sampler]["inputs"]["seed"] += 1
     second = host.run(prompt)
     assert loader not in host.executed
@@ -76,10 +76,10 @@ def test_a_long_video_by_a_small_decoder(host: Host, prompt) -> None:
     path = host.base / "models/vae_approx/taew2_1.safetensors"
     path.parent.mkdir(exist_ok=True)
     save_file(decoder_weights(), path)
-    sampler, long = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoImageToVideoMultiTalk")
+    sampler, long = node_of(prompt, "InfiniteTalkSampler"), node_of(prompt, "InfiniteTalkLongVideo")
     plain = host.run(prompt)[sampler][0]
     vae = prompt[long]["inputs"]["vae"]
-    prompt["100"] = {"class_type": "WanVideoTinyVAELoader", "inputs": {"model_name": path.name}}
+    prompt["100"] = {"class_type": "InfiniteTalkSmallDecoderLoader", "inputs": {"model_name": path.name}}
     prompt["101"] = {"class_type": "InfiniteTalkSmallDecoder", "inputs": {"vae": vae, "decoder": ["100", 0]}}
     prompt[long]["inputs"]["vae"] = ["101", 0]
     made = host.run(prompt)[sampler][0]
@@ -100,8 +100,8 @@ def test_a_preset_decides_what_is_made(host: Host, prompt) -> None:
     host.run(prompt)
     assert [total for _, total, preview in Progress.seen if preview] == [2 * 4] * 8  # two windows of four steps
     prompt["900"]["inputs"]["preset"] = "low-memory"
-    loader = node_of(prompt, "WanVideoModelLoader")
-    needed = ("900", node_of(prompt, "MultiTalkModelLoader"), loader)
+    loader = node_of(prompt, "InfiniteTalkModelLoader")
+    needed = ("900", node_of(prompt, "InfiniteTalkAdapterLoader"), loader)
     (model,) = host.run({node_id: prompt[node_id] for node_id in needed})[loader]
     assert model.swap.blocks == 40
     assert "fp8_e4m3fn_scaled" in stored_summary(model.model)
@@ -109,10 +109,10 @@ def test_a_preset_decides_what_is_made(host: Host, prompt) -> None:
 
 def test_models_are_known_to_the_memory_management(host: Host, prompt) -> None:
     outputs = host.run(prompt)
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt[sampler]["inputs"].update(seed=77, force_offload=False)
     host.run(prompt)
-    weights = outputs[node_of(prompt, "WanVideoModelLoader")][0].weights
+    weights = outputs[node_of(prompt, "InfiniteTalkModelLoader")][0].weights
     assert weights.resident.offloader.loaded
     managed = [patcher.model for patcher in host.management.current_loaded_models]
     assert weights.model in managed
@@ -122,7 +122,7 @@ def test_models_are_known_to_the_memory_management(host: Host, prompt) -> None:
 
 @pytest.mark.parametrize("checks", [1, 6, 16])
 def test_interruption_ends_the_run_and_the_next_one_works(host: Host, prompt, checks: int) -> None:
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt[sampler]["inputs"]["seed"] = 1000 + checks
     host.management.interrupt_after = checks
     with pytest.raises(NodeError) as caught:
@@ -134,7 +134,7 @@ def test_interruption_ends_the_run_and_the_next_one_works(host: Host, prompt, ch
 
 @pytest.mark.parametrize("action", ["encode", "decode"])
 def test_interruption_reaches_into_the_vae(host: Host, prompt, action: str) -> None:
-    vae = host.run(prompt)[node_of(prompt, "WanVideoVAELoader")][0]
+    vae = host.run(prompt)[node_of(prompt, "InfiniteTalkVAELoader")][0]
     what = torch.zeros(1, 3, 9, 32, 32) if action == "encode" else torch.zeros(1, 16, 3, 4, 4)
     host.management.interrupt_after = 1  # behind the first of three latent frames
     with pytest.raises(InterruptProcessingException):
@@ -143,14 +143,14 @@ def test_interruption_reaches_into_the_vae(host: Host, prompt, action: str) -> N
 
 @pytest.mark.parametrize("blocks", [1, 48])
 def test_block_swap_gives_identical_latents(host: Host, prompt, blocks: int) -> None:
-    sampler, loader = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoModelLoader")
+    sampler, loader = node_of(prompt, "InfiniteTalkSampler"), node_of(prompt, "InfiniteTalkModelLoader")
     expected = host.run(prompt)[sampler][0]["samples"]
     prompt["100"] = {
-        "class_type": "WanVideoBlockSwap",
+        "class_type": "InfiniteTalkBlockSwap",
         "inputs": {"blocks_to_swap": blocks, "offload_img_emb": True, "offload_txt_emb": True},
     }
     prompt["101"] = {
-        "class_type": "WanVideoSetBlockSwap",
+        "class_type": "InfiniteTalkSetBlockSwap",
         "inputs": {"model": [loader, 0], "block_swap_args": ["100", 0]},
     }
     prompt[sampler]["inputs"]["model"] = ["101", 0]
@@ -158,11 +158,11 @@ def test_block_swap_gives_identical_latents(host: Host, prompt, blocks: int) -> 
 
 
 def test_loras_merged_and_unmerged_are_alike_and_change_the_video(host: Host, prompt) -> None:
-    sampler, loader = node_of(prompt, "WanVideoSampler"), node_of(prompt, "WanVideoModelLoader")
+    sampler, loader = node_of(prompt, "InfiniteTalkSampler"), node_of(prompt, "InfiniteTalkModelLoader")
     prompt[loader]["inputs"].update(base_precision="fp32", attention_mode="eager")
     plain = host.run(prompt)[sampler][0]["samples"]
     lora = {"lora": make_workflows.REAL["lora"], "strength": 1.0}
-    prompt["100"] = {"class_type": "WanVideoLoraSelect", "inputs": {**lora, "merge_loras": True}}
+    prompt["100"] = {"class_type": "InfiniteTalkLora", "inputs": {**lora, "merge_loras": True}}
     prompt[loader]["inputs"]["lora"] = ["100", 0]
     merged = host.run(prompt)[sampler][0]["samples"]
     prompt["100"]["inputs"]["merge_loras"] = False
@@ -171,7 +171,7 @@ def test_loras_merged_and_unmerged_are_alike_and_change_the_video(host: Host, pr
     torch.testing.assert_close(unmerged, merged, atol=2e-3, rtol=2e-3)
     # Set LoRAs: on a model without any, and gone again with the node.
     del prompt[loader]["inputs"]["lora"]
-    prompt["101"] = {"class_type": "WanVideoSetLoRAs", "inputs": {"model": [loader, 0], "lora": ["100", 0]}}
+    prompt["101"] = {"class_type": "InfiniteTalkSetLoras", "inputs": {"model": [loader, 0], "lora": ["100", 0]}}
     prompt[sampler]["inputs"]["model"] = ["101", 0]
     assert torch.equal(host.run(prompt)[sampler][0]["samples"], unmerged)
     prompt[sampler]["inputs"]["model"] = [loader, 0]
@@ -180,9 +180,9 @@ def test_loras_merged_and_unmerged_are_alike_and_change_the_video(host: Host, pr
 
 @pytest.mark.parametrize("quantization", ["fp8_e4m3fn", "fp8_e4m3fn_scaled_fast", "fp4_scaled"])
 def test_quantized_models_run_with_loras(host: Host, prompt, quantization: str) -> None:
-    loader, sampler = node_of(prompt, "WanVideoModelLoader"), node_of(prompt, "WanVideoSampler")
+    loader, sampler = node_of(prompt, "InfiniteTalkModelLoader"), node_of(prompt, "InfiniteTalkSampler")
     prompt["100"] = {
-        "class_type": "WanVideoLoraSelectMulti",
+        "class_type": "InfiniteTalkLoras",
         "inputs": {f"lora_{i}": "none" for i in range(5)} | {f"strength_{i}": 0.5 for i in range(5)},
     }
     prompt["100"]["inputs"]["lora_3"] = make_workflows.REAL["lora"]
@@ -192,29 +192,29 @@ def test_quantized_models_run_with_loras(host: Host, prompt, quantization: str) 
 
 WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "a mode of others": (
-        "WanVideoModelLoader",
+        "InfiniteTalkModelLoader",
         {"attention_mode": "radial_sage_attention"},
         BackendUnavailableError,
         "choose sageattn_3_fp8",
     ),
     "a mode whose package is missing": (
-        "WanVideoModelLoader",
+        "InfiniteTalkModelLoader",
         {"attention_mode": "flash_attn_3"},
         BackendUnavailableError,
         "flash_attn_3",
     ),
     "an adapter as model": (
-        "WanVideoModelLoader",
+        "InfiniteTalkModelLoader",
         {"model": make_workflows.TINY["adapter"]},
         CheckpointError,
         "is an InfiniteTalk adapter",
     ),
-    "a scheduler of others": ("WanVideoSampler", {"scheduler": "rcm"}, InputError, "choose lcm"),
-    "riflex": ("WanVideoSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
-    "no step left": ("WanVideoSampler", {"start_step": 5}, InputError, "start step"),
-    "an end step": ("WanVideoSampler", {"end_step": 1}, InputError, "end_step"),
-    "a window of 16": ("WanVideoImageToVideoMultiTalk", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
-    "no room for new frames": ("WanVideoImageToVideoMultiTalk", {"motion_frame": 33}, InputError, "no room"),
+    "a scheduler of others": ("InfiniteTalkSampler", {"scheduler": "rcm"}, InputError, "choose lcm"),
+    "riflex": ("InfiniteTalkSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
+    "no step left": ("InfiniteTalkSampler", {"start_step": 5}, InputError, "start step"),
+    "an end step": ("InfiniteTalkSampler", {"end_step": 1}, InputError, "end_step"),
+    "a window of 16": ("InfiniteTalkLongVideo", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
+    "no room for new frames": ("InfiniteTalkLongVideo", {"motion_frame": 33}, InputError, "no room"),
 }
 
 
@@ -231,20 +231,20 @@ def test_wrong_input_is_answered_on_the_node_that_has_it(host: Host, prompt, cas
 
 @pytest.mark.parametrize("missing", ["text_embeds", "multitalk_embeds"])
 def test_what_is_not_connected_is_named(host: Host, prompt, missing: str) -> None:
-    del prompt[node_of(prompt, "WanVideoSampler")]["inputs"][missing]
+    del prompt[node_of(prompt, "InfiniteTalkSampler")]["inputs"][missing]
     with pytest.raises(NodeError, match=f"connect {missing}"):
         host.run(prompt)
 
 
 def test_a_silent_person(host: Host, prompt) -> None:
-    sampler = node_of(prompt, "WanVideoSampler")
-    prompt["100"] = {"class_type": "MultiTalkSilentEmbeds", "inputs": {"num_frames": 9}}
+    sampler = node_of(prompt, "InfiniteTalkSampler")
+    prompt["100"] = {"class_type": "InfiniteTalkSilence", "inputs": {"num_frames": 9}}
     prompt[sampler]["inputs"]["multitalk_embeds"] = ["100", 0]
     assert host.run(prompt)[sampler][0]["video"].shape[0] == 9
 
 
 def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
-    long, images = node_of(prompt, "WanVideoImageToVideoMultiTalk"), node_of(prompt, "WanVideoPassImagesFromSamples")
+    long, images = node_of(prompt, "InfiniteTalkLongVideo"), node_of(prompt, "InfiniteTalkImagesFromSamples")
     expected = host.run(prompt)[images][0]
     prompt[long]["inputs"]["output_path"] = "long/talk"
     frames, path = host.run(prompt)[images]
@@ -259,8 +259,8 @@ def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
 def test_an_interrupted_video_in_a_file_is_gone_on_with(
     host: Host, prompt, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    long, images = node_of(prompt, "WanVideoImageToVideoMultiTalk"), node_of(prompt, "WanVideoPassImagesFromSamples")
-    sampler = node_of(prompt, "WanVideoSampler")
+    long, images = node_of(prompt, "InfiniteTalkLongVideo"), node_of(prompt, "InfiniteTalkImagesFromSamples")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt[long]["inputs"]["output_path"] = "long/whole"
     frames, whole = host.run(prompt)[images]
     prompt[long]["inputs"]["output_path"] = "long/stopped"
@@ -306,13 +306,13 @@ def test_one_line_says_what_ran(host: Host, prompt, caplog: pytest.LogCaptureFix
 
 def one_window(prompt: dict[str, Any], image_embeds: dict[str, Any]) -> str:
     """Turn the long video into a single window; the id of the node that decodes it."""
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt["200"] = image_embeds
     prompt[sampler]["inputs"]["image_embeds"] = ["200", 0]
-    prompt[node_of(prompt, "WanVideoPassImagesFromSamples")] = {
-        "class_type": "WanVideoDecode",
+    prompt[node_of(prompt, "InfiniteTalkImagesFromSamples")] = {
+        "class_type": "InfiniteTalkDecode",
         "inputs": {
-            "vae": [node_of(prompt, "WanVideoVAELoader"), 0],
+            "vae": [node_of(prompt, "InfiniteTalkVAELoader"), 0],
             "samples": [sampler, 0],
             "enable_vae_tiling": False,
             "tile_x": 272,
@@ -321,13 +321,13 @@ def one_window(prompt: dict[str, Any], image_embeds: dict[str, Any]) -> str:
             "tile_stride_y": 128,
         },
     }
-    return node_of(prompt, "WanVideoDecode")
+    return node_of(prompt, "InfiniteTalkDecode")
 
 
 def keyframes(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
     image = [node_of(prompt, "LoadImage"), 0]
     return {
-        "class_type": "WanVideoImageToVideoEncode",
+        "class_type": "InfiniteTalkImageToVideo",
         "inputs": {
             "width": 64,
             "height": 64,
@@ -336,8 +336,8 @@ def keyframes(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
             "start_latent_strength": 1.0,
             "end_latent_strength": 1.0,
             "force_offload": True,
-            "vae": [node_of(prompt, "WanVideoVAELoader"), 0],
-            "clip_embeds": [node_of(prompt, "WanVideoClipVisionEncode"), 0],
+            "vae": [node_of(prompt, "InfiniteTalkVAELoader"), 0],
+            "clip_embeds": [node_of(prompt, "InfiniteTalkClipVisionEncode"), 0],
             "start_image": image,
             "end_image": image,
             **inputs,
@@ -347,7 +347,7 @@ def keyframes(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
 
 def test_one_window_with_and_without_speech(host: Host, prompt) -> None:
     decode = one_window(prompt, keyframes(prompt))
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     speaking = host.run(prompt)[decode][0]
     assert speaking.shape == (9, 64, 64, 3)
     del prompt[sampler]["inputs"]["multitalk_embeds"]
@@ -358,17 +358,17 @@ def test_one_window_with_and_without_speech(host: Host, prompt) -> None:
 
 def test_one_window_takes_one_prompt(host: Host, prompt) -> None:
     one_window(prompt, keyframes(prompt))
-    prompt[node_of(prompt, "WanVideoTextEncode")]["inputs"]["positive_prompt"] = "a man talks | a man waves"
+    prompt[node_of(prompt, "InfiniteTalkTextEncode")]["inputs"]["positive_prompt"] = "a man talks | a man waves"
     with pytest.raises(NodeError, match="2 pieces for a video of one window"):
         host.run(prompt)
 
 
 def test_two_samplers_share_the_steps_of_one_window(host: Host, prompt) -> None:
     one_window(prompt, keyframes(prompt))
-    first = node_of(prompt, "WanVideoSampler")
+    first = node_of(prompt, "InfiniteTalkSampler")
     prompt[first]["inputs"].update(scheduler="euler", steps=3)
     whole = host.run(prompt)[first][0]["samples"]
-    prompt["300"] = {"class_type": "WanVideoSampler", "inputs": {**prompt[first]["inputs"]}}
+    prompt["300"] = {"class_type": "InfiniteTalkSampler", "inputs": {**prompt[first]["inputs"]}}
     prompt[first]["inputs"]["end_step"] = 1
     prompt["300"]["inputs"].update(start_step=1, samples=[first, 0])
     halves = host.run(prompt)["300"][0]["samples"]
@@ -376,7 +376,7 @@ def test_two_samplers_share_the_steps_of_one_window(host: Host, prompt) -> None:
 
 
 def test_the_attention_policy_decides_which_steps_are_exact(host: Host, prompt) -> None:
-    loader, sampler = node_of(prompt, "WanVideoModelLoader"), node_of(prompt, "WanVideoSampler")
+    loader, sampler = node_of(prompt, "InfiniteTalkModelLoader"), node_of(prompt, "InfiniteTalkSampler")
     prompt[loader]["inputs"].update(attention_mode="sageattn_3_fp4", base_precision="fp32")
     prompt["100"] = {
         "class_type": "InfiniteTalkAttentionPolicy",
@@ -396,16 +396,16 @@ def test_the_attention_policy_decides_which_steps_are_exact(host: Host, prompt) 
 
 
 def test_the_doctor_reports(host: Host) -> None:
-    report = host.run({"1": {"class_type": "WanVideoAttentionDoctor", "inputs": {"device": "cpu"}}})["1"][0]
+    report = host.run({"1": {"class_type": "InfiniteTalkAttentionDoctor", "inputs": {"device": "cpu"}}})["1"][0]
     assert "sageattn_3_fp4" in report
     assert "A mode of each precision: 16-bit: yes, 8-bit: yes, 4-bit: yes" in report
 
 
 def test_guidance_may_change_from_step_to_step(host: Host, prompt) -> None:
-    sampler = node_of(prompt, "WanVideoSampler")
+    sampler = node_of(prompt, "InfiniteTalkSampler")
     values = {"cfg_scale_start": 3.0, "cfg_scale_end": 1.0, "start_percent": 0.0, "end_percent": 1.0}
     prompt["100"] = {
-        "class_type": "CreateCFGScheduleFloatList",
+        "class_type": "InfiniteTalkCfgSchedule",
         "inputs": {"steps": 2, "interpolation": "linear", **values},
     }
     prompt[sampler]["inputs"]["cfg"] = ["100", 0]
@@ -415,15 +415,15 @@ def test_guidance_may_change_from_step_to_step(host: Host, prompt) -> None:
 
 
 def test_encode_and_decode(host: Host, prompt) -> None:
-    vae = [node_of(prompt, "WanVideoVAELoader"), 0]
+    vae = [node_of(prompt, "InfiniteTalkVAELoader"), 0]
     decode = one_window(prompt, keyframes(prompt))
     prompt["400"] = {
-        "class_type": "WanVideoEncode",
+        "class_type": "InfiniteTalkEncode",
         "inputs": {"image": [node_of(prompt, "LoadImage"), 0], "vae": vae, "enable_vae_tiling": True}
         | {"tile_x": 256, "tile_y": 256, "tile_stride_x": 128, "tile_stride_y": 128},
     }
     prompt[decode]["inputs"].update(samples=["400", 0], enable_vae_tiling=True)
-    for name in ("WanVideoSampler", "CreateVideo", "SaveVideo"):
+    for name in ("InfiniteTalkSampler", "CreateVideo", "SaveVideo"):
         del prompt[node_of(prompt, name)]
     outputs = host.run(prompt)
     height, width = (side // 16 * 16 for side in outputs[node_of(prompt, "LoadImage")][0].shape[1:3])
@@ -432,7 +432,7 @@ def test_encode_and_decode(host: Host, prompt) -> None:
 
 
 def test_prompts_are_kept_on_disk(host: Host, prompt) -> None:
-    text = node_of(prompt, "WanVideoTextEncode")
+    text = node_of(prompt, "InfiniteTalkTextEncode")
     plain = host.run(prompt)[text][0]
     prompt[text]["inputs"]["use_disk_cache"] = True
     cached = host.run(prompt)[text][0]
@@ -445,11 +445,11 @@ def test_prompts_are_kept_on_disk(host: Host, prompt) -> None:
 
 
 def test_the_cached_text_encoder_gives_the_same_embeds(host: Host, prompt) -> None:
-    text = node_of(prompt, "WanVideoTextEncode")
+    text = node_of(prompt, "InfiniteTalkTextEncode")
     inputs = prompt[text]["inputs"]
     shared = {name: inputs[name] for name in ("positive_prompt", "negative_prompt")}
     prompt["100"] = {
-        "class_type": "WanVideoTextEncodeCached",
+        "class_type": "InfiniteTalkTextEncodeCached",
         "inputs": {
             "model_name": make_workflows.TINY["text"],
             "precision": "bf16",

@@ -12,13 +12,6 @@ from support.comfy_host import Host, hosted
 
 ROOT = Path(__file__).parents[2]
 PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
-OWN = {
-    "InfiniteTalkClipVisionLoader",
-    "InfiniteTalkSmallDecoder",
-    "InfiniteTalkAttentionPolicy",
-    "InfiniteTalkPreset",
-    "WanVideoAttentionDoctor",
-}
 NUMERIC = ("default", "min", "max", "step", "round")
 
 
@@ -29,7 +22,12 @@ def host(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_all_nodes_are_there_and_no_others(host: Host) -> None:
-    assert set(host.nodes) == set(PUBLIC) | OWN
+    from wanvideo_infinitetalk.comfy_nodes.neighbors import PUBLIC_IDS
+
+    ours = {node_id for node_id in host.nodes if node_id.startswith("InfiniteTalk")}
+    assert set(host.nodes) == ours | set(PUBLIC)
+    assert {public_id for public_id, _ in PUBLIC_IDS.values()} == set(PUBLIC)
+    assert set(PUBLIC_IDS) <= ours
 
 
 @pytest.mark.parametrize("node_id", PUBLIC)
@@ -79,7 +77,7 @@ def test_every_node_is_explained(host: Host) -> None:
 
 
 def test_our_own_values_stand_behind_the_public_ones(host: Host) -> None:
-    loader = {i.id: i for i in host.nodes["WanVideoModelLoader"].GET_SCHEMA().inputs}
+    loader = {i.id: i for i in host.nodes["InfiniteTalkModelLoader"].GET_SCHEMA().inputs}
     assert {"auto", "sageattn_3_fp4", "sageattn_3_fp8"} <= set(loader["attention_mode"].options["options"][9:])
     assert "fp4_scaled" in loader["quantization"].options["options"][9:]
 
@@ -88,7 +86,7 @@ def test_all_of_our_schedulers_can_be_chosen(host: Host) -> None:
     from wanvideo_infinitetalk.comfy_nodes import sampling
     from wanvideo_infinitetalk.pipeline.schedulers import SCHEDULERS
 
-    sampler = {i.id: i for i in host.nodes["WanVideoSampler"].GET_SCHEMA().inputs}
+    sampler = {i.id: i for i in host.nodes["InfiniteTalkSampler"].GET_SCHEMA().inputs}
     offered = set(sampler["scheduler"].options["options"])
     assert set(SCHEDULERS) <= offered
     assert offered - set(SCHEDULERS) == set(sampling.INSTEAD)
@@ -100,7 +98,8 @@ def test_a_foreign_socket_is_rejected_when_connected(host: Host) -> None:
     from wanvideo_infinitetalk.wanvideo.errors import InputError
 
     rejected = 0
-    for node in host.nodes.values():
+    for node_id in PUBLIC:
+        node = host.nodes[node_id]
         for socket in node.GET_SCHEMA().inputs:
             if socket.get_io_type() in FOREIGN:
                 reject_foreign(node, {socket.id: None})
@@ -109,7 +108,7 @@ def test_a_foreign_socket_is_rejected_when_connected(host: Host) -> None:
                 rejected += 1
     assert rejected == len([i for n in PUBLIC.values() for i in n["inputs"].values() if i["type"] in FOREIGN])
     with pytest.raises(TypeError, match="has no input 'nonsense'"):
-        reject_foreign(host.nodes["WanVideoSampler"], {"nonsense": 1})
+        reject_foreign(host.nodes["InfiniteTalkSampler"], {"nonsense": 1})
 
 
 def test_a_widget_that_an_older_file_lacks_has_its_default(host: Host) -> None:
