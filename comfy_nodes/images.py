@@ -13,7 +13,7 @@ from .comfyui import advanced, io
 from .conversion import keyframe_window
 from .models import VaeModel, clip_embeds_of
 from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, foreign, node_schema, reject_foreign
-from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow
+from .types import COLOR_STRENGTH, ClipEmbeds, LongVideo, OneWindow, checked_image
 
 COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
 
@@ -220,7 +220,7 @@ class WanVideoImageToVideoMultiTalk(io.ComfyNode):
             height=height // 16 * 16,
             frames=frame_window_size,
             motion_frames=motion_frame,
-            start_images=start_image,
+            start_images=None if start_image is None else checked_image(start_image),
             clip=clip_embeds,
             mode=mode,
             color_match=colormatch,
