@@ -12,7 +12,7 @@ from ..pipeline.conditioning import Keyframes, keyframe_condition
 from ..wanvideo.errors import InputError
 from . import comfyui
 from .models import VaeModel
-from .types import ClipEmbeds, OneWindow
+from .types import ClipEmbeds, OneWindow, checked_image
 
 Tiles = tuple[int, int, int, int]  # width, height, distance in x, distance in y
 
@@ -42,7 +42,7 @@ def covered(images: Tensor | None, height: int, width: int) -> Tensor | None:
     """IMAGE [N, h, w, 3] resized to cover the size, the center cut out: [N, 3, height, width] in [-1, 1]."""
     if images is None:
         return None
-    pixels = images[..., :3].float().movedim(-1, 1) * 2 - 1
+    pixels = checked_image(images)[..., :3].float().movedim(-1, 1) * 2 - 1
     scale = max(height / pixels.shape[-2], width / pixels.shape[-1])
     size = (max(height, round(pixels.shape[-2] * scale)), max(width, round(pixels.shape[-1] * scale)))
     if size != tuple(pixels.shape[-2:]):
@@ -55,6 +55,7 @@ def encode_frames(
     vae: VaeModel, images: Tensor, tiles: Tiles | None, *, noise: float, strength: float
 ) -> dict[str, Any]:
     """LATENT of IMAGE frames; the frames travel with it, for long videos that start from them."""
+    images = checked_image(images)
     height, width = (int(side) // 16 * 16 for side in images.shape[1:3])
     if height < 16 or width < 16:
         raise InputError(f"Frames of {images.shape[2]} x {images.shape[1]} pixels are too small: 16 x 16 is the least.")

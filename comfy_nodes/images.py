@@ -14,7 +14,7 @@ from .comfyui import advanced, io
 from .conversion import keyframe_window
 from .models import VaeModel, clip_embeds_of
 from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, foreign, node_schema, reject_foreign
-from .types import ClipEmbeds, LongVideo, OneWindow
+from .types import ClipEmbeds, LongVideo, OneWindow, checked_image
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class InfiniteTalkLongVideo(io.ComfyNode):
             height=height // 16 * 16,
             frames=frame_window_size,
             motion_frames=motion_frame,
-            start_images=start_image,
+            start_images=None if start_image is None else checked_image(start_image),
             clip=clip_embeds,
             mode=mode,
             color_match=colormatch,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..fp8_optimization import quantize_linears
-from ..media.audio import load_speech, normalize_loudness
+from ..media.audio import check_samples, load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
 from ..pipeline.journal import digest_of_weights
@@ -37,7 +37,7 @@ from ..wanvideo.runtime.compilation import CompileSettings, check_compiler, chec
 from ..wanvideo.runtime.offload import BlockSwap
 from ..wanvideo.runtime.precision import PRECISIONS
 from . import comfyui
-from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds
+from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds, checked_audio, checked_image
 
 logger = logging.getLogger(__name__)
 
@@ -492,6 +492,7 @@ def clip_embeds_of(
         raise InputError(f"combine_embeds '{combine}' is not part of this pack: choose average, sum or concat.")
 
     def features(image: Tensor) -> Tensor:
+        image = checked_image(image)
         if isinstance(clip_vision, VisionModel):
             return clip_vision.hidden_states(image[:1], crop)
         return comfyui.clip_hidden_states(clip_vision, image[:1], crop).float().cpu()
@@ -541,7 +542,7 @@ class SpeechModel:
         masks: Tensor | None,
     ) -> SpeechEmbeds:
         """Features per speaker of ComfyUI's AUDIO values, and the sound of all together."""
-        speech = [load_speech(_mono(a), int(a["sample_rate"]), target_lufs=None) for a in recordings]
+        speech = [load_speech(*_samples(audio), target_lufs=None) for audio in recordings]
         if smooth:
             speech = [smooth_transients(waveform, SAMPLE_RATE) for waveform in speech]
         if normalize:
@@ -565,9 +566,14 @@ class SpeechModel:
         return self.features(line, frames, fps)
 
 
-def _mono(audio: dict[str, Any]) -> Tensor:
-    """The first item of an AUDIO batch [B, channels, n], channels averaged: [n]."""
-    return audio["waveform"][0].float().mean(0)
+def _samples(audio: dict[str, Any]) -> tuple[Tensor, int]:
+    """(samples [channels, n], rate in Hz) of a speaker's AUDIO; InputError as `checked_audio`, and for a batch."""
+    waveform, rate = checked_audio(audio)
+    if len(waveform) > 1:
+        raise InputError(
+            f"A recording came with {len(waveform)} in a batch: give each speaker one (audio_1, audio_2 ...)."
+        )
+    return waveform[0], rate
 
 
 def _sound(recordings: Sequence[dict[str, Any]], lines: Sequence[Any]) -> dict[str, Any]:
@@ -580,11 +586,12 @@ def _sound(recordings: Sequence[dict[str, Any]], lines: Sequence[Any]) -> dict[s
 
 
 def normalized_audio(audio: dict[str, Any], lufs: float) -> dict[str, Any]:
-    """AUDIO at another loudness; every channel by the same factor."""
-    waveform, rate = audio["waveform"], int(audio["sample_rate"])
+    """AUDIO at another loudness; every channel by the same factor. Raises InputError for what is no recording."""
+    waveform, rate = checked_audio(audio)
     scaled = []
     for recording in waveform:  # [channels, n]
         mono = recording.float().mean(0).numpy()
+        check_samples(mono, rate, "The recording")
         louder = normalize_loudness(mono, rate, lufs)
         peak = int(abs(mono).argmax())
         gain = float(louder[peak] / mono[peak]) if mono[peak] != 0 else 1.0

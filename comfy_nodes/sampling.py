@@ -294,6 +294,8 @@ def _write(
     path = comfyui.output_file(what.output_path, ".mp4")
     check_output(path)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
+    if sound is not None and len(sound) > 2:  # as of a film
+        sound = sound.mean(0)
     with OutputFiles.of(path).locked() as files, count_kernels() as kernels:
         journal = Journal(files, what_is_made, how)
         start = None

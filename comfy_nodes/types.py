@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..wanvideo.errors import InputError
+
+LEVELS = (-0.5, 10.0)
+"""What pixels may be: 0 to 1, and what resizing and high dynamic range add; not -1 to 1, and not 0 to 255."""
+
+
+def checked_image(image: Any) -> torch.Tensor:
+    """An IMAGE, float pixels [N, H, W, 1, 3 or 4] from 0 to 1, as it came; gray as RGB.
+
+    Raises InputError for another form, an image without pixels, and values that are NaN or outside of `LEVELS`.
+    """
+    if not isinstance(image, torch.Tensor):
+        raise InputError(f"An image came as {type(image).__name__}: connect an IMAGE, as from Load Image.")
+    shape = list(image.shape)
+    if len(shape) != 4 or shape[-1] not in (1, 3, 4) or 0 in shape or not image.is_floating_point():
+        raise InputError(
+            f"An image of shape {shape} and {image.dtype} cannot be used: it takes floats of shape [images, height, "
+            "width, 3]."
+        )
+    least, most = (float(level) for level in image.aminmax())
+    if not LEVELS[0] <= least <= most <= LEVELS[1]:  # nor NaN
+        raise InputError(f"An image has levels from {least:g} to {most:g}: those of an IMAGE are 0 to 1.")
+    return image.expand(*shape[:3], 3) if shape[-1] == 1 else image
+
+
+def checked_audio(audio: Any) -> tuple[torch.Tensor, int]:
+    """(samples [B, channels, n], rate in Hz) of an AUDIO. Raises InputError for another form, and without samples."""
+    waveform, rate = (audio.get(key) if isinstance(audio, Mapping) else None for key in ("waveform", "sample_rate"))
+    if not isinstance(waveform, torch.Tensor) or not isinstance(rate, int | float):
+        raise InputError("There is no recording: connect an AUDIO, as from Load Audio.")
+    if waveform.ndim != 3 or 0 in waveform.shape or not waveform.is_floating_point():
+        raise InputError(
+            f"A recording of shape {list(waveform.shape)} and {waveform.dtype} cannot be used: it takes floats of "
+            "shape [1, channels, samples]."
+        )
+    return waveform, int(rate)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "TARGET_LUFS",
+    "check_samples",
     "integrated_loudness",
     "load_speech",
     "normalize_loudness",
@@ -210,16 +211,10 @@ def load_speech(
         waveform, rate = read_audio(source)
     else:
         name = "The recording"
-        if rate is None or rate <= 0:
-            raise InputError(f"Samples need their rate in Hz, a positive number; got {rate}.")
-        _checked_rate(rate, name)
+        if rate is None:
+            raise InputError("Samples need their rate in Hz.")
         waveform = _mono(source)
-    bad = np.flatnonzero(~np.isfinite(waveform))
-    if bad.size:
-        raise InputError(
-            f"{name} has {bad.size} samples that are NaN or infinite, the first at {bad[0] / rate:.2f} s; "
-            "export it again."
-        )
+    check_samples(waveform, rate, name)
     if waveform.size < MIN_SECONDS * rate:
         raise InputError(f"{name} is too short: {waveform.size / rate:.3f} s, at least {MIN_SECONDS} s are needed.")
     peak = max(float(waveform.max()), -float(waveform.min()))
@@ -230,6 +225,17 @@ def load_speech(
     if not speech.any():
         logger.warning("%s is silent", name)
     return speech if target_lufs is None else normalize_loudness(speech, target_lufs=target_lufs)
+
+
+def check_samples(waveform: Waveform, rate: int, name: str) -> None:
+    """Raise InputError for a rate that no speech has, and for samples [n] that are NaN or infinite."""
+    _checked_rate(rate, name)
+    bad = np.flatnonzero(~np.isfinite(waveform))
+    if bad.size:
+        raise InputError(
+            f"{name} has {bad.size} samples that are NaN or infinite, the first at {bad[0] / rate:.2f} s; "
+            "export it again."
+        )
 
 
 def _mono(samples: NDArray[Any] | Tensor) -> Waveform:

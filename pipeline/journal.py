@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from ..media.video import OutputFiles, Written, replace_file
+from ..wanvideo.checkpoints.reading import FAULTS
 from ..wanvideo.errors import InputError
 from .long_video import RunState
 from .plan import GenerateConfig
@@ -137,6 +138,7 @@ class Journal:
             "how": dict(self.how),
             "kernels": sorted(kernels),
         }
+        about["digest"] = _digest_of_entry(about, tensors)
         data = safetensors.torch.save(  # which takes no strided tensors
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {KEY: json.dumps(about)}
         )
@@ -156,12 +158,16 @@ def _read(files: OutputFiles) -> Entry | None:
     if not files.journal.exists():
         return None
     try:
+        if not files.journal.is_file():  # opening a pipe would wait
+            raise ValueError("it is no file")
         with safetensors.safe_open(files.journal, framework="pt") as file:
             about = json.loads((file.metadata() or {})[KEY])
             tensors = {name: file.get_tensor(name) for name in ("generator", "carried", "latents")}
+        if about.pop("digest") != _digest_of_entry(about, tensors):
+            raise ValueError("it is not as it was written")
         state = RunState(about["windows"], tensors["generator"], tensors["carried"], about["floor"], tensors["latents"])
         entry = Entry(state, Written(**about["written"]), about["what"], about["how"], about["kernels"])
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except FAULTS as error:
         raise InputError(f"{files.journal} is damaged ({error}): begin anew by not resuming.") from error
     size = files.partial.stat().st_size if files.partial.is_file() else 0
     if size < entry.written.bytes:
@@ -236,6 +242,12 @@ def digest_of_file(path: Path) -> str:
                 digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
                 break
     return DIGEST + digest.hexdigest()
+
+
+def _digest_of_entry(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of all that a journal holds: whatever else is in it is damage."""
+    parts = [json.dumps(about, sort_keys=True), *map(_digest_of_tensor, tensors.values())]
+    return DIGEST + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _digest_of_tensor(tensor: torch.Tensor) -> str:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import struct
 import threading
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import gguf
 import numpy as np
 import pytest
 import soundfile
@@ -52,6 +54,7 @@ from support.corruptions import (
 from support.image_files import JPEG_DAMAGE, MASKS, PNG_DAMAGE, area, encoded, photo, write
 from unit import test_bounds as bounds
 from unit import test_containers as containers
+from unit import test_gguf as gguf_files
 from unit import test_lora as lora
 from unit import test_quantized as quantized
 from unit import test_video as video
@@ -62,7 +65,9 @@ from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
 from wanvideo_infinitetalk.media.audio import read_audio
 from wanvideo_infinitetalk.media.images import load_image
 from wanvideo_infinitetalk.media.masks import load_mask
-from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter
+from wanvideo_infinitetalk.media.video import OutputFiles, VideoFrames, VideoWriter
+from wanvideo_infinitetalk.pipeline.journal import Journal
+from wanvideo_infinitetalk.pipeline.long_video import RunState
 from wanvideo_infinitetalk.pipeline.make_video import Checked, Job, ModelFiles, check
 from wanvideo_infinitetalk.pipeline.prompts import parse_prompt
 from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
@@ -140,6 +145,27 @@ def judge(run: Run) -> tuple[str, str]:
     return found[0] if found else ("else", f"no end within {LIMIT} s")
 
 
+BORDERS = re.compile(
+    rb"OggS|GGUF|PK\x01\x02|PK\x03\x04|PK\x05\x06|ftyp|moo[fv]|mdat|free|IHDR|PLTE|tRNS|IDAT|IEND|fmt |data|LIST|fLaC|"
+    rb"\xff[\xd8-\xdb\xc0\xc4]|\x1a\x45\xdf\xa3|\x1f\x43\xb6\x75"
+)
+"""What parts of a file begin with, or have behind their length: boxes, chunks, pages, segments, records."""
+
+
+def place_in(content: bytes, rng: random.Random) -> int:
+    """An offset in a file, from 0 to its length: anywhere, or within 8 bytes of the border of a part."""
+    borders = [found.start() for found in BORDERS.finditer(content)]
+    length = int.from_bytes(content[:8], "little") + 8
+    if content[8:9] == b"{" and length <= len(content):
+        borders.append(length)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            tensors = json.loads(content[8:length])
+            borders += [length + entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    if borders and rng.random() < 0.5:
+        return min(max(0, rng.choice(borders) + rng.randint(-8, 8)), len(content))
+    return rng.randrange(len(content) + 1)
+
+
 # ------------------------------------------------------------------------------------------------------------- models
 
 
@@ -152,7 +178,7 @@ def damaged_models(world: World, rng: random.Random, folder: Path) -> tuple[str,
     path = BYTES[damage](path, rng)
     if again and path.is_file() and path.stat().st_size < 10**8:
         content = path.read_bytes()
-        path.write_bytes(content[: rng.randrange(len(content) + 1)])
+        path.write_bytes(content[: place_in(content, rng)])
     return f"{role}, {damage}{', cut' if again else ''}", lambda: world.load(role, path)
 
 
@@ -258,6 +284,81 @@ def quantized_models(world: World, rng: random.Random, folder: Path) -> tuple[st
         assert all(torch.equal(got[name], tensor) for name, tensor in meant.items())
 
     return f"{kind}, {form}{suffix}", run
+
+
+DTYPES = ("float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+NO_VALUES = ("float8_e8m0fnu", "uint8", "int8", "uint16", "int16", "int32", "int64", "bool", "complex64")
+"""Dtypes that tensors of a model are not stored in, unless the file says how they are packed."""
+
+
+ODD_TYPES = sorted({kind.name for kind in gguf.GGMLQuantizationType} - {*gguf_files.TYPES, "F32", "F16", "BF16"})
+"""Of GGUF, which nobody here unpacks."""
+
+
+@maker
+def models_of_other_dtypes(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
+    """One tensor, or all: worth the same values in float32; one that holds no values may be one that is not used."""
+    kind, name = rng.choice(list(quantized.KINDS)), rng.choice([*DTYPES * 2, *NO_VALUES])
+    state = dict(quantized.state_of(kind))
+    floats = [n for n, tensor in state.items() if tensor.is_floating_point()]
+    hit = [rng.choice(floats)] if rng.random() < 0.5 or name in NO_VALUES else floats
+    worth = dict(state)
+    for n in hit:
+        state[n] = state[n].to(getattr(torch, name))
+        worth[n] = state[n].float() if name in DTYPES else worth[n]
+    path, plain = (quantized.save(folder / f"{i}.safetensors", kind, s) for i, s in enumerate((state, worth)))
+
+    def run() -> None:
+        quantized.base_file()["DiT"] = world.tiny.model
+        got, meant = (quantized.values_of(quantized.KINDS[kind].load(file)) for file in (path, plain))
+        assert all(torch.equal(got[n], tensor) for n, tensor in meant.items())
+
+    return f"{kind}, {hit[0] if len(hit) == 1 else 'all'} as {name}", run
+
+
+@maker
+def gguf_models(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
+    """Each tensor in one of several types: worth what the gguf package unpacks; one of a type that nobody unpacks."""
+    kind, odd = rng.choice(list(quantized.KINDS)), rng.choice([None, None, *ODD_TYPES])
+    types = rng.sample([*gguf_files.QUANTIZER_BOUNDS, "F32", "F16", "BF16"], 3)
+    state = {name: tensor.float() for name, tensor in quantized.state_of(kind).items() if name != "spiece_model"}
+    writer = gguf.GGUFWriter(folder / "m.gguf", rng.choice(["wan", "t5encoder", "flux", ""]))
+    for key, text in quantized.KINDS[kind].metadata.items():
+        writer.add_string(key, text)
+    if rng.random() < 0.3:
+        writer.add_custom_alignment(rng.choice([8, 64, 4096]))
+    fitting = [name for name, tensor in state.items() if tensor.ndim == 2 and tensor.shape[1] % 256 == 0]
+    hit = rng.choice(fitting) if odd and fitting else None
+    for name, tensor in state.items():
+        ggml = gguf.GGMLQuantizationType[odd if name == hit else rng.choice(types)]
+        block, nbytes = gguf.GGML_QUANT_SIZES[ggml]
+        values = tensor.flatten().numpy() if tensor.ndim > 4 else tensor.numpy()
+        if tensor.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+        if name == hit:
+            packed = np.zeros((len(values), values.shape[1] // block * nbytes), np.uint8)
+        elif tensor.ndim and values.shape[-1] % block == 0 and (tensor.ndim > 1 or block == 1):
+            packed = gguf.quants.quantize(values, ggml)
+            state[name] = torch.from_numpy(gguf.quants.dequantize(packed, ggml).reshape(tensor.shape))
+        else:
+            packed, ggml = values, gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, packed, raw_dtype=ggml)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if kind == "text encoder":
+        state["spiece_model"] = quantized.state_of(kind)["spiece_model"]
+        (folder / "spiece.model").write_bytes(bytes(state["spiece_model"].numpy()))
+    plain = quantized.save(folder / "plain.safetensors", kind, state)
+
+    def run() -> None:
+        quantized.base_file()["DiT"] = world.tiny.model
+        got, meant = (quantized.values_of(quantized.KINDS[kind].load(file)) for file in (folder / "m.gguf", plain))
+        assert hit is None, "taken"
+        assert all(torch.allclose(got[name], tensor, rtol=1e-5, atol=1e-6) for name, tensor in meant.items())
+
+    return f"{kind}, {types}, {hit} as {odd}", run
 
 
 @maker
@@ -432,7 +533,7 @@ def prompts(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """Cut, or with a part cut out or replaced."""
-    at = rng.randrange(len(content))
+    at = place_in(content, rng)
     length = rng.randint(1, 40)
     return rng.choice([content[:at], content[:at] + content[at + length :], content[:at] + rng.randbytes(length)])
 
@@ -505,7 +606,7 @@ def recordings(world: World, rng: random.Random, folder: Path) -> tuple[str, Run
         content[4:8] = struct.pack("<I", rng.choice([0, 0x7FFFFFFF, 0xFFFFFFFF]))
         content[at : at + 4] = struct.pack("<I", rng.choice([0, 0x7FFFF000, 0xFFFFFFFF]))
     elif damage == "cut":
-        del content[rng.randrange(len(content)) :]
+        del content[place_in(content, rng) :]
     elif damage == "noise behind":
         content += bytes(rng.randrange(200))
     elif damage == "zeros":
@@ -556,6 +657,64 @@ def paths(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
     return f"{role}, {name[:30]!r}", run
 
 
+NAMES = (
+    *(
+        "a b.x",
+        "模型 é.x",
+        "-x",
+        "--steps=3",
+        "a:b.x",
+        "a:0.5",
+        "c:\\a.x",
+        "a%d.x",
+        "#a?b&c.x",
+        "a'\"b.x",
+        "a;b|c.x",
+        "$HOME",
+    ),
+    *(
+        "*.x",
+        "[a].x",
+        "a\nb.x",
+        "a\tb.x",
+        "..x",
+        "x.",
+        " ",
+        "x" * 250,
+        "A.X.TXT",
+        "a\x1b[31m.x",
+        "concat:a",
+        "file:a.x",
+    ),
+    *("\udcff.x", "http:x", "pipe:0", "a.mp4.png", "~a", "{a}", "a\u202eb.x"),
+)
+
+
+@maker
+def names(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
+    """Files of a job under other names, that any file may have; the folder is the working one, so that they lead."""
+    roles = ["audio", "image", "masks", *(role for role in ModelFiles.__dataclass_fields__ if role != "tokenizer")]
+    role, name = rng.choice(roles), rng.choice(NAMES)
+    given = getattr(world.job, role, None) or getattr(world.job.files, role, None)
+    source = Path(given[0] if isinstance(given, tuple) else given) if given else world.job.image
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    path: Any = folder / name if rng.random() < 0.5 else Path(name)
+    files = replace(world.job.files, **{role: path}) if hasattr(world.job.files, role) else world.job.files
+    job = replace(
+        world.job, files=files, **({role: path if role == "image" else [path]} if files is world.job.files else {})
+    )
+
+    def run() -> None:
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            check(job)
+        finally:
+            os.chdir(before)
+
+    return f"{role}, {name[:20]!r}", run
+
+
 # -------------------------------------------------------------------------------------------------------------- videos
 
 
@@ -569,7 +728,7 @@ def videos(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
     content, damage = path.read_bytes(), rng.choice(["none", "none", "cut", "noise behind", "zeros", "head"])
     content = {
         "none": content,
-        "cut": content[: rng.randrange(len(content))],
+        "cut": content[: place_in(content, rng)],
         "noise behind": content + rng.randbytes(100),
         "zeros": bytes(len(content)),
         "head": content[rng.randint(1, 100) :],
@@ -670,6 +829,38 @@ def outputs(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
             assert source.read_bytes() == before, "the source was changed"
 
     return f"{out.name[:30]!r}, the source as {'audio' if as_audio else 'video'}", run
+
+
+@maker
+def interrupted_runs(world: World, rng: random.Random, folder: Path) -> tuple[str, Run]:
+    """What an interrupted run has left, damaged: it is gone on with as it was, or not at all."""
+    files = OutputFiles.of(folder / "out.mp4")
+    state = RunState(2, torch.arange(5000).to(torch.uint8), torch.rand(3, 5, 32, 32), None, torch.rand(16, 2, 4, 4))
+    writer = VideoWriter(folder / "out.mp4", 25)
+    made = Journal(files, {"seed": "42", "image": "sha256:0"}, {"torch": "2"})
+    made.save(state, writer.append(torch.rand(10, 32, 32, 3)), ["sdpa"])
+    kept, damage = files.partial.read_bytes(), rng.choice(["none", "partial", "field", *BYTES])
+    if damage == "partial":
+        files.partial.write_bytes(kept[: place_in(kept, rng)])
+    elif damage == "field":
+        about = json.loads(metadata_of(files.journal)["infinitetalk"])
+        where = rng.choice([about, about["written"], about["what"]])
+        where[rng.choice(list(where))] = rng.choice(VALUES)
+        save_file(load_file(files.journal), files.journal, {"infinitetalk": json.dumps(about)})
+    elif damage != "none":
+        BYTES[damage](files.journal, rng)
+
+    def run() -> None:
+        entry = made.start(resume=True)
+        if entry is None:
+            assert not files.journal.exists()
+            return
+        assert vars(entry.written) == vars(writer.written)
+        assert (entry.state.windows, entry.state.floor) == (2, None)
+        for name in ("generator", "carried", "latents"):
+            assert torch.equal(getattr(entry.state, name), getattr(state, name))
+
+    return damage, run
 
 
 # --------------------------------------------------------------------------------------------------------------- tests

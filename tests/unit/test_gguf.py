@@ -16,7 +16,7 @@ from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.linear.gguf import GGUFLinear, GGUFTensor
 
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "Q3_K", "Q2_K")
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS")
 # Relative L2 of normally distributed weights after gguf's own quantizer, where it has one.
 QUANTIZER_BOUNDS = {"Q8_0": 0.007, "Q5_1": 0.05, "Q5_0": 0.06, "Q4_1": 0.09, "Q4_0": 0.1}
 
@@ -34,8 +34,9 @@ def blocks_of(name: str, rows: int, columns: int) -> np.ndarray:
     block_size, type_size = gguf.GGML_QUANT_SIZES[kind]
     packed = np.random.default_rng(2).integers(0, 256, (rows * columns // block_size, type_size), dtype=np.uint8)
     scale = np.frombuffer(np.float16(0.0123).tobytes(), dtype=np.uint8)
-    # The float16 scales stand first (Q4_K, Q5_K: two), or last (Q2_K: two, Q3_K, Q6_K: one).
-    for start in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}[name]:
+    # The float16 scales stand first (Q4_K, Q5_K: two; IQ4: one), or last (Q2_K: two, Q3_K, Q6_K: one).
+    last = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
+    for start in last.get(name, (0,) if name.startswith("IQ4") else (0, 2)):
         packed[:, start : start + 2] = scale
     return packed.reshape(rows, -1)
 

@@ -38,6 +38,95 @@ def sound(seconds: float = 1.0, rate: int = 22_050, channels: int = 2) -> dict[s
     return {"waveform": wave.repeat(1, channels, 1), "sample_rate": rate}
 
 
+# --- values of other nodes
+
+PIXELS = torch.rand(2, 32, 48, 3)
+SAMPLES = sound()["waveform"]
+
+WRONG: dict[str, dict[str, Any]] = {
+    "IMAGE": {
+        "two axes": PIXELS[0, ..., 0],
+        "three axes": PIXELS[0],
+        "five axes": PIXELS[None],
+        "channels first": PIXELS.movedim(-1, 1),
+        "two channels": PIXELS[..., :2],
+        "none in the batch": PIXELS[:0],
+        "no rows": PIXELS[:, :0],
+        "no channels": PIXELS[..., :0],
+        "NaN": PIXELS.masked_fill(PIXELS > 0.9, torch.nan),
+        "infinite": PIXELS.masked_fill(PIXELS > 0.9, torch.inf),
+        "-1 to 1": PIXELS * 2 - 1,
+        "0 to 255": PIXELS * 255,
+        "bytes": (PIXELS * 255).to(torch.uint8),
+        "bool": PIXELS > 0.5,
+        "array": PIXELS.numpy(),
+        "list": [PIXELS],
+    },
+    "AUDIO": {
+        "one axis": {"waveform": SAMPLES[0, 0], "sample_rate": 22050},
+        "two axes": {"waveform": SAMPLES[0], "sample_rate": 22050},
+        "none in the batch": {"waveform": SAMPLES[:0], "sample_rate": 22050},
+        "no channels": {"waveform": SAMPLES[:, :0], "sample_rate": 22050},
+        "no samples": {"waveform": SAMPLES[..., :0], "sample_rate": 22050},
+        "NaN": {"waveform": SAMPLES / 0, "sample_rate": 22050},
+        "16 bits": {"waveform": (SAMPLES * 2**15).to(torch.int16), "sample_rate": 22050},
+        "no rate": {"waveform": SAMPLES, "sample_rate": 0},
+        "a negative rate": {"waveform": SAMPLES, "sample_rate": -1},
+        "a huge rate": {"waveform": SAMPLES, "sample_rate": 10**9},
+        "rate as text": {"waveform": SAMPLES, "sample_rate": "22050"},
+        "array": {"waveform": SAMPLES.numpy(), "sample_rate": 22050},
+        "without a rate": {"waveform": SAMPLES},
+        "empty": {},
+        "text": "speech.wav",
+    },
+}
+RIGHT: dict[str, Any] = {"IMAGE": PIXELS, "AUDIO": sound()}
+
+
+@pytest.fixture(scope="module")
+def values(host: Host, wav2vec, clip) -> dict[str, Any]:
+    """A value for every type of input that nodes with images or sound need."""
+    (vae,) = run(host, "InfiniteTalkVAELoader", model_name=TINY["vae"], precision="fp32")
+    return {**RIGHT, "CLIP_VISION": clip, "WANVAE": vae, "WAV2VECMODEL": wav2vec}
+
+
+@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind in WRONG for form in WRONG[kind]])
+def test_no_node_takes_another_value_for_an_image_or_a_sound(host: Host, values, kind: str, form: str) -> None:
+    tried = 0
+    for name, node in host.nodes.items():
+        inputs = node.GET_SCHEMA().inputs
+        for wrong in [given.id for given in inputs if given.get_io_type() == kind]:
+            given = {i.id: _value(i, values) for i in inputs if not i.optional or i.get_io_type() in values}
+            with pytest.raises(InputError) as caught:
+                run(host, name, **{**given, wrong: WRONG[kind][form]})
+            assert str(caught.value).endswith("."), (name, wrong)
+            tried += 1
+    assert tried >= {"IMAGE": 8, "AUDIO": 5}[kind]
+
+
+def _value(widget: Any, values: dict[str, Any]) -> Any:
+    kind = widget.get_io_type()
+    if kind in values:
+        return values[kind]
+    default = widget.options.get("default")
+    return widget.options["options"][0] if default is None and kind == "COMBO" else default
+
+
+def test_what_is_a_little_beyond_an_image_is_one(host: Host, clip) -> None:
+    """As resizing with overshoots and high dynamic range make it; and gray, and with transparency."""
+    for image in (PIXELS * 1.2 - 0.1, PIXELS * 3, PIXELS[..., :1], torch.cat([PIXELS, PIXELS[..., :1]], -1)):
+        assert look(host, clip, image_1=image).positive.isfinite().all()
+    gray = PIXELS[..., :1].expand(-1, -1, -1, 3)
+    assert torch.equal(look(host, clip, image_1=PIXELS[..., :1]).positive, look(host, clip, image_1=gray).positive)
+
+
+def test_several_recordings_are_not_one_speaker(host: Host, wav2vec) -> None:
+    two = sound()
+    two["waveform"] = two["waveform"].repeat(2, 1, 1)
+    with pytest.raises(InputError, match="2 in a batch"):
+        embed(host, wav2vec, two)
+
+
 # --- audio
 
 

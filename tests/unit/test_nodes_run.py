@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import save_file
 from support import make_workflows, tiny_comfy, workflows
@@ -251,6 +253,13 @@ def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
     assert path == str((host.base / "output/long/talk.mp4").resolve())
     assert streams_of(Path(path))[0] == 25
     assert float((frames - expected[17:]).abs().max()) <= 0.51 / 255  # the last window, as it was written
+    prompt["100"] = {"class_type": "LoadAudio", "inputs": {"audio": "six_channels.wav"}}
+    speech = prompt[node_of(prompt, "InfiniteTalkSpeech")]["inputs"]
+    soundfile.write(
+        host.base / "input/six_channels.wav", np.random.default_rng(0).uniform(-0.3, 0.3, (16000, 6)), 16000
+    )
+    speech["audio_1"] = ["100", 0]
+    assert streams_of(Path(host.run(prompt)[images][1]))[2] == pytest.approx(1.0, abs=0.07)
     prompt[long]["inputs"]["output_path"] = "../../elsewhere.mp4"
     with pytest.raises(NodeError, match="leads outside ComfyUI's output folder"):
         host.run(prompt)

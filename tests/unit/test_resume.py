@@ -287,6 +287,21 @@ def test_files_that_do_not_go_together_are_rejected(case) -> None:
         files.journal.write_bytes(kept)
 
 
+def test_any_change_of_the_journal_is_damage(case) -> None:
+    """Of its tensors too, from which the next window would be made."""
+    files = OutputFiles.of(case.out)
+    kept = files.journal.read_bytes()
+    rng = random.Random(0)
+    for at in [*range(0, len(kept), 101), *rng.sample(range(len(kept)), 50)]:
+        files.journal.write_bytes(kept[:at] + bytes([kept[at] ^ 1 << rng.randrange(8)]) + kept[at + 1 :])
+        with pytest.raises(InputError, match="is damaged"):
+            Journal(files, {}, {}).start(resume=True)
+    files.journal.unlink()
+    os.mkfifo(files.journal)
+    with pytest.raises(InputError, match="is damaged"):
+        Journal(files, {}, {}).start(resume=True)
+
+
 def test_another_encoder_does_not_go_on(case) -> None:
     """The header of the partial file holds for all frames: those of another encoder would not be readable."""
     files = OutputFiles.of(case.out)

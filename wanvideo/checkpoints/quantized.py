@@ -281,6 +281,8 @@ class _Parts:
         if len(scales) > 1:
             raise self._error(f"has two scales for {name}, {scales[0]} and {scales[1]}")
         form, full_precision = self._format(layer, name, parts)
+        if form is None and stored.dtype == torch.float8_e8m0fnu:  # which torch counts among the floats
+            raise self._error(f"stores {name} as float8_e8m0fnu, in which only scales are stored")
         scale = scales[0] if scales else None
         weight = StoredWeight(name, stored, form, scale, parts.get("weight_scale_2"), full_precision)
         self._check_scales(weight)
