@@ -37,6 +37,7 @@ from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
 from wanvideo_infinitetalk.wanvideo.runtime import compilation
 from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings
+from wanvideo_infinitetalk.wanvideo.runtime.offload import BlockSwap
 
 SECONDS = 0.52
 FRAMES = 13
@@ -1045,7 +1046,9 @@ def test_recordings_one_after_the_other(
     soundfile.write(tmp_path / "second.wav", tone(0.4, 44100), 44100)
     ran = run("--one-after-the-other", audio_2=tmp_path / "second.wav", masks=masks)
     assert ran.code == 0, ran.err
-    assert probe(tmp_path / "video.mp4").frames == FRAMES + 10
+    media = probe(tmp_path / "video.mp4")
+    assert media.frames == FRAMES + 10
+    assert abs(media.sound_seconds - SECONDS - 0.4) < 0.04
     first, second = encoded
     begin = int(SECONDS * 16000)
     assert len(first) == len(second) == begin + 6400
@@ -1057,12 +1060,50 @@ def test_recordings_one_after_the_other(
     assert len(wave) / rate == pytest.approx(SECONDS + 0.4, abs=0.001)
 
 
-def test_adaptive_projected_guidance(run: Callable[..., Ran], tmp_path: Path) -> None:
-    videos = []
-    for flags in ((), ("--apg",)):
-        assert run(*flags, cfg=4, audio_cfg=3, steps=2, max_frames=5).code == 0
-        videos.append((tmp_path / "video.mp4").read_bytes())
-    assert videos[0] != videos[1]
+CHANGES: dict[str, object] = {
+    "negative_prompt": "a dog",
+    "audio_scale": 0.5,
+    "shift": 9,
+    "scheduler": "unipc",
+    "mode": "multitalk",
+    "color_correction": 0,
+    "steps": 3,
+    "cfg": 4,
+    "audio_cfg": 2,
+    "motion_frames": 5,
+    "quantization": "fp8_e4m3fn",
+    "attention_mode": "sageattn_3_fp4",
+    "base_precision": "bf16",
+    "text_encoder_quantization": "fp8_e4m3fn",
+}
+
+
+def test_settings_change_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """Each of them, alone, where guidance and a second window give all of them something to do."""
+
+    def video(*flags: str, **options: object) -> bytes:
+        given = {"cfg": 3, "audio_cfg": 3, "steps": 2, "frames": 9, "max_frames": 13} | options
+        ran = run(*flags, **given)
+        assert ran.code == 0, ran.err
+        return (tmp_path / "video.mp4").read_bytes()
+
+    plain = video()
+    assert video(audio_scale=1, negative_prompt=generate.DEFAULT_NEGATIVE, color_correction=1) == plain
+    changed = {"apg": video("--apg")} | {name: video(**{name: value}) for name, value in CHANGES.items()}
+    assert [name for name, made in changed.items() if made == plain] == []
+
+
+def test_settings_that_save_memory(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    swaps, tiled = [], []
+    offloader, decode = generate.Offloader, generate.WanVAE.decode
+    monkeypatch.setattr(generate, "Offloader", lambda model, to, swap: swaps.append(swap) or offloader(model, to, swap))
+    monkeypatch.setattr(
+        generate.WanVAE, "decode", lambda self, video, **k: tiled.append(k["tiled"]) or decode(self, video, **k)
+    )
+    assert run(max_frames=5).code == 0
+    assert (swaps, tiled) == ([], [False])
+    assert run("--tiled-vae", blocks_to_swap=1, max_frames=5).code == 0
+    assert (swaps, tiled) == ([BlockSwap(blocks=1)], [False, True])
 
 
 def test_the_text_encoder_s_device(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1113,12 +1154,14 @@ def test_fp16_fast_accumulates_in_fp16(run: Callable[..., Ran], monkeypatch: pyt
 
 
 class Graphs:
-    """A backend of torch.compile that runs graphs as they are and counts them."""
+    """A backend of torch.compile that runs graphs as they are and counts them, up to `most`."""
 
-    count = 0
+    count, most = 0, 100
 
     def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         self.count += 1
+        if self.count > self.most:
+            raise RuntimeError("no more")
         return graph.forward
 
 
@@ -1142,6 +1185,11 @@ def test_compiled_blocks_make_the_same_video(run: Callable[..., Ran], graphs: Gr
         counts.append(graphs.count)
     assert videos[0] == videos[1]
     assert counts == [0, 2]
+
+
+def test_a_model_that_cannot_be_compiled(run: Callable[..., Ran], graphs: Graphs) -> None:
+    graphs.most = 1
+    assert_rejected(run("--compile"), "torch.compile cannot compile this model (", "no more", "without being compiled")
 
 
 @pytest.mark.usefixtures("unread")
