@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..pipeline.plan import mode_by_name
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -18,7 +20,7 @@ class Adapter:
     @property
     def mode(self) -> str:
         """How its windows follow each other, read from the name of the file."""
-        return "infinitetalk" if "infinite" in self.path.name.lower() else "multitalk"
+        return mode_by_name(self.path) or "multitalk"
 
 
 @dataclass(frozen=True)

@@ -306,6 +306,20 @@ def test_a_merged_model_needs_no_adapter(run: Callable[..., Ran], tiny_set: Tiny
     assert run(model=tmp_path / "merged.safetensors", adapter=None, max_frames=5).code == 0
 
 
+def test_a_mode_that_the_adapter_s_name_does_not_speak_of_is_said(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path
+) -> None:
+    words = "is for mode multitalk by its name; the windows follow each other in mode infinitetalk"
+    for name, mode, said in (
+        ("MultiTalk-single.safetensors", "infinitetalk", True),
+        ("MultiTalk-single.safetensors", "multitalk", False),
+        ("InfiniteTalk_multi.safetensors", "infinitetalk", False),
+        ("adapter.safetensors", "multitalk", False),
+    ):
+        shutil.copyfile(tiny_set.adapter, tmp_path / name)
+        assert (words in run(adapter=tmp_path / name, mode=mode, max_frames=5).err) == said
+
+
 def test_each_step_has_its_own_guidance(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two numbers for three steps: the last one goes on."""
     plans: list[plan.Plan] = []
