@@ -361,11 +361,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--out", type=Path, default=Path("demo.mp4"), metavar="V", help="video to write (%(default)s)")
     parser.add_argument("--attention-mode", default="auto", metavar="M", help=f"{', '.join(ATTENTION_MODES)} (auto)")
-    parser.add_argument("--quantization", default="disabled", metavar="Q", help=", ".join(QUANTIZATIONS))
+    parser.add_argument(
+        "--quantization", default="disabled", metavar="Q", help=f"{', '.join(QUANTIZATIONS)} (disabled)"
+    )
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
-    parser.add_argument("--image", type=Path, metavar="P", help="another image that will speak, a drawn face")
-    parser.add_argument("--audio", type=Path, metavar="A", help="another recording")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there")
+    parser.add_argument("--image", type=Path, metavar="P", help="another image of a drawn face, which will speak")
+    parser.add_argument("--audio", type=Path, metavar="A", help="another recording of speech")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folder to keep the tiny models in")
 
 
 def _run_demo(args: argparse.Namespace) -> None:

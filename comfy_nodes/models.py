@@ -21,6 +21,7 @@ from ..media.audio import check_samples, load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
 from ..pipeline.journal import digest_of_weights
+from ..pipeline.plan import mode_by_name
 from ..pipeline.prompts import encode_pieces, parse_prompt
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
@@ -163,7 +164,7 @@ class VideoModel:
     @property
     def mode(self) -> str:
         """How windows follow each other, "infinitetalk" or "multitalk": by the adapter's name or the model's."""
-        return self.adapter_mode or ("multitalk" if "multitalk" in self.name.lower() else "infinitetalk")
+        return self.adapter_mode or mode_by_name(self.name) or "infinitetalk"
 
     def working_bytes(self, frames: int, height: int, width: int) -> int:
         """About the bytes that one forward needs on top of the weights, for a window of that size in pixels."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..pipeline.plan import mode_by_name
 from ..wanvideo.errors import InputError
 
 LEVELS = (-0.5, 10.0)
@@ -56,7 +57,7 @@ class Adapter:
     @property
     def mode(self) -> str:
         """How its windows follow each other, read from the name of the file."""
-        return "infinitetalk" if "infinite" in self.path.name.lower() else "multitalk"
+        return mode_by_name(self.path) or "multitalk"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from .bounds import check_numbers, shown
 from .conditioning import Conditioning, FrameSource
 from .journal import Journal, describe, describe_config
 from .long_video import Callbacks, generate
-from .plan import GenerateConfig, Plan, plan_video
+from .plan import GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
 from .recorder import Recorder
 from .sampling import what_ran
@@ -346,6 +346,14 @@ def check(job: Job) -> Checked:
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
     _check_model_can_speak(dit, job.files)
+    speaker = job.files.adapter or job.files.model
+    if mode_by_name(speaker) not in (None, job.config.mode):
+        logger.warning(
+            "%s is for mode %s by its name; the windows follow each other in mode %s.",
+            Path(speaker).name,
+            mode_by_name(speaker),
+            job.config.mode,
+        )
     check_mode(job.attention_mode, dit.num_heads, dit.head_dim, device, dtype)
 
     source = _open_source(job)

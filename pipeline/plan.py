@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ from .sampling import Schedule
 from .schedulers import make_scheduler
 from .windows import Window, plan_windows
 
-__all__ = ["MODES", "GenerateConfig", "Mode", "Plan", "plan_schedule", "plan_video"]
+__all__ = ["MODES", "GenerateConfig", "Mode", "Plan", "mode_by_name", "plan_schedule", "plan_video"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ MODES: dict[str, Mode] = {
     "infinitetalk": Mode(),
     "multitalk": Mode(carried_condition=True, first_motion=False, noised=True),
 }
+
+
+def mode_by_name(path: str | Path) -> str | None:
+    """The row of `MODES` that the name of an adapter or a merged model speaks of; None: of neither."""
+    name = Path(path).name.lower()
+    return "infinitetalk" if "infinite" in name else "multitalk" if "multitalk" in name else None
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from wanvideo_infinitetalk.wanvideo.encoders.vae import VideoDecoder
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError
 from wanvideo_infinitetalk.wanvideo.runtime import compilation
 from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings
+from wanvideo_infinitetalk.wanvideo.runtime.offload import BlockSwap
 
 SECONDS = 0.52
 FRAMES = 13
@@ -349,6 +350,20 @@ def test_a_merged_model_needs_no_adapter(run: Callable[..., Ran], tiny_set: Tiny
     }
     save_file(state, tmp_path / "merged.safetensors", metadata={"config": '{"num_heads": 2, "audio_blocks": 2}'})
     assert run(model=tmp_path / "merged.safetensors", adapter=None, max_frames=5).code == 0
+
+
+def test_a_mode_that_the_adapter_s_name_does_not_speak_of_is_said(
+    run: Callable[..., Ran], tiny_set: TinySet, tmp_path: Path
+) -> None:
+    words = "is for mode multitalk by its name; the windows follow each other in mode infinitetalk"
+    for name, mode, said in (
+        ("MultiTalk-single.safetensors", "infinitetalk", True),
+        ("MultiTalk-single.safetensors", "multitalk", False),
+        ("InfiniteTalk_multi.safetensors", "infinitetalk", False),
+        ("adapter.safetensors", "multitalk", False),
+    ):
+        shutil.copyfile(tiny_set.adapter, tmp_path / name)
+        assert (words in run(adapter=tmp_path / name, mode=mode, max_frames=5).err) == said
 
 
 def test_each_step_has_its_own_guidance(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1098,7 +1113,9 @@ def test_recordings_one_after_the_other(
     soundfile.write(tmp_path / "second.wav", tone(0.4, 44100), 44100)
     ran = run("--one-after-the-other", audio_2=tmp_path / "second.wav", masks=masks)
     assert ran.code == 0, ran.err
-    assert probe(tmp_path / "video.mp4").frames == FRAMES + 10
+    media = probe(tmp_path / "video.mp4")
+    assert media.frames == FRAMES + 10
+    assert abs(media.sound_seconds - SECONDS - 0.4) < 0.04
     first, second = encoded
     begin = int(SECONDS * 16000)
     assert len(first) == len(second) == begin + 6400
@@ -1110,12 +1127,50 @@ def test_recordings_one_after_the_other(
     assert len(wave) / rate == pytest.approx(SECONDS + 0.4, abs=0.001)
 
 
-def test_adaptive_projected_guidance(run: Callable[..., Ran], tmp_path: Path) -> None:
-    videos = []
-    for flags in ((), ("--apg",)):
-        assert run(*flags, cfg=4, audio_cfg=3, steps=2, max_frames=5).code == 0
-        videos.append((tmp_path / "video.mp4").read_bytes())
-    assert videos[0] != videos[1]
+CHANGES: dict[str, object] = {
+    "negative_prompt": "a dog",
+    "audio_scale": 0.5,
+    "shift": 9,
+    "scheduler": "unipc",
+    "mode": "multitalk",
+    "color_correction": 0,
+    "steps": 3,
+    "cfg": 4,
+    "audio_cfg": 2,
+    "motion_frames": 5,
+    "quantization": "fp8_e4m3fn",
+    "attention_mode": "sageattn_3_fp4",
+    "base_precision": "bf16",
+    "text_encoder_quantization": "fp8_e4m3fn",
+}
+
+
+def test_settings_change_the_video(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """Each of them, alone, where guidance and a second window give all of them something to do."""
+
+    def video(*flags: str, **options: object) -> bytes:
+        given = {"cfg": 3, "audio_cfg": 3, "steps": 2, "frames": 9, "max_frames": 13} | options
+        ran = run(*flags, **given)
+        assert ran.code == 0, ran.err
+        return (tmp_path / "video.mp4").read_bytes()
+
+    plain = video()
+    assert video(audio_scale=1, negative_prompt=generate.DEFAULT_NEGATIVE, color_correction=1) == plain
+    changed = {"apg": video("--apg")} | {name: video(**{name: value}) for name, value in CHANGES.items()}
+    assert [name for name, made in changed.items() if made == plain] == []
+
+
+def test_settings_that_save_memory(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    swaps, tiled = [], []
+    offloader, decode = generate.Offloader, generate.WanVAE.decode
+    monkeypatch.setattr(generate, "Offloader", lambda model, to, swap: swaps.append(swap) or offloader(model, to, swap))
+    monkeypatch.setattr(
+        generate.WanVAE, "decode", lambda self, video, **k: tiled.append(k["tiled"]) or decode(self, video, **k)
+    )
+    assert run(max_frames=5).code == 0
+    assert (swaps, tiled) == ([], [False])
+    assert run("--tiled-vae", blocks_to_swap=1, max_frames=5).code == 0
+    assert (swaps, tiled) == ([BlockSwap(blocks=1)], [False, True])
 
 
 def test_the_text_encoder_s_device(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1166,12 +1221,14 @@ def test_fp16_fast_accumulates_in_fp16(run: Callable[..., Ran], monkeypatch: pyt
 
 
 class Graphs:
-    """A backend of torch.compile that runs graphs as they are and counts them."""
+    """A backend of torch.compile that runs graphs as they are and counts them, up to `most`."""
 
-    count = 0
+    count, most = 0, 100
 
     def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         self.count += 1
+        if self.count > self.most:
+            raise RuntimeError("no more")
         return graph.forward
 
 
@@ -1195,6 +1252,11 @@ def test_compiled_blocks_make_the_same_video(run: Callable[..., Ran], graphs: Gr
         counts.append(graphs.count)
     assert videos[0] == videos[1]
     assert counts == [0, 2]
+
+
+def test_a_model_that_cannot_be_compiled(run: Callable[..., Ran], graphs: Graphs) -> None:
+    graphs.most = 1
+    assert_rejected(run("--compile"), "torch.compile cannot compile this model (", "no more", "without being compiled")
 
 
 @pytest.mark.usefixtures("unread")

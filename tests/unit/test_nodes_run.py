@@ -245,7 +245,12 @@ def test_a_silent_person(host: Host, prompt) -> None:
     assert host.run(prompt)[sampler][0]["video"].shape[0] == 9
 
 
-def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
+def test_finished_windows_go_to_the_file(host: Host, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanvideo_infinitetalk.comfy_nodes import sampling
+
+    how = []
+    journal = sampling.Journal
+    monkeypatch.setattr(sampling, "Journal", lambda *given: how.append(given[2]) or journal(*given))
     long, images = node_of(prompt, "InfiniteTalkLongVideo"), node_of(prompt, "InfiniteTalkImagesFromSamples")
     expected = host.run(prompt)[images][0]
     prompt[long]["inputs"]["output_path"] = "long/talk"
@@ -253,6 +258,7 @@ def test_finished_windows_go_to_the_file(host: Host, prompt) -> None:
     assert path == str((host.base / "output/long/talk.mp4").resolve())
     assert streams_of(Path(path))[0] == 25
     assert float((frames - expected[17:]).abs().max()) <= 0.51 / 255  # the last window, as it was written
+    assert how == [{"torch": torch.__version__, "tiling of the VAE": "False", "compilation": "none"}]
     prompt["100"] = {"class_type": "LoadAudio", "inputs": {"audio": "six_channels.wav"}}
     speech = prompt[node_of(prompt, "InfiniteTalkSpeech")]["inputs"]
     soundfile.write(

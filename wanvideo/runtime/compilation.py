@@ -91,6 +91,7 @@ def _mode(settings: CompileSettings) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # what a backend raised
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".:")
 
 
