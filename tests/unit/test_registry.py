@@ -37,3 +37,15 @@ def test_nothing_that_the_pack_needs_is_ignored() -> None:
     for needed in ("comfy_nodes", "wanvideo", "multitalk", "web", "locales", "example_workflows", "assets", "nodes.py"):
         assert (ROOT / needed).exists()
         assert not any(line.rstrip("/") == needed for line in ignored)
+
+
+def test_the_registry_reads_the_entry(project) -> None:
+    """As its specification wants it: a license in a table, a name without ComfyUI, classifiers that it knows."""
+    assert project["project"]["license"] == {"text": "Apache-2.0"}
+    assert "comfyui" not in project["project"]["name"]
+    systems = ("Microsoft", "POSIX", "MacOS", "OS Independent")
+    for classifier in project["project"]["classifiers"]:
+        kind, _, value = classifier.partition(" :: ")
+        assert kind != "Operating System" or value.startswith(systems)
+        assert kind != "Environment" or value == "GPU :: NVIDIA CUDA"
+    assert project["tool"]["comfy"]["DisplayName"] == "InfiniteTalk"
