@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -427,8 +427,13 @@ COMMANDS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+def parser(given: Collection[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command.
+
+    Args:
+        given: the arguments; a subcommand that is not among them gets no options, whose choices and defaults would
+            import torch for seconds.
+    """
     top = argparse.ArgumentParser(
         prog="infinitetalk", description="An image and a recording of speech become a talking video."
     )
@@ -436,7 +441,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
-        command.add(sub)
+        if given is None or command.name in given:
+            command.add(sub)
         sub.add_argument("-v", "--verbose", action="store_true", help="log more, and show where an error arose")
         sub.set_defaults(run=command.run)
     return top
@@ -448,7 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 for what the user can correct; 130 when interrupted, 143 when terminated.
     """
     _prepare_streams()
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv).parse_args(argv)
     try:
         with _signals_as_interrupts():
             _log_to_stderr(args.verbose)

@@ -1330,3 +1330,19 @@ def test_events_follow_the_vae(run: Callable[..., Ran], monkeypatch: pytest.Monk
     assert decoding == [(1, 2), (2, 2)] * 2  # two windows of two latent frames
     assert encoding
     assert encoding[-1][0] == encoding[-1][1]
+
+
+def test_help_and_version_answer_without_torch() -> None:
+    """It takes seconds to import."""
+    for argument in ("--help", "--version"):
+        code = (
+            "import sys\n"
+            "from wanvideo_infinitetalk.cli.parser import main\n"
+            "try:\n"
+            f"    main([{argument!r}])\n"
+            "except SystemExit:\n"
+            "    sys.stderr.write(str('torch' in sys.modules))\n"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ran.stderr == "False"
+        assert "infinitetalk" in ran.stdout
