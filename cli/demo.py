@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from .. import assets
-from ..pipeline.make_video import Job, ModelFiles
+from ..pipeline.make_video import Job
 from ..pipeline.plan import GenerateConfig
 from .tiny_models import TALKING_DEFAULTS, TinySet, make_tiny
 
@@ -48,14 +48,7 @@ def demo_job(
         if not tiny.is_complete():
             tiny = make_tiny(folder)
         yield Job(
-            files=ModelFiles(
-                model=tiny.model,
-                adapter=tiny.adapter,
-                vae=tiny.vae,
-                text_encoder=tiny.text_encoder,
-                clip_vision=tiny.clip_vision,
-                wav2vec=tiny.wav2vec,
-            ),
+            files=tiny.model_files,
             audio=(recording if audio is None else audio,),
             image=portrait if image is None else image,
             out=out,

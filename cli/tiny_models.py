@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .. import assets
+from ..pipeline.make_video import ModelFiles
 from ..wanvideo.errors import InputError
 
 State = dict[str, Tensor]
@@ -119,6 +120,11 @@ class TinySet:
             wav2vec_file=folder / "wav2vec2-tiny.safetensors",
             decoder=folder / "taew2_1-tiny.safetensors",
         )
+
+    @property
+    def model_files(self) -> ModelFiles:
+        """The set as a job takes it, decoded by its VAE."""
+        return ModelFiles(self.model, self.vae, self.text_encoder, self.wav2vec, self.clip_vision, adapter=self.adapter)
 
     def is_complete(self) -> bool:
         """Whether a video can be made with it."""
