@@ -138,13 +138,12 @@ def test_block_swap_is_refused_where_weights_must_not_move(settings: CompileSett
 def test_a_compiler_that_is_not_there_is_said(counter: Counter) -> None:
     """Inductor's own error, without a C++ compiler and without what earlier runs have compiled."""
     import torch._inductor.config as config
-    from torch._inductor.utils import fresh_cache
 
     check_compiler(None, "cpu")
     check_compiler(CompileSettings(backend="eager"), "cpu")
     sentence = r"backend inductor \(.*C\+\+ compiler.*or do not compile\.$"
-    none = config.patch({"cpp.cxx": (None, "/no/compiler")})
-    with fresh_cache(), none, pytest.raises(BackendUnavailableError, match=sentence):
+    none = config.patch({"cpp.cxx": (None, "/no/compiler"), "force_disable_caches": True})
+    with none, pytest.raises(BackendUnavailableError, match=sentence):
         check_compiler(CompileSettings(), "cpu")
     with pytest.raises(BackendUnavailableError, match=r"backend nonsense \("):
         check_compiler(CompileSettings(backend="nonsense"), "cpu")
