@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of Pillow, on metadata and on sizes, for which there is a limit below
             _check_sums(Path(path))
             try:
-                image = _decode(path)
+                with Path(path).open("rb") as file:
+                    image = _decode(file)
             except Exception:  # Pillow raises what parsing damaged metadata ends in: ValueError, struct.error ...
                 essential = _without_metadata(Path(path).read_bytes())
                 if essential is None:
@@ -99,8 +101,11 @@ def _check_is_file(path: str | Path) -> None:
         raise InputError(f"{path} cannot be read as an image (it is {kind}): give a PNG, JPEG or WebP file.")
 
 
-def _decode(source: str | Path | io.BytesIO) -> Image.Image:
-    """The first image in the file; large JPEG files are reduced while they are read."""
+def _decode(source: IO[bytes]) -> Image.Image:
+    """The first image in an open file; large JPEG files are reduced while they are read.
+
+    Of a path Pillow would map uncompressed TIFF files, with width and height exchanged where they are turned by 90°.
+    """
     Image.init()
     with Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         if image.width * image.height > MAX_PIXELS:

@@ -14,11 +14,12 @@ from PIL import Image
 SIZE = (60, 40)
 
 
-def photo(seed: int = 0) -> np.ndarray:
-    """Colors that vary like those of a photo, [40, 60, 3] uint8."""
+def photo(seed: int = 0, smooth: bool = False) -> np.ndarray:
+    """Colors that vary like those of a photo, [40, 60, 3] uint8; `smooth`: without noise."""
     y, x = np.mgrid[0 : SIZE[1], 0 : SIZE[0]]
-    smooth = np.stack([60 + x * 2, 200 - y * 3, 90 + (x + y)], axis=-1)
-    return (smooth + np.random.default_rng(seed).integers(-9, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+    colors = np.stack([60 + x * 2, 200 - y * 3, 90 + (x + y)], axis=-1)
+    noise = 0 if smooth else np.random.default_rng(seed).integers(-9, 9, colors.shape)
+    return (colors + noise).clip(0, 255).astype(np.uint8)
 
 
 def area() -> np.ndarray:
@@ -144,6 +145,14 @@ JPEG_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "short Adobe": _with_segment(0xFFEE, b"Adobe"),
     "something behind the end": lambda jpeg: jpeg + _NOISE,
 }
+
+
+def png_of_16_bits(pixels: np.ndarray, exif: Image.Exif) -> bytes:
+    """RGB of 16 bits, which Pillow does not write; `pixels` [H, W, 3] uint16."""
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [(b"IHDR", head), (b"eXIf", exif.tobytes()[6:]), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

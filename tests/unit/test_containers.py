@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import socket
 import struct
@@ -14,9 +16,10 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 from wanvideo_infinitetalk.media import audio
 from wanvideo_infinitetalk.media.audio import load_speech, read_audio
-from wanvideo_infinitetalk.media.video import VideoFrames, _turned
+from wanvideo_infinitetalk.media.video import VideoFrames, VideoWriter, _turned
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 RATE = 16000
@@ -111,6 +114,42 @@ def test_sound_and_images_of_one_file_stay_together(tmp_path, name, image_from, 
     assert len(pairs) >= 2
     for image, sound in pairs:
         assert abs(image - sound) < 1 / FPS + 1e-3
+
+
+def in_players(path: Path) -> tuple[list[float], list[float]]:
+    """(seconds at which flashes begin, seconds at which clicks begin), by the time stamps of the decoded frames."""
+    with av.open(str(path)) as file:
+        shown = [(f.time, f.to_ndarray(format="gray").mean() > 128) for f in file.decode(video=0)]
+    with av.open(str(path)) as file:
+        parts = [(f.time, f.to_ndarray()[0]) for f in file.decode(audio=0)]
+        rate = file.streams.audio[0].rate
+    seen = [time for (_, before), (time, white) in itertools.pairwise([(0.0, False), *shown]) if white and not before]
+    return seen, [time + parts[0][0] for time in onsets(np.concatenate([samples for _, samples in parts]), rate)]
+
+
+@pytest.mark.parametrize("rate", [16000, 22050])  # AAC knows the first one, the other is resampled
+@pytest.mark.parametrize(
+    "seconds", [5, pytest.param(60, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)]
+)
+def test_sound_and_images_stay_together_over_all_windows(tmp_path, seconds, rate) -> None:
+    """Written as a job does, window by window with a lossy encoder; each flash has its click."""
+    every = 12  # frames
+    sound = clicks(seconds, every=every / FPS, rate=rate)
+    white = torch.arange(seconds * FPS) % every < 5
+    writer = VideoWriter(tmp_path / "a.mp4", FPS, sound, rate)
+    with writer:
+        for begin in [0, *range(81, len(white), 72)]:
+            part = white[begin : 81 if begin == 0 else begin + 72]
+            writer.append(part[:, None, None, None].expand(-1, 32, 32, 3).float())
+        partial = in_players(writer.files.partial)
+    # In partial files the sound comes as much later as its encoder's first packet lasts.
+    for (seen, heard), bound in ((partial, 1 / FPS), (in_players(tmp_path / "a.mp4"), 0.001)):
+        count = math.ceil(seconds * FPS / every)
+        assert len(seen) == len(heard) == count
+        apart = max(abs(s - h) for s, h in zip(seen, heard, strict=True))
+        assert apart < bound
+        assert max(abs(s - n * every / FPS) for n, s in enumerate(seen)) < 1e-6
+    assert len(VideoFrames(tmp_path / "a.mp4")) == seconds * FPS
 
 
 def test_gaps_of_sound_are_silence_and_gaps_of_images_a_standing_one(tmp_path) -> None:

@@ -133,6 +133,22 @@ def test_webp_with_damaged_exif(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(load_image(path)), photo())
 
 
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "YCbCr", "F", "I", "I;16"])
+def test_turned_tiff_files_of_every_mode(tmp_path: Path, mode: str, orientation: int) -> None:
+    """Pillow maps some of them, and mistakes width for height where they are turned by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    gray = PHOTO.convert("L")
+    image = Image.fromarray(np.asarray(gray, np.uint16) * 257) if mode == "I;16" else PHOTO.convert(mode)
+    path = write(tmp_path / "a.tif", encoded(image, "TIFF", exif=exif))
+    seen = np.asarray((gray if mode in ("L", "F", "I", "I;16") else PHOTO).convert("RGB"), np.float64)
+    expected = np.rot90(seen, {3: 2, 6: 3, 8: 1}[orientation])
+    got = np.asarray(load_image(path), np.float64)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).mean() < 2
+
+
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     damage = PNG_DAMAGE["profile likewise"]
     path = write(tmp_path / "a.png", damage(encoded(PHOTO, "PNG")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -348,6 +349,36 @@ def test_a_run_that_ended_while_the_video_was_put_in_place(whole, tmp_path, monk
     assert f"finished is in {case.partial}" in ran.err
     monkeypatch.setattr(make_video, "load_dit", lambda *given, **options: pytest.fail("nothing is left to be made"))
     assert case.run("--resume").code == 0
+    assert_as_the_whole(case, whole)
+
+
+@pytest.mark.parametrize(("where", "name"), [(video, "_add_whole"), (journal, "replace_file")])
+def test_a_disk_that_is_full_after_finished_windows(whole, tmp_path, monkeypatch, where, name) -> None:
+    """While frames are appended, or their entry is written; with space again, the video becomes the whole one."""
+    case = Case(tmp_path, whole.arguments)
+    case.out.write_bytes(b"earlier work")
+    write, written = getattr(where, name), []
+
+    def full(*given: object) -> None:
+        written.append(given)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, full)
+        ran = case.run()
+        again = case.run("--resume")
+    for stopped in (ran, again):
+        assert stopped.code == 2
+        last = stopped.err.rstrip().splitlines()[-1]
+        assert "there is no space left for it" in last
+        assert f"finished is in {case.partial}, which plays" in last
+    assert case.out.read_bytes() == b"earlier work"
+    assert len(frames_of(case.partial)) >= 5 + (ran.announced - 1) * NEW > 5
+    assert journal.finished_windows(OutputFiles.of(case.out)) == ran.announced
+    resumed = case.run("--resume")
+    assert resumed.code == 0, resumed.err
     assert_as_the_whole(case, whole)
 
 
