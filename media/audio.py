@@ -42,6 +42,9 @@ LOUDEST = 100.0
 """Of a sample: 40 dB above full scale. Floats peak near 1; integers that were taken for floats do at 127 or more, and
 FFmpeg's AAC encoder does not end on the largest of them."""
 
+CANCELED = 1e-4
+"""Energy of the channels' mean, of that of the channels: 40 dB less. One of n channels alone leaves 1 / n."""
+
 TOLERANCE = 0.02
 """Seconds, half a video frame, by which time stamps may differ from the samples counted: containers round them."""
 
@@ -91,9 +94,10 @@ def _read_soundfile(path: Path) -> tuple[Waveform, int]:
             return _read_av(path)
         rate = _checked_rate(int(file.samplerate), f"The recording {path}")
         # Block by block, since neither the stated length nor seeking can be relied on.
-        blocks = []
+        blocks, mix = [], _Mix()
         while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
-            blocks.append(block.mean(axis=1))
+            blocks.append(mix.mean(block.T))
+        mix.check(f"The recording {path}")
     if not blocks and path.stat().st_size > 1024:
         # A header that was never completed states a length of 0; FFmpeg reads on to the end.
         try:
@@ -124,6 +128,27 @@ def _read_av(path: Path) -> tuple[Waveform, int]:
         ) from error
 
 
+class _Mix:
+    """Channels on their way to one, piece by piece."""
+
+    def __init__(self) -> None:
+        self._energies = np.zeros(2)  # of the channels, of their mean
+
+    def mean(self, channels: NDArray[Any]) -> NDArray[Any]:
+        """[channels, n] -> [n]."""
+        if len(channels) == 1:
+            return channels[0]
+        mono = channels.mean(axis=0)
+        self._energies += [np.square(part, dtype=np.float64).mean(axis=0).sum() for part in (channels, mono[None])]
+        return mono
+
+    def check(self, name: str) -> None:
+        """Raise InputError where one channel is the other upside down: nothing would be left of the speech."""
+        before, after = self._energies
+        if after < CANCELED * before:
+            raise InputError(f"{name} has channels that cancel each other: give one of them as a mono file.")
+
+
 class _Track:
     """Decoded sound, placed by its time stamps, at the rate that it begins with, as the mean of its channels.
 
@@ -138,6 +163,7 @@ class _Track:
         self._length = 0
         self._form: tuple[int, str, str] | None = None
         self._resampler: Any = None
+        self._mix = _Mix()
 
     def add(self, frame: Any) -> None:
         """Append a frame; where it comes later than what is there, after silence, where earlier, without its front."""
@@ -163,12 +189,13 @@ class _Track:
             ahead = 0
         if ahead > 0:
             self._append(np.zeros(ahead, np.float32))
-        sound = [part.to_ndarray().mean(axis=0) for part in self._resampler.resample(frame)]
+        sound = [self._mix.mean(part.to_ndarray()) for part in self._resampler.resample(frame)]
         self._append(np.concatenate([np.zeros(0, np.float32), *sound])[max(0, -ahead) :])
 
     def samples(self) -> tuple[Waveform, int]:
-        """All of it and its rate in Hz."""
+        """All of it and its rate in Hz. Raises InputError where its channels cancel each other."""
         self._finish()
+        self._mix.check(f"The recording {self.path}")
         return np.concatenate([np.zeros(0, np.float32), *self._pieces]).astype(np.float32, copy=False), self.rate
 
     def _append(self, sound: NDArray[Any]) -> None:
@@ -179,7 +206,7 @@ class _Track:
         """Take what a resampler of another rate still holds."""
         if self._resampler is not None and self._form is not None and self._form[0] != self.rate:
             for part in self._resampler.resample(None):
-                self._append(part.to_ndarray().mean(axis=0))
+                self._append(self._mix.mean(part.to_ndarray()))
 
 
 def _checked_rate(rate: int, name: str) -> int:
@@ -248,8 +275,11 @@ def _mono(samples: NDArray[Any] | Tensor) -> Waveform:
         raise InputError(f"Samples have the shape [n] or [channels, n]; {list(array.shape)} looks transposed.")
     if array.ndim not in (1, 2):
         raise InputError(f"Samples have the shape [n] or [channels, n]; got {list(array.shape)}.")
-    mono = array if array.ndim == 1 else array.mean(axis=0)
-    return np.array(mono, dtype=np.float32)
+    if array.ndim == 2:
+        mix = _Mix()
+        array = mix.mean(array)
+        mix.check("The recording")
+    return np.array(array, dtype=np.float32)
 
 
 def _resample(waveform: Waveform, rate: int) -> Waveform:

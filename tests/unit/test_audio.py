@@ -165,6 +165,28 @@ def test_samples_that_are_no_numbers(tmp_path, value):
         load_speech(tmp_path / "a.wav")
 
 
+@pytest.mark.parametrize("source", ["libsndfile", "FFmpeg", "array"])
+def test_channels_that_cancel_each_other(tmp_path, source):
+    """A microphone whose one side is the other upside down: their mean is silence."""
+
+    def load(*channels):
+        samples = np.stack(channels)
+        if source == "array":
+            return load_speech(samples, 16_000)
+        path = tmp_path / ("a.wav" if source == "libsndfile" else "a.mkv")
+        if source == "libsndfile":
+            soundfile.write(path, samples.T, 16_000)
+        else:
+            write_av(path, samples, 16_000, codec="pcm_s16le")
+        return load_speech(path)
+
+    with pytest.raises(InputError, match="cancel each other"):
+        load(noise(1.0), -noise(1.0))
+    for other in (noise(1.0), 0 * noise(1.0), noise(1.0, seed=1), -0.9 * noise(1.0)):
+        assert load(noise(1.0), other).any()
+    assert not load(0 * noise(1.0), 0 * noise(1.0)).any()
+
+
 @pytest.mark.parametrize("factor", [2**7, 2**15, 2**31])
 @pytest.mark.parametrize("source", ["file", "array"])
 def test_integers_that_were_taken_for_floats(tmp_path, factor, source):
