@@ -94,6 +94,9 @@ class Recorder:
             raise
 
     def __enter__(self) -> Recorder:
+        # The thread is started here: an interruption while it starts would leave it unknown to `shutdown`, and with a
+        # window in it.
+        self._thread.submit(bool).result()
         return self
 
     def __exit__(
@@ -107,4 +110,4 @@ class Recorder:
             if failure is not error:  # the first one is told to the caller
                 logger.warning("%s", failure)
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()

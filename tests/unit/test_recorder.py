@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,25 @@ def test_what_was_finished_is_written_when_the_loop_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(parts, interrupted)
     assert parts.of("announced") == [0, 1]
+
+
+def test_an_interruption_while_a_window_is_handed_over_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts()
+    submit = ThreadPoolExecutor.submit
+
+    def interrupt(*given: Any) -> None:
+        submit(*given)
+        raise KeyboardInterrupt
+
+    def hand_over() -> None:
+        with parts.recorder() as recorder:
+            assert any(thread.name.startswith("recorder") for thread in threading.enumerate())  # started already
+            monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupt)
+            recorder.add(window(0))
+
+    with pytest.raises(KeyboardInterrupt):
+        hand_over()
+    assert parts.seen == ["frames 0", "entry 0"]
 
 
 def test_the_first_error_is_told_and_the_other_logged(caplog: pytest.LogCaptureFixture) -> None:
