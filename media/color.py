@@ -23,7 +23,7 @@ _RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (
 _WHITE = (0.95047, 1.0, 1.08883)
 
 FRAMES_AT_ONCE = 4
-"""A GPU takes as long to launch the work on a frame of 480 x 832 as to do it."""
+"""Fewer launches than one frame at a time, and little memory; how many are best was not measured."""
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
@@ -129,8 +129,8 @@ def _powers(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
 
 def _histograms(rgb: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The value of a pixel becomes that of the same rank in the reference; equal values stay equal."""
-    values = rgb.flatten(2).contiguous()  # [n, 3, N]
-    ranked = values.sort(-1).values.contiguous()
+    values = rgb.flatten(2).contiguous()  # [n, 3, N]; searchsorted copies and warns where its inputs are strided
+    ranked = values.sort(-1).values.contiguous()  # likewise
     rank = torch.searchsorted(ranked, values, right=True) / values.shape[-1]  # of the last equal one
     sorted_wanted = wanted.flatten(1).sort(-1).values  # [3, M]
     last = sorted_wanted.shape[-1] - 1

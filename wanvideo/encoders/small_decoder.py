@@ -63,7 +63,7 @@ class _Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1)
-        return y.contiguous().unflatten(0, x.shape[:2])
+        return y.contiguous().unflatten(0, x.shape[:2])  # copied only where the convolution turned its output
 
 
 class _MemoryBlock(nn.Module):
