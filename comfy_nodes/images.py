@@ -163,7 +163,7 @@ class InfiniteTalkLongVideo(io.ComfyNode):
                     options=COLOR_MATCHES,
                     default="disabled",
                     tooltip="Keep the colors of the image through a long video. reinhard: mean and contrast; mkl and "
-                    "mvgd: how colors vary together too; hm: the whole distribution of each channel, which may band.",
+                    "mvgd: how colors vary together too; hm: the whole distribution of each channel.",
                 ),
                 io.Image.Input(
                     "start_image",
