@@ -136,9 +136,14 @@ def cache_folder(name: str) -> Path:
 
 
 def custom_node_folders() -> list[Path]:
-    """Folders of all packs that are installed beside this one, and that ComfyUI will load or has loaded."""
+    """Folders of all packs that are installed beside this one, and that ComfyUI will load or has loaded.
+
+    Not this pack's own, whatever name it was put under.
+    """
+    own = Path(__file__).resolve().parents[1]
     places = [Path(place) for place in folder_paths.get_folder_paths("custom_nodes")]
-    return [folder for place in places if place.is_dir() for folder in sorted(place.iterdir()) if folder.is_dir()]
+    found = [folder for place in places if place.is_dir() for folder in sorted(place.iterdir())]
+    return [folder for folder in found if folder.is_dir() and folder.resolve() != own]
 
 
 def is_registered(node_id: str) -> bool:

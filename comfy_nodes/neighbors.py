@@ -15,7 +15,7 @@ from typing import Any
 from . import comfyui
 from .schema import CATEGORY
 
-__all__ = ["PUBLIC_IDS", "SETTING", "aliases", "wrapper"]
+__all__ = ["PUBLIC_IDS", "SETTING", "aliases", "taken"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +58,27 @@ PUBLIC_IDS: dict[str, tuple[str, str]] = {
 """Id of our node -> its id and display name in ComfyUI-WanVideoWrapper."""
 
 
-def wrapper() -> str | None:
-    """Where ComfyUI-WanVideoWrapper is installed, or will be loaded from; None where it is not."""
+def taken() -> str | None:
+    """Why the wrapper's ids are not free, in a clause; None: they are. It may be loaded before this pack, or after it."""
     for folder in comfyui.custom_node_folders():
         name = "".join(letter for letter in folder.name.lower() if letter.isalnum())
         if WRAPPER in name and not name.endswith("disabled"):
-            return str(folder)
-    if comfyui.is_registered(PUBLIC_IDS["InfiniteTalkSampler"][0]):
-        return "another custom node"
-    return None
+            return f"it is installed in {folder}"
+    public_id, _ = PUBLIC_IDS["InfiniteTalkSampler"]
+    return f"a pack that was loaded before has the id {public_id}" if comfyui.is_registered(public_id) else None
 
 
 def aliases(nodes: Iterable[Any]) -> list[Any]:
     """The nodes once more under the wrapper's ids, where those are free; one line in the log says what was chosen."""
     asked = os.environ.get(SETTING, "").strip()
-    there = wrapper()
+    reason = taken()
     if asked not in ("", "0", "1"):
         logger.warning("%s=%s is not read: set it to 0 or 1.", SETTING, asked)
-    if asked == "0" or (asked != "1" and there is not None):
-        why = f"{SETTING}=0" if asked == "0" else f"it is installed in {there}"
+    if asked == "0" or (asked != "1" and reason is not None):
         logger.info(
             "InfiniteTalk: the node ids of ComfyUI-WanVideoWrapper are left to it (%s); this pack's nodes are in the "
             "category %s. %s=1 gives workflows with the wrapper's ids to this pack.",
-            why,
+            f"{SETTING}=0" if asked == "0" else reason,
             CATEGORY,
             SETTING,
         )

@@ -52,6 +52,14 @@ def test_who_has_the_wrappers_ids(folder, setting, aliased, line, tmp_path: Path
     assert sum("InfiniteTalk:" in record.message for record in caplog.records) == 1
 
 
+def test_this_pack_is_no_neighbor_of_its_own(tmp_path: Path) -> None:
+    """It may lie in a folder of the wrapper's name, in whose place it was put."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes/ComfyUI-WanVideoWrapper").symlink_to(Path(__file__).parents[2], target_is_directory=True)
+    with hosted(tmp_path) as host:
+        assert ids(host)[1]
+
+
 def test_a_pack_that_was_loaded_before_keeps_its_ids(tmp_path: Path, monkeypatch) -> None:
     """Under whatever name its folder goes."""
     loaded = types.ModuleType("nodes")
