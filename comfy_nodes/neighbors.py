@@ -59,7 +59,7 @@ PUBLIC_IDS: dict[str, tuple[str, str]] = {
 
 
 def taken() -> str | None:
-    """Why the wrapper's ids are not free, in a clause; None: they are. It may be loaded before this pack, or after it."""
+    """Why the wrapper's ids are not free, in a clause; None: they are. It may be loaded before this pack or after."""
     for folder in comfyui.custom_node_folders():
         name = "".join(letter for letter in folder.name.lower() if letter.isalnum())
         if WRAPPER in name and not name.endswith("disabled"):
