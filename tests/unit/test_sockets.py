@@ -55,3 +55,12 @@ def test_every_type_of_ours_is_made_by_the_node_that_is_named(host: Host) -> Non
         assert maker in made[kind.io_type], kind.io_type
     types: dict[str, Any] = {n: t for n, t in vars(schema).items() if n.endswith("Type") and n != "ComboType"}
     assert set(types.values()) == set(CARRIED)
+
+
+def test_errors_show_their_short_names(host: Host) -> None:
+    """ComfyUI shows a class as its module and name, but those of Python's own module as the name alone."""
+    from wanvideo_infinitetalk.wanvideo import errors
+
+    shown = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert len(shown) == 4
+    assert {kind.__module__ for kind in shown} == {"builtins"}
