@@ -26,7 +26,7 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may use, by architecture."""
 
 FLOATS = {"k_sums", "k_lows", "k_highs", "v_peaks", "k_mean", "q_mean", "q_scale", "k_scale", "v_scale"}
-FLOATS |= {"q_outer", "k_outer", "v_outer"}
+FLOATS |= {"q_outer", "k_outer", "v_outer", "q_norm", "k_norm"}
 INTS = {"q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"}
 INTS |= {"queries", "keys", "heads", "run", "runs", "tiles"}
 INTS |= {"columns"}
@@ -100,6 +100,7 @@ def test_fp8_uses_hoppers_own_instructions(head_dim: int) -> None:
         "q_desc": descriptor("i8", gl.int8, [64, head_dim]),
         "k_desc": descriptor("i8", gl.int8, [128, head_dim]),
         "v_desc": descriptor("fp8e4nv", gl.float8e4nv, [head_dim, 128]),
+        "loops": "*i64",
     }
     function = triton_module("_sage_fp8_hopper").attend
     kernel = compiled(function, 90, {"D": head_dim, "STAGES": sage_fp8.HOPPER_STAGES}, types, num_warps=4, maxnreg=168)
@@ -114,7 +115,7 @@ def test_fp8_uses_hoppers_own_instructions(head_dim: int) -> None:
 def test_fp8_quantizer_reads_and_writes_16_bytes_at_a_time() -> None:
     function = triton_module("_sage_fp8_quantize").quantize_qkv
     constants = {"D": 128, "D_POW2": 128, "BLOCK": 128, "E4M3_V": True, "UNIT": 8}
-    types = {"q8": "*i8", "k8": "*i8", "v8": "*fp8e4nv"}
+    types = {"q8": "*i8", "k8": "*i8", "k_bits": "*i32", "v8": "*fp8e4nv"}
     ptx = compiled(function, 90, constants, types, num_warps=8).asm["ptx"]
     assert "ld.global.v4.b32" in ptx
     assert "st.global.v4.b32" in ptx
@@ -217,6 +218,17 @@ def interpret_fp8(queries: int, keys: int, head_dim: int) -> None:
         step = operands.k_scale.repeat_interleave(128, 2)[:, :, :keys, None]
         smooth = (k.float() - k.float().mean(1, keepdim=True)).transpose(1, 2)
         assert ((operands.k * step - smooth).abs() <= step * 0.51).all()
+        # The bound of the scores: the largest norms, of 128 queries and of all keys.
+        norms = torch.nn.functional.pad(operands.q.float().norm(dim=-1) * operands.q_scale, (0, -queries % 128))
+        torch.testing.assert_close(operands.q_norm, norms.unflatten(-1, (-1, 128)).amax(-1))
+        torch.testing.assert_close(operands.k_norm, (operands.k.float() * step).norm(dim=-1).amax(-1))
+    for which in range(2):
+        for poison in (float("nan"), float("inf")):
+            wrong = [x.clone() for x in (q, k, v)]
+            wrong[which][0, -1, 0, 3] = poison
+            operands = sage_fp8.quantize(*wrong, head_dim**-0.5, False)
+            bound = operands.q_norm[:, :, -1] * operands.k_norm
+            assert bound[0].isnan().tolist() == [True, False]  # of the head that it is in
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
