@@ -5,7 +5,8 @@ Pass 2 (`quantize_qkv`) finishes those statistics and writes
 
 * Q int8 [B, H, Lq, D], one scale per row, with the softmax scale and log2(e) folded in, and the largest norm of a row
   in each `BLOCK` of them, for a bound of the scores,
-* K int8 [B, H, Lk, D] with its mean over the tokens subtracted, one scale per `BLOCK` keys, and the largest norm of a key,
+* K int8 [B, H, Lk, D] with its mean over the tokens subtracted, one scale per `BLOCK` keys, and the largest norm
+  of a key,
 * V e4m3 transposed [B, H, D, Lk padded], one scale per channel, the padding zero.
 
 Keys change places inside groups of 32 in the transposed V. The accumulator of Q·Kᵀ gives a thread the columns
@@ -172,7 +173,7 @@ def quantize_qkv(
     queries, keys, heads, logit_scale,
     D: tl.constexpr, D_POW2: tl.constexpr, BLOCK: tl.constexpr, E4M3_V: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of tokens of Q, then of K, then of V; head; batch). k_bits is the float32 k_norm as int32."""
+    """One program per (block of tokens of Q, then of K, then of V; head; batch). k_bits: k_norm as int32."""
     q_blocks, k_blocks = tl.cdiv(queries, BLOCK), tl.cdiv(keys, BLOCK)
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = batch * heads + head

@@ -27,8 +27,8 @@ from ._common import (
     stride_units,
 )
 from .contract import Size
+from .inputs import scale_or_default
 from .packages import triton_version
-from .reference import scale_or_default
 
 __all__ = ["HEAD_DIM", "run", "sage_fp8_attention"]
 
