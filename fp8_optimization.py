@@ -28,6 +28,7 @@ from .wanvideo.kernels import linear as kernels
 from .wanvideo.kernels.contract import Contract, Described, Device, Operand, Size
 from .wanvideo.kernels.layout import aligned_contiguous
 from .wanvideo.kernels.linear import Activations, QuantizedRows
+from .wanvideo.kernels.opaque import opaque_in_graphs
 from .wanvideo.kernels.selftest import device_reasons, eager_reasons
 from .wanvideo.linear.base import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
 from .wanvideo.linear.nvfp4 import NVFP4Linear
@@ -139,11 +140,12 @@ class Quantization:
 # ---------------------------------------------------------------------------------------------------- quantizing
 
 
+@opaque_in_graphs("rows")
 def quantize_rows_fp8(x: Tensor) -> QuantizedRows:
     """x [M, K] float -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale, largest value 448 per row.
 
     A row with a NaN or an infinity gets a non-finite scale, so that the product shows it. One pass over memory on a
-    GPU: by a Triton kernel, or fused by the compiler.
+    GPU, by a Triton kernel.
     """
     form = reference if eager_reasons(kernels.QUANTIZE_ROWS, (x,)) else kernels
     return form.quantize_rows(x)

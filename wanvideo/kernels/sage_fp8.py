@@ -11,8 +11,8 @@ sm_89, which lacks e4m3, the same Triton kernel with P and V in 16 bits (nearer 
 
 from __future__ import annotations
 
-import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -172,21 +172,30 @@ def attend_hopper(operands: Operands, out: torch.Tensor) -> None:
         descriptor(operands.k, [KEYS_PER_SCALE, dim], gl.int8),
         descriptor(operands.v, [dim, KEYS_PER_SCALE], gl.float8e4nv),
         operands.q_scale, operands.q_norm, operands.k_scale, operands.k_norm, operands.v_scale, out,
-        _loops(out.device), queries, operands.k.shape[2], heads,
+        _counts_of_loops(out.device), queries, operands.k.shape[2], heads,
         # 168 registers are what 65,536 leave to each of 12 warps at the launch; the partitions share them out anew.
         D=dim, STAGES=HOPPER_STAGES, num_warps=4, maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-@functools.cache
-def _loops(device: torch.device) -> torch.Tensor:
-    return torch.zeros(len(LOOPS), dtype=torch.int64, device=device)
+_loop_counts: dict[torch.device, torch.Tensor] = {}
 
 
-def loops_taken() -> dict[str, int]:
-    """How many blocks of queries computed their weights in each way of `LOOPS`, on all GPUs since the process began."""
-    counts = [_loops(torch.device("cuda", i)).tolist() for i in range(torch.cuda.device_count())]
-    return {name: sum(counted) for name, counted in zip(LOOPS, zip(*counts, strict=True), strict=True)}
+def _counts_of_loops(device: torch.device) -> torch.Tensor:
+    if device not in _loop_counts:
+        _loop_counts[device] = torch.zeros(len(LOOPS), dtype=torch.int64, device=device)
+    return _loop_counts[device]
+
+
+def loops_taken() -> Counter[str]:
+    """How many blocks of queries computed their weights in each way of `LOOPS`, on all GPUs since the process began.
+
+    Waits for the GPUs that have such counts.
+    """
+    taken: Counter[str] = Counter()
+    for counts in _loop_counts.values():
+        taken.update(dict(zip(LOOPS, counts.tolist(), strict=True)))
+    return taken
 
 
 def runs_on_hopper(device: torch.device, head_dim: int) -> bool:

@@ -2,8 +2,9 @@
 
 Each group has two forms with the same arguments: the eager one in `kernels/reference.py`, and a Triton kernel in
 `kernels/fused.py`. Both compute in float32, round once to the dtype of their first argument, and write to none of their
-arguments. The kernel runs where its contract and the self-test allow it; the eager form elsewhere, in a compiled graph
-(which fuses it) and under autograd. `kernels.selftest.eager_reasons` says why. docs/kernels.md has times and errors.
+arguments. The kernel runs where its contract and the self-test allow it; the eager form elsewhere, in graphs compiled
+for a CPU (which fuse it) and under autograd. `kernels.selftest.eager_reasons` says why. docs/kernels.md has times and
+errors.
 
 Where all linear layers that read a result would quantize it (`rows`), it is given to them quantized per row: once, and
 without being rounded to x's dtype before.
@@ -24,7 +25,8 @@ from torch import nn
 
 from ..kernels import fused, reference
 from ..kernels.contract import Contract
-from ..kernels.linear import Activations
+from ..kernels.linear import Activations, QuantizedRows
+from ..kernels.opaque import opaque_in_graphs
 from ..kernels.rope import Rotation
 from ..kernels.selftest import eager_reasons
 
@@ -49,6 +51,7 @@ def _form(contract: Contract, tensors: tuple[torch.Tensor | None, ...], rows: bo
     return reference if eager_reasons(needs, tensors, **given) else fused
 
 
+@opaque_in_graphs("rows if asked")
 def modulated_norm(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, rows: bool = False
 ) -> Activations:
@@ -63,6 +66,7 @@ def modulated_norm(
     return _form(fused.MODULATED_NORM, (x, shift, scale), rows).modulated_norm(x, shift, scale, eps, rows)
 
 
+@opaque_in_graphs("rows if asked")
 def affine_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: bool = False
 ) -> Activations:
@@ -70,6 +74,7 @@ def affine_norm(
     return _form(fused.AFFINE_NORM, (x, weight, bias), rows).affine_norm(x, weight, bias, eps, rows)
 
 
+@opaque_in_graphs("tensor", "rows if asked")
 def add_modulated_norm(
     x: torch.Tensor,
     branch: torch.Tensor,
@@ -90,6 +95,7 @@ def add_modulated_norm(
     return form.add_modulated_norm(x, branch, gate, shift, scale, eps, rows)
 
 
+@opaque_in_graphs("tensor", "rows if asked")
 def add_affine_norm(
     x: torch.Tensor,
     branch: torch.Tensor,
@@ -107,19 +113,31 @@ def add_affine_norm(
 
 def add(x: torch.Tensor, y: torch.Tensor, rows: bool = False) -> Activations:
     """x + y, both [..., C]."""
-    return _form(fused.ADD_ROWS, (x, y)).add_rows(x, y) if rows else x + y
+    return add_rows(x, y) if rows else x + y
+
+
+@opaque_in_graphs("rows")
+def add_rows(x: torch.Tensor, y: torch.Tensor) -> QuantizedRows:
+    return _form(fused.ADD_ROWS, (x, y)).add_rows(x, y)
 
 
 def gelu(x: torch.Tensor, rows: bool = False) -> Activations:
     """GELU by tanh (arXiv 1606.08415). x [..., C]."""
-    return _form(fused.GELU_ROWS, (x,)).gelu_rows(x) if rows else F.gelu(x, approximate="tanh")
+    return gelu_rows(x) if rows else F.gelu(x, approximate="tanh")
 
 
+@opaque_in_graphs("rows")
+def gelu_rows(x: torch.Tensor) -> QuantizedRows:
+    return _form(fused.GELU_ROWS, (x,)).gelu_rows(x)
+
+
+@opaque_in_graphs("tensor")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467). x [..., C], weight [C]."""
     return _form(fused.RMS_NORM, (x, weight)).rms_norm(x, weight, eps)
 
 
+@opaque_in_graphs("tensor", "tensor")
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -143,6 +161,7 @@ def qk_norm_rope(
     return form.qk_norm_rope(q, k, q_weight, k_weight, rotation, num_heads, eps)
 
 
+@opaque_in_graphs("tensor")
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + gate * branch. x, branch [B, L, C]; gate [B, 1, C] float32 (the sum is promoted to it)."""
     return _form(fused.GATED_RESIDUAL, (x, branch, gate)).gated_residual(x, branch, gate)
