@@ -13,23 +13,32 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def store_quantized(tile, values, scale, row, place, inside, ROUND: tl.constexpr):
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_quantized(tile, values, scale, row, place, inside, EXACT: tl.constexpr, ROUND: tl.constexpr):
     """Write a row, float32 [BLOCK] with zeros behind it, as values e4m3 at `place` and its scale.
 
+    EXACT: tile / factor as a division rounds it; else tile times the reciprocal, which differs by a unit in the last
+    place of float32.
     ROUND: round to e4m3 before the conversion. On sm_89 Triton up to 3.7 converts by way of a truncated float16, which
     takes a number just above a tie for the tie; numbers that e4m3 holds pass unchanged.
     """
-    # A maximum drops NaN; the difference is 0, or NaN where a value is not finite.
-    largest = tl.max(tl.abs(tile), 0) + tl.sum(tile - tile, 0)
+    largest = tl.reduce(tl.abs(tile), 0, _larger)
+    largest += largest - largest  # NaN where it is infinite
     factor = largest * INVERSE_E4M3_MAX
     factor = tl.where(factor < TINY, TINY, factor)
     tl.store(scale + row, factor)
-    # tile / factor, rounded as a division rounds: with the float nearest to 1 / factor, one correction of the quotient
-    # by its exact remainder is enough (Markstein, IBM Journal of R&D 34, 1990). It would drop the sign of a zero.
     inverse = tl.div_rn(1.0, factor)
-    rough = tile * inverse
-    quotient = tl.fma(tl.fma(-rough, factor, tile), inverse, rough)
-    quotient = tl.where(quotient == 0.0, rough, quotient)
+    quotient = tile * inverse
+    if EXACT:
+        # With the float nearest to 1 / factor, one correction of the quotient by its exact remainder is enough
+        # (Markstein, IBM Journal of R&D 34, 1990). It would drop the sign of a zero.
+        rough = quotient
+        quotient = tl.fma(tl.fma(-rough, factor, tile), inverse, rough)
+        quotient = tl.where(quotient == 0.0, rough, quotient)
     if ROUND:
         sign = quotient.to(tl.int32, bitcast=True) & -0x80000000
         rounded = round_to_e4m3(tl.abs(quotient)).to(tl.int32, bitcast=True)
@@ -45,7 +54,7 @@ def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr, ROUND:
     inside = channel < K
     place = row.to(tl.int64) * K + channel
     tile = tl.load(x + place, inside, other=0.0).to(tl.float32)
-    store_quantized(tile, values, scale, row, place, inside, ROUND)
+    store_quantized(tile, values, scale, row, place, inside, True, ROUND)
 
 
 # `columns` is specialized, so that a multiple of 16 is read 16 bytes at a time.

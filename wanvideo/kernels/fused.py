@@ -70,11 +70,9 @@ def _launch(
     x: torch.Tensor,
     *arguments: object,
     programs: tuple[int, ...] = (),
-    per_warp: int = 2048,
     **constants: int,
 ) -> None:
-    """Launch a kernel of `_fused_triton` with one program per row of x, times `programs`; a warp per `per_warp`
-    channels, at most 16."""
+    """Launch a kernel of `_fused_triton` with one program per row of x, times `programs`."""
     from . import _fused_triton as kernels
 
     channels = x.shape[-1]
@@ -82,7 +80,7 @@ def _launch(
     grid = (x.numel() // channels, *programs)
     with on_device_of(x):
         getattr(kernels, kernel)[grid](
-            *arguments, C=channels, BLOCK=block, num_warps=min(16, max(1, block // per_warp)), **constants
+            *arguments, C=channels, BLOCK=block, num_warps=min(8, max(1, block // 2048)), **constants
         )
 
 
@@ -120,7 +118,8 @@ def _layer_norm(
         _batch_stride(gate) if isinstance(gate, torch.Tensor) else 0,
         *((_batch_stride(factor), _batch_stride(offset)) if modulated else (0, 0)),
         0.0 if isinstance(gate, torch.Tensor) else float(gate), eps,
-        ADD_ONE=modulated, ADDED=branch is not None, GATED=gated, ROWS=rows, ROUND=rows and rounds_first(x.device),
+        ADD_ONE=modulated, ADDED=branch is not None, GATED=gated,
+        ROWS=rows, ROUND=rows and rounds_first(x.device),
     )  # fmt: skip
     return sums, out
 
@@ -248,5 +247,5 @@ GELU_ROWS = Contract("gelu_rows", FP8, (_rows("x", "... C"),), SIZES)
 
 def gelu_rows(x: torch.Tensor) -> QuantizedRows:
     out = empty_rows(x.shape, x.device)
-    _launch("gelu_rows", x, x, *out, per_warp=1024, ROUND=rounds_first(x.device))
+    _launch("gelu_rows", x, x, *out, ROUND=rounds_first(x.device), APPROXIMATE=x.is_cuda)
     return out

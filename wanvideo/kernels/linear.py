@@ -88,7 +88,7 @@ def quantize_rows(x: torch.Tensor) -> QuantizedRows:
     block = next_power_of_two(channels)
     with on_device_of(x):
         kernels.quantize_rows[rows,](
-            x, *out, K=channels, BLOCK=block, ROUND=rounds_first(x.device), num_warps=min(8, max(1, block // 2048))
+            x, *out, K=channels, BLOCK=block, ROUND=rounds_first(x.device), num_warps=min(8, max(1, block // 4096))
         )  # fmt: skip
     return out
 
