@@ -171,16 +171,17 @@ class WrittenIn:
 
 
 def gaps(found: profile) -> list[dict[str, str | int | float]]:
-    """The longest times in which the GPU did nothing, and what ran before and after."""
+    """The longest times in which the GPU did nothing: when, since its first work, and what ran before and after."""
     events = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in found.events()
         if event.device_type == DeviceType.CUDA
     )
     rows: list[dict[str, str | int | float]] = []
-    end, last = events[0][1], events[0][2]
+    begin, end, last = events[0]
     for start, until, name in events:
-        rows.append({"gap, ms": (start - end) / 1e3, "after": last[:50], "before": name[:50]})
+        row = {"at, s": (end - begin) / 1e6, "gap, ms": (start - end) / 1e3, "after": last[:50], "before": name[:50]}
+        rows.append(row)
         if until > end:
             end, last = until, name
     return sorted(rows, key=lambda row: -float(row["gap, ms"]))[:10]
