@@ -1,0 +1,91 @@
+"""The pages: links lead somewhere, hosts are allowed ones, options exist, figures say where they are from."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support import make_workflows
+from wanvideo_infinitetalk.cli.parser import parser
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", ".github/**/*.md", "assets/*.md")
+    for path in ROOT.glob(pattern)
+)
+FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+HOSTS = {"huggingface.co", "download.pytorch.org", "127.0.0.1:8188"}
+"""Where model files are, PyTorch's index, and ComfyUI on the reader's own machine."""
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@cache
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text_of(page))):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.resolve().relative_to(ROOT).as_posix()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_hosts_are_those_of_models_and_of_pytorch(page: str) -> None:
+    assert set(re.findall(r"https?://([^/\s)\"'`]+)", text_of(page))) <= HOSTS
+
+
+def test_options_exist_and_take_what_the_pages_give_them() -> None:
+    """Every option that a page names behind `infinitetalk COMMAND`, or in backticks."""
+    (commands,) = [action.choices for action in parser()._actions if isinstance(action.choices, dict)]
+    known = {name: set(one._option_string_actions) for name, one in commands.items()}
+    for page in PAGES:
+        joined = text_of(page).replace("\\\n", " ").replace("^\n", " ")
+        for name, rest in re.findall(r"infinitetalk ([a-z-]+)((?: [^\n`|#]*)?)", joined):
+            if name in known:
+                assert set(re.findall(r"(?<!\S)--[a-z0-9-]+", rest)) <= known[name], (page, name, rest)
+
+
+def test_the_readme_lists_the_files_of_the_workflows() -> None:
+    readmes = [text_of("README.md")]
+    for name in make_workflows.REAL.values():
+        for readme in readmes:
+            assert f"/{name})" in readme, name
+
+
+def test_the_readme_speaks_to_users() -> None:
+    for page in ("README.md",):
+        assert not re.search(r"(^|`)make ", text_of(page), re.MULTILINE)
+
+
+def test_languages_have_the_same_tables() -> None:
+    """Chinese pages hold the rows and the figures of the English ones."""
+    for page in PAGES:
+        if not page.endswith(".zh.md"):
+            continue
+        ours, theirs = text_of(page), text_of(page.replace(".zh.md", ".md"))
+        assert len(re.findall(r"^ *\|", ours, re.MULTILINE)) == len(re.findall(r"^ *\|", theirs, re.MULTILINE)), page
+        figures = [set(re.findall(r"\d+\.\d+", text)) for text in (ours, theirs)]
+        assert figures[0] == figures[1], page
+
+
+def test_figures_of_cards_are_marked() -> None:
+    """Each row of the README's tables of memory and of seconds says measured, computed or not tried."""
+    rows = re.findall(r"^\| (?:\d+ GB|H200|RTX 4090,).*$", text_of("README.md"), re.MULTILINE)
+    assert len(rows) >= 7
+    for row in rows:
+        assert re.search(r"\*(measured|computed|not tried)\*", row), row
