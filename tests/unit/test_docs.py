@@ -89,3 +89,17 @@ def test_figures_of_cards_are_marked() -> None:
     assert len(rows) >= 7
     for row in rows:
         assert re.search(r"\*(measured|computed|not tried)\*", row), row
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_the_engineers_pages_name_exist(page: str) -> None:
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for name in set(re.findall(r"[\w./-]+\.(?:py|json|yaml)\b", text_of(page))) - {"report.json"}:
+        assert (ROOT / name).is_file() or any(any(folder.rglob(name)) for folder in folders), name
+
+
+def test_make_targets_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    for page in PAGES:
+        named = re.findall(r"(?:^|`)make ([a-z-]+)", text_of(page), re.MULTILINE)
+        assert set(named) <= targets, page
