@@ -103,3 +103,23 @@ def test_make_targets_that_the_pages_name_exist() -> None:
     for page in PAGES:
         named = re.findall(r"(?:^|`)make ([a-z-]+)", text_of(page), re.MULTILINE)
         assert set(named) <= targets, page
+
+
+def test_reports_of_faults_ask_for_the_doctor() -> None:
+    for name in ("ISSUE_TEMPLATE/bug.yml", "ISSUE_TEMPLATE/measurement.yml", "pull_request_template.md"):
+        assert "infinitetalk doctor --report" in text_of(f".github/{name}"), name
+
+
+def test_the_changelog_keeps_its_form() -> None:
+    """Keep a Changelog: versions, newest first, and in them kinds of changes, each once."""
+    headings = re.findall(r"^(##+) (.+)$", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert headings[0] == ("##", "[Unreleased]")
+    kinds: list[str] = []
+    for level, heading in headings:
+        if level == "##":
+            kinds = []
+            assert re.fullmatch(r"\[Unreleased\]|\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", heading)
+        else:
+            assert heading in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+            assert heading not in kinds
+            kinds.append(heading)
