@@ -123,3 +123,12 @@ def test_the_changelog_keeps_its_form() -> None:
             assert heading in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
             assert heading not in kinds
             kinds.append(heading)
+
+
+def test_workflows_pin_their_actions_and_publish_after_the_tests() -> None:
+    workflows = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / ".github/workflows").glob("*.yml")}
+    for name, text in workflows.items():
+        for used in re.findall(r"uses: (\S+)", text):
+            assert used.startswith("./") or re.search(r"@[0-9a-f]{40}$", used), (name, used)
+        assert set(re.findall(r"https?://([^/\s]+)", text)) <= HOSTS, name
+    assert "needs: tests" in workflows["publish.yml"]
