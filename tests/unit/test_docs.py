@@ -61,14 +61,14 @@ def test_options_exist_and_take_what_the_pages_give_them() -> None:
 
 
 def test_the_readme_lists_the_files_of_the_workflows() -> None:
-    readmes = [text_of("README.md")]
+    readmes = [text_of("README.md"), text_of("README.zh.md")]
     for name in make_workflows.REAL.values():
         for readme in readmes:
             assert f"/{name})" in readme, name
 
 
 def test_the_readme_speaks_to_users() -> None:
-    for page in ("README.md",):
+    for page in ("README.md", "README.zh.md"):
         assert not re.search(r"(^|`)make ", text_of(page), re.MULTILINE)
 
 
