@@ -106,12 +106,12 @@ def page(suites: Sequence[Suite], benchmarks: Sequence[tuple[str, Mapping[str, A
     machines = [suite.facts for suite in suites] + [_facts(content) for _, content in benchmarks]
     machine = next((facts for facts in machines if facts), {})
     tests, seconds = [t for suite in suites for t in suite.tests], sum(suite.seconds for suite in suites)
+    verdicts = [*_summary(tests, bool(suites), sanitizer), *(_verdict(name, content) for name, content in benchmarks)]
     parts = [
         "# Results on the GPU",
         "What the GPU suite and the benchmarks gave on one machine. `tools/cuda_results.py` writes this page; long "
         "tables are folded.",
-        "## Summary",
-        table([*_summary(tests, bool(suites), sanitizer), *(_verdict(name, content) for name, content in benchmarks)]),
+        *(["## Summary", table(verdicts)] if verdicts else []),
         table([{"": name, "value": value} for name, value in machine.items()]) if machine else "",
     ]
     if suites:
