@@ -27,6 +27,8 @@ from .wanvideo.kernels import contract, reference
 from .wanvideo.kernels import linear as kernels
 from .wanvideo.kernels.contract import Contract, Described, Device, Operand, Size
 from .wanvideo.kernels.layout import aligned_contiguous
+from .wanvideo.kernels.linear import Activations, QuantizedRows
+from .wanvideo.kernels.opaque import opaque_in_graphs
 from .wanvideo.kernels.selftest import device_reasons, eager_reasons
 from .wanvideo.linear.base import QuantizedLinear, linear_in, store_buffers, store_weight, take_over
 from .wanvideo.linear.nvfp4 import NVFP4Linear
@@ -138,11 +140,12 @@ class Quantization:
 # ---------------------------------------------------------------------------------------------------- quantizing
 
 
-def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+@opaque_in_graphs("rows")
+def quantize_rows_fp8(x: Tensor) -> QuantizedRows:
     """x [M, K] float -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale, largest value 448 per row.
 
     A row with a NaN or an infinity gets a non-finite scale, so that the product shows it. One pass over memory on a
-    GPU: by a Triton kernel, or fused by the compiler.
+    GPU, by a Triton kernel.
     """
     form = reference if eager_reasons(kernels.QUANTIZE_ROWS, (x,)) else kernels
     return form.quantize_rows(x)
@@ -274,14 +277,21 @@ def fp8_linear_forward(cls: nn.Linear, base_dtype: torch.dtype, input: Tensor) -
         [..., N] in `base_dtype`, contiguous. A row of `input` with a NaN or an infinity gives a non-finite row.
     """
     x = aligned_contiguous(input)  # before the reshape: the quantizer reads 16 bytes at a time
-    leading = [int(n) for n in x.shape[:-1]]
-    out_features, in_features = (int(n) for n in cls.weight.shape)
     scale_weight = getattr(cls, "scale_weight", None)
     if fp8_matmul_reasons(cls.weight, base_dtype, x.device, scale_weight) or x.numel() == 0:
         return linear_in(base_dtype, x, _dequantized_weight(cls.weight, scale_weight, base_dtype), cls.bias)
-    values, scale = quantize_rows_fp8(x.reshape(-1, in_features))
-    out = _scaled_matmul(values, scale, cls.weight.detach(), scale_weight, cls.bias, base_dtype)
-    return aligned_contiguous(out.reshape(*leading, out_features))
+    leading = [int(n) for n in x.shape[:-1]]
+    values, scale = quantize_rows_fp8(x.reshape(-1, int(x.shape[-1])))
+    return _matmul_of(QuantizedRows(values.reshape(x.shape), scale.reshape(*leading, 1)), cls, base_dtype)
+
+
+def _matmul_of(rows: QuantizedRows, linear: nn.Linear, base_dtype: torch.dtype) -> Tensor:
+    """Activations [..., K] times the fp8 weight [N, K] of a layer, plus its bias -> [..., N]."""
+    out_features, in_features = (int(n) for n in linear.weight.shape)
+    values, scale = rows.values.reshape(-1, in_features), rows.scale.reshape(-1, 1)
+    scale_weight = getattr(linear, "scale_weight", None)
+    out = _scaled_matmul(values, scale, linear.weight.detach(), scale_weight, linear.bias, base_dtype)
+    return aligned_contiguous(out.reshape(*rows.shape[:-1], out_features))
 
 
 class Fp8Linear(QuantizedLinear):
@@ -315,11 +325,17 @@ class Fp8Linear(QuantizedLinear):
         take_over(linear, Fp8Linear, base_dtype, fast=fast)
         store_buffers(linear, scale_weight=None if scale_weight is None else scale_weight.detach().float())
 
+    def reads_rows(self, device: torch.device) -> bool:
+        fast = self.fast and not self.full_precision
+        return fast and not fp8_matmul_reasons(self.weight, self.base_dtype, device, self.scale_weight)
+
     def dequantized_weight(self) -> Tensor:
         return _dequantized_weight(self.weight, self.scale_weight, self.base_dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Activations) -> Tensor:
         """input [..., in_features] -> [..., out_features] in `base_dtype`, contiguous."""
+        if isinstance(input, QuantizedRows):
+            return _matmul_of(input, self, self.base_dtype)
         if self.fast and not self.full_precision:
             return fp8_linear_forward(self, self.base_dtype, input)
         return super().forward(input)

@@ -27,6 +27,8 @@ GROUPS = {
         fused.RMS_NORM,
         fused.QK_NORM_ROPE,
         fused.GATED_RESIDUAL,
+        fused.ADD_MODULATED_NORM,
+        fused.ADD_AFFINE_NORM,
     )
 }
 """Group -> the contract of its kernel."""
@@ -42,7 +44,10 @@ EPS = 1e-6
 
 def why_eager(group: str, call: Call) -> Sequence[str]:
     """Every reason why the eager form computes a call; empty when the kernel does."""
-    tensors = [x for part in call for x in (part if isinstance(part, tuple) else (part,)) if isinstance(x, Tensor)]
+    flat = [x for part in call for x in (part if isinstance(part, tuple) else (part,))]
+    tensors: list[Tensor | None] = [x for x in flat if isinstance(x, Tensor)]
+    if group == "add_affine_norm":
+        tensors.insert(2, None)  # its gate is a number
     given = {"heads": call[5]} if group == "qk_norm_rope" else {}
     return eager_reasons(GROUPS[group], tensors, **given)
 
@@ -89,6 +94,8 @@ def calls(
         "rms_norm": (x, weight, EPS),
         "qk_norm_rope": (x, y, weight, bias, rotation, heads, EPS),
         "gated_residual": (x, y, gate),
+        "add_modulated_norm": (x, y, gate, shift, scale, EPS),
+        "add_affine_norm": (x, y, 0.7, weight, bias, EPS),
     }
 
 
@@ -104,6 +111,10 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def exact(group: str, call: Call) -> list[tuple[Tensor, Tensor]]:
     """For each result: (its value, the sum of the magnitudes that it is made of), both float64."""
+    if group in ("add_modulated_norm", "add_affine_norm"):
+        x, branch, gate, *_ = call
+        added = (gate.double() if isinstance(gate, Tensor) else gate) * branch.double()
+        return [(x.double() + added, x.double().abs() + added.abs())]  # what is normed is the rounded sum: see `excess`
     if group in ("modulated_norm", "affine_norm"):
         x, first, second, eps = call
         shift, factor = (first, 1 + second.double()) if group == "modulated_norm" else (second, first.double())
@@ -138,6 +149,10 @@ def excess(group: str, result: Any, call: Call) -> float:
     """
     results = result if isinstance(result, tuple) else (result,)
     worst = 0.0
+    if group.startswith("add_"):
+        sums, normed = results
+        worst = excess(group.removeprefix("add_"), normed, (sums, *call[3:]))
+        results = (sums,)
     for got, (wanted, size) in zip(results, exact(group, call), strict=True):
         if not bool(torch.isfinite(got).all()):
             return float("inf")

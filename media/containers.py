@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import av.error
+from packaging.version import Version
 
 from ..wanvideo.errors import InputError
 
@@ -24,6 +25,9 @@ FORMATS = (
     "matroska,webm,mlp,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpc,mpc8,mpeg,mpegts,mxf,nistsphere,nut,ogg,oma,pvf,qcp,rm,sox,tak,"
     "truehd,tta,voc,w64,wav,wtv,wv,xwma,yuv4mpegpipe"
 )
+
+# A title in another encoding does not keep a file from being read. From 19 on PyAV reads any, and has no such option.
+ANY_METADATA: dict[str, Any] = {} if Version(av.__version__) >= Version("19") else {"metadata_errors": "replace"}
 
 
 def check_file(path: Path, what: str) -> None:
@@ -50,7 +54,7 @@ def file_address(path: Path) -> str:
 def open_media(path: Path) -> Any:
     """The container of a media file, to read. Raises OSError and FFmpegError."""
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-    return av.open(file_address(path), options=options, metadata_errors="replace")
+    return av.open(file_address(path), options=options, **ANY_METADATA)
 
 
 def decoded(container: Any, stream: Any, path: Path) -> Iterator[Any]:

@@ -14,7 +14,9 @@ from torch import nn
 
 from ..wanvideo.errors import InputError
 from ..wanvideo.kernels.layout import aligned_contiguous, aligned_strided
+from ..wanvideo.kernels.linear import Activations, QuantizedRows
 from ..wanvideo.kernels.rope import Grid, Rotation, rotate, rotation_1d
+from ..wanvideo.linear.base import read_rows
 from ..wanvideo.modules.attention import attention
 from ..wanvideo.modules.elementwise import AffineNorm
 
@@ -264,9 +266,13 @@ class SingleStreamAttention(nn.Module):
         self.kv_linear = nn.Linear(encoder_hidden_states_dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
+    def reads_rows(self, device: torch.device) -> bool:
+        """Whether `forward` takes its tokens quantized per row."""
+        return read_rows(device, self.q_linear)
+
     def forward(
         self,
-        x: torch.Tensor,
+        x: Activations,
         encoder_hidden_states: torch.Tensor,
         shape: Grid,
         *,
@@ -275,7 +281,7 @@ class SingleStreamAttention(nn.Module):
         """Attend inside every frame.
 
         Args:
-            x: [1, T*S, C].
+            x: [1, T*S, C], or quantized per row where `reads_rows` says so.
             encoder_hidden_states: [T, tokens, Ca], or one frame less: a frame without audio (a reference frame at the
                 end) then receives exactly zero. The public single-speaker code raises there.
             shape: latent frames, token rows, token columns; ints, or one-element tensors, which are read here.
@@ -291,7 +297,7 @@ class SingleStreamAttention(nn.Module):
 
     def _attend(
         self,
-        x: torch.Tensor,
+        x: Activations,
         audio: torch.Tensor,
         shape: Grid,
         attention_mode: str | None,
@@ -310,12 +316,13 @@ class SingleStreamAttention(nn.Module):
                 f"image tokens {tuple(x.shape)} on a grid of {frames}x{height}x{width} with audio for {voiced} "
                 f"frames: give [1, {frames * per_frame}, C] and audio for {frames} frames, or for one less"
             )
-        x = aligned_strided(x[:, : voiced * per_frame])  # [1, T'*S, C]
+        voiced_tokens = voiced * per_frame
+        x = x.first(voiced_tokens) if isinstance(x, QuantizedRows) else aligned_strided(x[:, :voiced_tokens])
         q = rearrange(self.q_linear(x), "1 (t s) (h d) -> t s h d", t=voiced, h=self.num_heads)
         kv = self.kv_linear(aligned_strided(audio))
         k, v = rearrange(kv, "t n (kv h d) -> kv t n h d", kv=2, h=self.num_heads)
         if q_positions is not None and k_positions is not None:
-            cos, sin = rotation_1d(q_positions[: voiced * per_frame], self.head_dim)  # [T'*S, 1, D/2]
+            cos, sin = rotation_1d(q_positions[:voiced_tokens], self.head_dim)  # [T'*S, 1, D/2]
             angles = (rearrange(table, "(t s) 1 d -> t s 1 d", t=voiced) for table in (cos, sin))
             q = rotate(q, Rotation(*angles))
             k = rotate(k, rotation_1d(k_positions, self.head_dim))
@@ -357,7 +364,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
 
     def forward(  # type: ignore[override]
         self,
-        x: torch.Tensor,
+        x: Activations,
         encoder_hidden_states: torch.Tensor,
         shape: Grid,
         x_ref_attn_map: torch.Tensor | None = None,
@@ -368,7 +375,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         """Attend inside every frame, to one speaker or to several.
 
         Args:
-            x: [1, T*S, C].
+            x: [1, T*S, C], or quantized per row where `reads_rows` says so.
             encoder_hidden_states: [1, T, n*tokens, Ca], the speakers one after the other; or one frame less (see
                 `SingleStreamAttention.forward`), the map may then cover T or T-1 frames.
             shape: latent frames, token rows, token columns.
@@ -404,7 +411,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
             shape,
             attention_mode,
             q_positions=self.query_positions(x_ref_attn_map[:, :voiced]),
-            k_positions=self.key_positions(human_num, tokens // human_num, x.device),
+            k_positions=self.key_positions(human_num, tokens // human_num, audio.device),
         )
 
     def query_positions(self, x_ref_attn_map: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,9 @@ def what_ran(linears: Counter[str], mode: str, policy: str, kernels: KernelCount
         linears: as `how_linears_run` counts them.
     """
     guards, calls = kernels.guards, [f"{name} ({count} calls)" for name, count in kernels.most_common()]
+    loops = kernels.loops()
+    weights = f"; weights of its 8-bit kernel by {listed(loops)} in blocks of 128 queries" if loops else ""
     return (
-        f"Attention {mode} (policy {policy}) by {', '.join(calls) or 'none'}; linears {listed(linears)}; "
+        f"Attention {mode} (policy {policy}) by {', '.join(calls) or 'none'}{weights}; linears {listed(linears)}; "
         f"guard copies {guards.copies} of {guards.calls} calls ({guards.bytes / 2**20:.1f} MiB)"
     )

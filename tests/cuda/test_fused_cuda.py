@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wanvideo_infinitetalk.benchmarks.fused_cases import GROUPS, KINDS, calls, excess, only_eager, why_eager
-from wanvideo_infinitetalk.wanvideo.kernels import fused, reference, selftest
+from wanvideo_infinitetalk.benchmarks.fused_cases import (
+    GROUPS,
+    KINDS,
+    SLACK,
+    calls,
+    exact,
+    excess,
+    only_eager,
+    why_eager,
+)
+from wanvideo_infinitetalk.wanvideo.kernels import fused, linear, reference, selftest
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
 from wanvideo_infinitetalk.wanvideo.modules import elementwise
 from wanvideo_infinitetalk.wanvideo.modules.model import AudioConfig, WanConfig, WanModel
@@ -40,6 +49,42 @@ def test_every_form_rounds_once(group: str, shape: tuple[int, ...], dtype: torch
         for form in (reference, fused):
             assert excess(group, getattr(form, group)(*call), call) <= 1.0, f"{form}, {kind}"
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(call), strict=True)), "an input changed"
+
+
+@pytest.mark.parametrize("group", ["modulated_norm", "affine_norm", "add_modulated_norm", "add_affine_norm"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_quantized_rows_are_those_of_the_exact_result(group: str, shape: tuple[int, ...]) -> None:
+    for kind in KINDS:
+        call = calls(*shape, GPU, torch.bfloat16, kind)[group]
+        rows = getattr(fused, group)(*call, True)
+        if group.startswith("add_"):
+            sums, rows = rows
+            assert torch.equal(sums, getattr(fused, group)(*call)[0])
+            group, call = group.removeprefix("add_"), (sums, *call[3:])
+        [(wanted, size)] = exact(group, call)
+        assert_rows(rows, wanted, SLACK * size)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 7, 108, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_quantized_sums_and_activations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        x, y, _ = calls(*shape, GPU, dtype, kind)["gated_residual"]
+        wanted = x.double() + y.double()
+        assert_rows(fused.add_rows(x, y), wanted, SLACK * wanted.abs())
+        wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
+        assert_rows(fused.gelu_rows(x), wanted, SLACK * x.double().abs())
+
+
+def assert_rows(rows: linear.QuantizedRows, wanted: Tensor, slack: Tensor) -> None:
+    """One rounding to e4m3, whose numbers are 2^-3 apart, and the smallest of them 2^-9 of the scale."""
+    scale = rows.scale.double()
+    largest = wanted.abs().amax(-1, keepdim=True) / 448
+    assert ((scale - largest).abs() <= 2.0**-20 * largest + slack.amax(-1, keepdim=True) / 448 + 2e-38).all()
+    error = (rows.values.double() * scale - wanted).abs()
+    assert (error <= (1 + 2.0**-12) * (2.0**-4 * wanted.abs() + 2.0**-10 * scale) + slack).all()
 
 
 @torch.no_grad()

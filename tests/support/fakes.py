@@ -351,6 +351,8 @@ class FakeGpu:
             self.install("flash-attn", "2.8.3", "flash_attn", flash_attn_func=flash_attn_func)
         elif name == "flash_attn_3":
             self.install("flash-attn-3", "3.0.0b1", "flash_attn_interface", flash_attn_func=flash_attn_3_func)
+        elif name == "fa3_fwd":
+            self.install("fa3-fwd", "0.0.3", "fa3_fwd_interface", flash_attn_func=flash_attn_3_func)
         elif name == "comfy":
             self._monkeypatch.setitem(
                 sys.modules,

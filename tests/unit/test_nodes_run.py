@@ -124,6 +124,7 @@ def test_models_are_known_to_the_memory_management(host: Host, prompt) -> None:
 
 @pytest.mark.parametrize("checks", [1, 6, 16])
 def test_interruption_ends_the_run_and_the_next_one_works(host: Host, prompt, checks: int) -> None:
+    host.run(prompt)  # what the sampler reads is kept, so that the checks are its own
     sampler = node_of(prompt, "InfiniteTalkSampler")
     prompt[sampler]["inputs"]["seed"] = 1000 + checks
     host.management.interrupt_after = checks

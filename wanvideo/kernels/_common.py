@@ -18,6 +18,8 @@ from .layout import aligned_strided
 
 __all__ = [
     "ATTENTION_DTYPES",
+    "MAX_CHANNELS",
+    "MAX_ROWS",
     "MAX_RUNS",
     "TRITON",
     "launch",
@@ -33,6 +35,11 @@ TRITON = Device(min_capability=(8, 0), purpose="for bf16 tensor cores", triton=T
 """What every Triton kernel here needs."""
 
 ATTENTION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+MAX_CHANNELS = 16384
+"""Of one row of an elementwise kernel, which stays in registers."""
+
+MAX_ROWS = 2**31 - 1
 
 MAX_RUNS = 64
 """Into how many runs of tokens the statistics of K and V are cut at most; enough to fill a GPU. A power of two."""

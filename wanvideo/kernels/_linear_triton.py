@@ -13,17 +13,12 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
-    """One program per row of x [M, K]: values e4m3 [M, K] and scale float32 [M], x ~ values * scale.
+def store_quantized(tile, values, scale, row, place, inside, ROUND: tl.constexpr):
+    """Write a row, float32 [BLOCK] with zeros behind it, as values e4m3 at `place` and its scale.
 
     ROUND: round to e4m3 before the conversion. On sm_89 Triton up to 3.7 converts by way of a truncated float16, which
     takes a number just above a tie for the tie; numbers that e4m3 holds pass unchanged.
     """
-    row = tl.program_id(0)
-    channel = tl.arange(0, BLOCK)
-    inside = channel < K
-    place = row.to(tl.int64) * K + channel
-    tile = tl.load(x + place, inside, other=0.0).to(tl.float32)
     # A maximum drops NaN; the difference is 0, or NaN where a value is not finite.
     largest = tl.max(tl.abs(tile), 0) + tl.sum(tile - tile, 0)
     factor = largest * INVERSE_E4M3_MAX
@@ -40,6 +35,17 @@ def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr, ROUND:
         rounded = round_to_e4m3(tl.abs(quotient)).to(tl.int32, bitcast=True)
         quotient = (rounded | sign).to(tl.float32, bitcast=True)
     tl.store(values + place, quotient.to(tl.float8e4nv), inside)
+
+
+@triton.jit
+def quantize_rows(x, values, scale, K: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    """One program per row of x [M, K]: values e4m3 [M, K] and scale float32 [M], x ~ values * scale."""
+    row = tl.program_id(0)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < K
+    place = row.to(tl.int64) * K + channel
+    tile = tl.load(x + place, inside, other=0.0).to(tl.float32)
+    store_quantized(tile, values, scale, row, place, inside, ROUND)
 
 
 # `columns` is specialized, so that a multiple of 16 is read 16 bytes at a time.

@@ -3,8 +3,10 @@
 Pass 1 (`key_value_statistics`) reads K and V once: sums of K and the largest |V|, per channel, per run of tokens.
 Pass 2 (`quantize_qkv`) finishes those statistics and writes
 
-* Q int8 [B, H, Lq, D], one scale per row, with the softmax scale and log2(e) folded in,
-* K int8 [B, H, Lk, D] with its mean over the tokens subtracted, one scale per `BLOCK` keys,
+* Q int8 [B, H, Lq, D], one scale per row, with the softmax scale and log2(e) folded in, and the largest norm of a row
+  in each `BLOCK` of them, for a bound of the scores,
+* K int8 [B, H, Lk, D] with its mean over the tokens subtracted, one scale per `BLOCK` keys, and the largest norm
+  of a key,
 * V e4m3 transposed [B, H, D, Lk padded], one scale per channel, the padding zero.
 
 Keys change places inside groups of 32 in the transposed V. The accumulator of Q·Kᵀ gives a thread the columns
@@ -30,6 +32,8 @@ E4M3_MAX = tl.constexpr(448.0)
 # Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 to the nearest integer, ties to even, and leaves that
 # integer in the low bits of its pattern.
 ROUNDER = tl.constexpr(12582912.0)
+LARGEST = tl.constexpr(3.4e38)
+NAN_BITS = tl.constexpr(0x7FC00000)  # as an integer above every float32
 
 
 @triton.jit
@@ -41,6 +45,13 @@ def _to_int8(x, inverse_scale):
 def _inverse(scale):
     """1 / scale; 0 for a block of zeros, or so small that the inverse would overflow. NaN stays NaN."""
     return tl.where(scale < 1e-37, 0.0, 1.0 / scale)
+
+
+@triton.jit
+def _norms(rounded):
+    """Of the rows of an int8 tile; exact but for the root."""
+    x = rounded.to(tl.float32)
+    return tl.sqrt(tl.sum(x * x, 1))
 
 
 @triton.jit
@@ -84,10 +95,11 @@ def key_value_statistics(
 
 @triton.jit(do_not_specialize=["keys", "runs"])
 def finish_statistics(
-    k_sums, v_peaks, k_mean, v_scale, keys, runs, D: tl.constexpr, D_POW2: tl.constexpr, RUNS: tl.constexpr
+    k_sums, v_peaks, k_mean, k_bits, v_scale, keys, runs, D: tl.constexpr, D_POW2: tl.constexpr, RUNS: tl.constexpr
 ):
-    """One program per head and batch: k_mean and v_scale [B, H, D] from the runs."""
+    """One program per head and batch: k_mean and v_scale [B, H, D] from the runs; k_bits [B, H] begins at 0."""
     pair = tl.program_id(0).to(tl.int64)
+    tl.store(k_bits + pair, 0)
     channel = tl.arange(0, D_POW2)
     in_head = channel < D
     run = tl.arange(0, RUNS)[:, None]
@@ -101,7 +113,7 @@ def finish_statistics(
 
 @triton.jit
 def _quantize_queries(
-    q, q8, q_scale, block, q_token, queries, logit_scale,
+    q, q8, q_scale, q_norm, block, q_token, queries, logit_scale,
     D: tl.constexpr, D_POW2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -110,13 +122,16 @@ def _quantize_queries(
     place = token.to(tl.int64)[:, None]
     tile = tl.load(q + place * q_token + channel, inside, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(tile), 1) / INT8_MAX + tl.sum(tile - tile, 1)
-    tl.store(q_scale + token, scale * logit_scale, token < queries)
-    tl.store(q8 + place * D + channel, _to_int8(tile, _inverse(scale)[:, None]), inside)
+    rounded = _to_int8(tile, _inverse(scale)[:, None])
+    scale *= logit_scale
+    tl.store(q_scale + token, scale, token < queries)
+    tl.store(q_norm + block, tl.max(_norms(rounded) * scale) + tl.sum(scale - scale))  # a maximum would drop NaN
+    tl.store(q8 + place * D + channel, rounded, inside)
 
 
 @triton.jit
 def _quantize_keys(
-    k, k_mean, k8, k_scale, block, k_token, keys,
+    k, k_mean, k8, k_scale, k_bits, block, k_token, keys,
     D: tl.constexpr, D_POW2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -127,8 +142,12 @@ def _quantize_keys(
     tile = tl.load(k + place * k_token + channel, inside, other=0.0).to(tl.float32)
     tile = tl.where(inside, tile - mean, 0.0)
     scale = tl.max(tl.abs(tile)) / INT8_MAX + tl.sum(tile - tile)
+    rounded = _to_int8(tile, _inverse(scale))
+    norm = tl.max(_norms(rounded)) * scale
+    # Numbers that are not negative are in the same order as their bits.
+    tl.atomic_max(k_bits, tl.where(norm <= LARGEST, norm.to(tl.int32, bitcast=True), NAN_BITS), sem="relaxed")
     tl.store(k_scale + block, scale)
-    tl.store(k8 + place * D + channel, _to_int8(tile, _inverse(scale)), inside)
+    tl.store(k8 + place * D + channel, rounded, inside)
 
 
 @triton.jit
@@ -149,24 +168,24 @@ def _quantize_values(
 @triton.jit(do_not_specialize=[*STRIDES, "queries", "keys", "heads"])
 def quantize_qkv(
     q, k, v, k_mean, v_scale,
-    q8, q_scale, k8, k_scale, v8,
+    q8, q_scale, q_norm, k8, k_scale, k_bits, v8,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     queries, keys, heads, logit_scale,
     D: tl.constexpr, D_POW2: tl.constexpr, BLOCK: tl.constexpr, E4M3_V: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of tokens of Q, then of K, then of V; head; batch)."""
+    """One program per (block of tokens of Q, then of K, then of V; head; batch). k_bits: k_norm as int32."""
     q_blocks, k_blocks = tl.cdiv(queries, BLOCK), tl.cdiv(keys, BLOCK)
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = batch * heads + head
     if block < q_blocks:
         _quantize_queries(
-            q + (batch * q_batch + head * q_head) * UNIT, q8 + pair * queries * D, q_scale + pair * queries, block,
-            q_token * UNIT, queries, logit_scale, D, D_POW2, BLOCK,
+            q + (batch * q_batch + head * q_head) * UNIT, q8 + pair * queries * D, q_scale + pair * queries,
+            q_norm + pair * q_blocks, block, q_token * UNIT, queries, logit_scale, D, D_POW2, BLOCK,
         )  # fmt: skip
     elif block < q_blocks + k_blocks:
         _quantize_keys(
             k + (batch * k_batch + head * k_head) * UNIT, k_mean + pair * D, k8 + pair * keys * D,
-            k_scale + pair * k_blocks, block - q_blocks, k_token * UNIT, keys, D, D_POW2, BLOCK,
+            k_scale + pair * k_blocks, k_bits + pair, block - q_blocks, k_token * UNIT, keys, D, D_POW2, BLOCK,
         )  # fmt: skip
     elif E4M3_V:
         _quantize_values(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from .inputs import scale_or_default
 from .quantizers import (
     E2M1_MAX,
     E4M3_MAX,
@@ -21,7 +22,6 @@ from .quantizers import (
     nvfp4_tensor_scale,
     quantize_nvfp4,
 )
-from .reference import scale_or_default
 
 __all__ = ["Q_BLOCK", "int8_fp8_attention", "nvfp4_attention"]
 

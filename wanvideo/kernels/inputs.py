@@ -9,11 +9,15 @@ from typing import Literal
 import torch
 
 from ..errors import InputError
-from .reference import scale_or_default
 
-__all__ = ["Inputs", "Order"]
+__all__ = ["Inputs", "Order", "scale_or_default"]
 
 Order = Literal["BLHD", "BHLD"]
+
+
+def scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
+    """The softmax scale that a call asks for: its own, or head_dim ** -0.5 (arXiv 1706.03762, section 3.2.1)."""
+    return head_dim**-0.5 if softmax_scale is None else softmax_scale
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantizing the activations of an fp8 linear layer, and scaling its product: one Triton kernel each.
+"""Activations quantized per row for an fp8 matmul, and scaling its product: one Triton kernel each.
 
 Bit-equal to the eager forms in `reference.py`; each function has its contract in front. Any address is right: Triton
 loads by the alignment it finds. Whether a kernel runs is chosen in `fp8_optimization`.
@@ -6,13 +6,24 @@ loads by the alignment it finds. Whether a kernel runs is chosen in `fp8_optimiz
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ._common import next_power_of_two, on_device_of
+from ._common import MAX_CHANNELS, MAX_ROWS, next_power_of_two, on_device_of
 from .contract import Contract, Device, Operand, Size
-from .fused import MAX_CHANNELS, MAX_ROWS
 
-__all__ = ["QUANTIZE_ROWS", "SCALE_PRODUCT", "quantize_rows", "scale_product"]
+__all__ = [
+    "FP8",
+    "QUANTIZE_ROWS",
+    "SCALE_PRODUCT",
+    "Activations",
+    "QuantizedRows",
+    "empty_rows",
+    "quantize_rows",
+    "rounds_first",
+    "scale_product",
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,6 +37,37 @@ COLUMNS = 1024
 """Of one program of `scale_product`."""
 
 
+class QuantizedRows(NamedTuple):
+    """Activations x [..., K] ~ values * scale: the input of fp8 matmuls, quantized once for all that read it."""
+
+    values: torch.Tensor
+    """e4m3fn [..., K], contiguous; 448 is the largest of each row."""
+    scale: torch.Tensor
+    """float32 [..., 1]."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def first(self, tokens: int) -> QuantizedRows:
+        """The first tokens of [1, L, K], without a copy."""
+        return QuantizedRows(self.values[:, :tokens], self.scale[:, :tokens])
+
+
+Activations = torch.Tensor | QuantizedRows
+"""What a linear layer reads."""
+
+
+def empty_rows(shape: torch.Size, device: torch.device) -> QuantizedRows:
+    values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    return QuantizedRows(values, torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device))
+
+
+def rounds_first(device: torch.device) -> bool:
+    """Whether a kernel rounds to e4m3 itself before it converts."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < CONVERTS_EXACTLY
+
+
 QUANTIZE_ROWS = Contract(
     "quantize_rows",
     FP8,
@@ -37,20 +79,18 @@ QUANTIZE_ROWS = Contract(
 )
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor) -> QuantizedRows:
     """x [M, K] -> (values e4m3fn [M, K], scale float32 [M, 1]), x ~ values * scale."""
     from . import _linear_triton as kernels
 
     rows, channels = x.shape
-    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    out = empty_rows(x.shape, x.device)
     block = next_power_of_two(channels)
-    exact = x.is_cuda and torch.cuda.get_device_capability(x.device) >= CONVERTS_EXACTLY
     with on_device_of(x):
         kernels.quantize_rows[rows,](
-            x, values, scale, K=channels, BLOCK=block, ROUND=not exact, num_warps=min(8, max(1, block // 2048))
+            x, *out, K=channels, BLOCK=block, ROUND=rounds_first(x.device), num_warps=min(8, max(1, block // 2048))
         )  # fmt: skip
-    return values, scale
+    return out
 
 
 SCALE_PRODUCT = Contract(

@@ -1,7 +1,8 @@
 """The reference of the elementwise and linear kernels: the same arguments and results in eager PyTorch.
 
-All compute in float32, round once to the dtype of their first argument, and write to none of their arguments. They run
-where a kernel cannot, in a compiled graph (which fuses them itself) and under autograd.
+All compute in float32, round once to the dtype of their first argument, and write to none of their arguments; with
+`rows` the result is quantized per row instead. They run where a kernel cannot, in a compiled graph (which fuses them
+itself) and under autograd.
 """
 
 from __future__ import annotations
@@ -9,32 +10,73 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .linear import Activations, QuantizedRows
 from .rope import Rotation, rotate
 
 __all__ = [
+    "add_affine_norm",
+    "add_modulated_norm",
+    "add_rows",
     "affine_norm",
     "gated_residual",
+    "gelu_rows",
     "modulated_norm",
     "qk_norm_rope",
     "quantize_rows",
     "rms_norm",
-    "scale_or_default",
     "scale_product",
 ]
 
 
-def scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
-    """The softmax scale that a call asks for: its own, or head_dim ** -0.5 (arXiv 1706.03762, section 3.2.1)."""
-    return head_dim**-0.5 if softmax_scale is None else softmax_scale
+def _result(exact: torch.Tensor, dtype: torch.dtype, rows: bool) -> Activations:
+    return quantize_rows(exact) if rows else exact.to(dtype)
 
 
-def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+def modulated_norm(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, rows: bool = False
+) -> Activations:
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    return _result(torch.addcmul(shift, normed, 1 + scale), x.dtype, rows)
 
 
-def affine_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+def affine_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: bool = False
+) -> Activations:
+    normed = F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    return _result(normed, x.dtype, rows)
+
+
+def _sum_with(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(gate, torch.Tensor):
+        return gated_residual(x, branch, gate)
+    # On a CPU torch.add would round `alpha` to x's dtype.
+    return x + branch if gate == 1 else torch.add(x.float(), branch.float(), alpha=gate).to(x.dtype)
+
+
+def add_modulated_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | float,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    rows: bool = False,
+) -> tuple[torch.Tensor, Activations]:
+    sums = _sum_with(x, branch, gate)
+    return sums, modulated_norm(sums, shift, scale, eps, rows)
+
+
+def add_affine_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    rows: bool = False,
+) -> tuple[torch.Tensor, Activations]:
+    sums = _sum_with(x, branch, gate)
+    return sums, affine_norm(sums, weight, bias, eps, rows)
 
 
 def _rms_norm_float(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -66,13 +108,21 @@ def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) ->
     return torch.addcmul(x, branch, gate).to(x.dtype)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rows(x: torch.Tensor, y: torch.Tensor) -> QuantizedRows:
+    return quantize_rows(x.float() + y.float())
+
+
+def gelu_rows(x: torch.Tensor) -> QuantizedRows:
+    return quantize_rows(F.gelu(x.float(), approximate="tanh"))
+
+
+def quantize_rows(x: torch.Tensor) -> QuantizedRows:
     largest_value = torch.finfo(torch.float8_e4m3fn).max
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     # The lower bound keeps a row of zeros from dividing by zero; clamp_min passes NaN on.
     scale = (largest / largest_value).clamp_min(torch.finfo(torch.float32).tiny)
     values = (x / scale).clamp(-largest_value, largest_value)
-    return values.to(torch.float8_e4m3fn), scale
+    return QuantizedRows(values.to(torch.float8_e4m3fn), scale)
 
 
 def scale_product(

@@ -16,7 +16,7 @@ import torch
 
 from ._common import MAX_RUNS, launch, opaque, runs_of, stride_unit, stride_units
 from .contract import Device, Size
-from .reference import scale_or_default
+from .inputs import scale_or_default
 
 __all__ = ["HEAD_DIM", "run", "sage_fp4_attention"]
 

@@ -12,6 +12,7 @@ sm_89, which lacks e4m3, the same Triton kernel with P and V in 16 bits (nearer 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,8 @@ from ._common import (
     stride_units,
 )
 from .contract import Size
+from .inputs import scale_or_default
 from .packages import triton_version
-from .reference import scale_or_default
 
 __all__ = ["HEAD_DIM", "run", "sage_fp8_attention"]
 
@@ -42,6 +43,9 @@ HOPPER_TRITON = ((3, 6), (3, 10))
 """From, and below: the versions whose Gluon the Hopper kernel has been compiled with. Others run the Triton kernel."""
 HOPPER_ROWS = 64
 HOPPER_STAGES = 4
+
+LOOPS = ("integer", "integer with a floor", "exp2")
+"""How the Hopper kernel computes the weights of a block of 128 queries, by the bound of its scores."""
 
 LARGE_SHARED_MEMORY = ((9, 0), (10, 0), (10, 3))
 """Capabilities with 227 KiB of shared memory per block; the rest have 99."""
@@ -74,10 +78,14 @@ class Operands:
     """int8 [B, H, Lq, D]."""
     q_scale: torch.Tensor
     """float32 [B, H, Lq], softmax scale and log2(e) folded in."""
+    q_norm: torch.Tensor
+    """float32 [B, H, ceil(Lq / 128)], the largest norm of a row of Q with its scale. NaN where Q is not finite."""
     k: torch.Tensor
     """int8 [B, H, Lk, D], of K less its mean over the tokens."""
     k_scale: torch.Tensor
     """float32 [B, H, ceil(Lk / 128)]."""
+    k_norm: torch.Tensor
+    """float32 [B, H], the largest norm of a key with its scale; times `q_norm` a bound of |score|, in octaves."""
     v: torch.Tensor
     """e4m3 [B, H, D, Lk padded to 128], keys in the order of `key_in_place`; or V [B, Lk, H, D] as it came."""
     v_scale: torch.Tensor
@@ -103,8 +111,10 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: f
     result = Operands(
         q=empty(batch, heads, queries, dim, dtype=torch.int8),
         q_scale=empty(batch, heads, queries),
+        q_norm=empty(batch, heads, q_blocks),
         k=empty(batch, heads, keys, dim, dtype=torch.int8),
         k_scale=empty(batch, heads, k_blocks),
+        k_norm=empty(batch, heads),
         v=empty(batch, heads, dim, k_blocks * block, dtype=torch.float8_e4m3fn) if e4m3_v else v,
         v_scale=empty(batch, heads, dim),
         e4m3_v=e4m3_v,
@@ -115,10 +125,12 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: f
         k, v, k_sums, v_peaks, *stride_units(k), *stride_units(v), keys, heads, run, BLOCK=32, UNIT=unit, **constants
     )  # fmt: skip
     triton_kernels.finish_statistics[batch * heads,](
-        k_sums, v_peaks, k_mean, result.v_scale, keys, runs, RUNS=MAX_RUNS, **constants
+        k_sums, v_peaks, k_mean, result.k_norm.view(torch.int32), result.v_scale, keys, runs, RUNS=MAX_RUNS, **constants
     )  # fmt: skip
     triton_kernels.quantize_qkv[q_blocks + (2 if e4m3_v else 1) * k_blocks, heads, batch](
-        q, k, v, k_mean, result.v_scale, result.q, result.q_scale, result.k, result.k_scale, result.v,
+        q, k, v, k_mean, result.v_scale,
+        result.q, result.q_scale, result.q_norm,
+        result.k, result.k_scale, result.k_norm.view(torch.int32), result.v,
         *stride_units(q), *stride_units(k), *stride_units(v),
         queries, keys, heads, softmax_scale * math.log2(math.e),
         BLOCK=block, E4M3_V=e4m3_v, UNIT=unit, **constants, num_warps=8,
@@ -159,10 +171,31 @@ def attend_hopper(operands: Operands, out: torch.Tensor) -> None:
         descriptor(operands.q, [HOPPER_ROWS, dim], gl.int8),
         descriptor(operands.k, [KEYS_PER_SCALE, dim], gl.int8),
         descriptor(operands.v, [dim, KEYS_PER_SCALE], gl.float8e4nv),
-        operands.q_scale, operands.k_scale, operands.v_scale, out, queries, operands.k.shape[2], heads,
+        operands.q_scale, operands.q_norm, operands.k_scale, operands.k_norm, operands.v_scale, out,
+        _counts_of_loops(out.device), queries, operands.k.shape[2], heads,
         # 168 registers are what 65,536 leave to each of 12 warps at the launch; the partitions share them out anew.
         D=dim, STAGES=HOPPER_STAGES, num_warps=4, maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+_loop_counts: dict[torch.device, torch.Tensor] = {}
+
+
+def _counts_of_loops(device: torch.device) -> torch.Tensor:
+    if device not in _loop_counts:
+        _loop_counts[device] = torch.zeros(len(LOOPS), dtype=torch.int64, device=device)
+    return _loop_counts[device]
+
+
+def loops_taken() -> Counter[str]:
+    """How many blocks of queries computed their weights in each way of `LOOPS`, on all GPUs since the process began.
+
+    Waits for the GPUs that have such counts.
+    """
+    taken: Counter[str] = Counter()
+    for counts in _loop_counts.values():
+        taken.update(dict(zip(LOOPS, counts.tolist(), strict=True)))
+    return taken
 
 
 def runs_on_hopper(device: torch.device, head_dim: int) -> bool:

@@ -251,6 +251,8 @@ def _elementwise_comparisons(device: torch.device) -> Iterator[Comparison]:
         "rms_norm": (x, weight, 1e-6),
         "qk_norm_rope": (x, y, weight, bias, Rotation(angles.cos(), angles.sin()), 3, 1e-6),
         "gated_residual": (x, y, gate),
+        "add_modulated_norm": (x, y, gate, shift, scale, 1e-6),
+        "add_affine_norm": (x, y, 0.5, weight, bias, 1e-6),
     }
     for group, call in calls.items():
         yield group, getattr(fused, group)(*call), getattr(reference, group)(*call)
@@ -259,6 +261,10 @@ def _elementwise_comparisons(device: torch.device) -> Iterator[Comparison]:
     if device.type != "cuda" or not contract.device_reasons(linear.QUANTIZE_ROWS.device, device):
         rows = x.flatten(0, 1)
         yield "quantize_rows", linear.quantize_rows(rows), reference.quantize_rows(rows)
+        for group, call in {"add_rows": (x, y), "gelu_rows": (x,)}.items():
+            yield group, getattr(fused, group)(*call), getattr(reference, group)(*call)
+        quantized = (x, shift, scale, 1e-6, True)
+        yield "rows of a norm", fused.modulated_norm(*quantized), reference.modulated_norm(*quantized)
     video, past = random(1, 3, 4, 5, 96).to(DTYPE), random(1, 2, 4, 5, 96).to(DTYPE)
     padding = (video, weight[:96], video.flip(1), bias[:96], past, 2, 1, 1, True)
     yield "pad_frames", frames.pad_frames(*padding), reference.pad_frames(*padding)

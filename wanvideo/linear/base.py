@@ -21,6 +21,7 @@ __all__ = [
     "QuantizedLinear",
     "branched",
     "linear_in",
+    "read_rows",
     "relative_l2",
     "store_buffers",
     "store_weight",
@@ -48,6 +49,10 @@ class QuantizedLinear(nn.Linear):
     def unpacked_reasons(self, device: torch.device) -> Sequence[str]:
         """Every reason why a call on `device` unpacks the weight although there is a `fast_way`; empty without one."""
         return ("the file asks for full precision",) if self.full_precision else ()
+
+    def reads_rows(self, device: torch.device) -> bool:
+        """Whether a call on `device` would quantize its input per row, and so takes `QuantizedRows` as well."""
+        return False
 
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] in `base_dtype`, as a fresh tensor."""
@@ -90,6 +95,14 @@ def take_over(linear: nn.Linear, kind: type[LinearKind], base_dtype: torch.dtype
     for name, value in state.items():
         setattr(linear, name, value)
     return linear
+
+
+def read_rows(device: torch.device, *linears: nn.Module) -> bool:
+    """Whether all of these layers take `QuantizedRows`, so that what they read is quantized once for all."""
+    return all(
+        isinstance(linear, QuantizedLinear) and not isinstance(linear, _Branched) and linear.reads_rows(device)
+        for linear in linears
+    )
 
 
 class _Branched(nn.Linear):

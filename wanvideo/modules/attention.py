@@ -17,6 +17,7 @@ from contextvars import ContextVar
 import torch
 
 from ..errors import BackendUnavailableError, nearest, plain
+from ..kernels import sage_fp8
 from ..kernels.inputs import Inputs
 from ..kernels.layout import GuardStats, count_guards
 from . import auto
@@ -49,7 +50,7 @@ ROLES = ("self", "text", "image", "audio")
 MODE_BACKENDS: dict[str, tuple[str, ...]] = {
     "sdpa": ("sdpa",),
     "flash_attn_2": ("flash_attn_2",),
-    "flash_attn_3": ("flash_attn_3",),
+    "flash_attn_3": ("flash_attn_3", "flash_attn_3_forward"),
     "sageattn": (
         "sageattention_2_fp8_sm90",
         "sageattention_2_fp8",
@@ -148,6 +149,11 @@ class KernelCounts(Counter[str]):
         super().__init__()
         self.announced: set[tuple[str, str]] = set()
         self.guards = GuardStats()
+        self._loops_before = sage_fp8.loops_taken()
+
+    def loops(self) -> Counter[str]:
+        """How many blocks of queries took each loop of the Hopper kernel, see `sage_fp8.LOOPS`. Waits for the GPU."""
+        return sage_fp8.loops_taken() - self._loops_before
 
 
 _generation: ContextVar[KernelCounts | None] = ContextVar("generation", default=None)

@@ -26,9 +26,21 @@ from ...multitalk.multitalk import (
     pack_audio_windows,
 )
 from ..errors import InputError
+from ..kernels.linear import Activations
 from ..kernels.rope import Grid, Rotation, RotationTables
+from ..linear.base import read_rows
 from .attention import AttentionMode, attention, resolve_mode
-from .elementwise import AffineNorm, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
+from .elementwise import (
+    AffineNorm,
+    RMSNorm,
+    add,
+    add_affine_norm,
+    add_modulated_norm,
+    gated_residual,
+    gelu,
+    modulated_norm,
+    qk_norm_rope,
+)
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
 
 __all__ = [
@@ -226,9 +238,13 @@ class _Projections(nn.Module):
 class WanSelfAttention(_Projections):
     """Attention of all tokens to all tokens, with 3-D rotary embedding of q and k."""
 
+    def reads_rows(self, device: torch.device) -> bool:
+        """Whether `forward` takes its tokens quantized per row."""
+        return read_rows(device, self.q, self.k, self.v)
+
     def forward(
         self,
-        x: torch.Tensor,
+        x: Activations,
         grid: Grid,
         rotation: Rotation,
         speaker_masks: torch.Tensor | None = None,
@@ -257,9 +273,13 @@ class WanCrossAttention(_Projections):
             self.v_img = nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
+    def reads_rows(self, device: torch.device) -> bool:
+        """Whether `forward` takes its tokens quantized per row."""
+        return read_rows(device, self.q)
+
     def forward(
         self,
-        x: torch.Tensor,
+        x: Activations,
         text: torch.Tensor,
         clip: torch.Tensor | None = None,
         *,
@@ -271,11 +291,12 @@ class WanCrossAttention(_Projections):
         """x [B, L, C], text [B, text_len, C], clip [B, 257, C] or None -> [B, L, C]"""
         q = self._heads(self.norm_q(self.q(x)))
         k, v = self._keys_values(text_keys, lambda: (self.norm_k(self.k(text)), self.v(text)))
-        out = attention(q, k, v, attention_mode=text_mode)
-        if clip is not None:
-            k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
-            out = out + attention(q, k, v, attention_mode=image_mode)
-        return self.o(out.flatten(2))
+        out = attention(q, k, v, attention_mode=text_mode).flatten(2)
+        if clip is None:
+            return self.o(out)
+        k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
+        of_image = attention(q, k, v, attention_mode=image_mode).flatten(2)
+        return self.o(add(out, of_image, rows=read_rows(q.device, self.o)))
 
     def _keys_values(
         self, kept: KeysValues | None, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -321,14 +342,16 @@ class WanBlock(nn.Module):
         modulation = (self.modulation.float() + given.time).split(1, dim=1)  # six of [B, 1, C] float32
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
-        normed = modulated_norm(x, shift1, scale1, self.eps)
+        device = x.device
+        normed = modulated_norm(x, shift1, scale1, self.eps, rows=self.self_attn.reads_rows(device))
         attended, reference_map = self.self_attn(
             normed, given.grid, given.rotation, given.speaker_masks, attention_mode=modes.self_attention
         )
-        x = gated_residual(x, attended, gate1)
 
-        x = x + self.cross_attn(
-            self.norm3(x),
+        norm, rows = self.norm3, self.cross_attn.reads_rows(device)
+        x, normed = add_affine_norm(x, attended, gate1, norm.weight, norm.bias, norm.eps, rows)
+        branch = self.cross_attn(
+            normed,
             given.text,
             given.clip,
             text_mode=modes.text,
@@ -336,19 +359,30 @@ class WanBlock(nn.Module):
             text_keys=given.text_keys,
             image_keys=given.image_keys,
         )
+        factor = 1.0  # what is to be added to x: branch * factor
 
         if given.audio is not None:
-            speech = self.audio_cross_attn(
-                self.norm_x(x), given.audio, given.grid, reference_map, given.speakers, attention_mode=modes.audio
+            norm, rows = self.norm_x, self.audio_cross_attn.reads_rows(device)
+            x, normed = add_affine_norm(x, branch, factor, norm.weight, norm.bias, norm.eps, rows)
+            branch = self.audio_cross_attn(
+                normed, given.audio, given.grid, reference_map, given.speakers, attention_mode=modes.audio
             )
-            x = torch.add(x, speech, alpha=given.audio_scale)
+            factor = given.audio_scale
         if given.humo_audio is not None:
             x = self.audio_cross_attn_wrapper(
-                x, given.humo_audio, given.grid, given.humo_audio_scale, attention_mode=modes.audio
+                x + branch, given.humo_audio, given.grid, given.humo_audio_scale, attention_mode=modes.audio
             )
+            normed = modulated_norm(x, shift2, scale2, self.eps, rows=read_rows(device, self.ffn[0]))
+        else:
+            rows = read_rows(device, self.ffn[0])
+            x, normed = add_modulated_norm(x, branch, factor, shift2, scale2, self.eps, rows)
+        return gated_residual(x, self._feed_forward(normed), gate2)
 
-        normed = modulated_norm(x, shift2, scale2, self.eps)
-        return gated_residual(x, self.ffn(normed), gate2)
+    def _feed_forward(self, x: Activations) -> torch.Tensor:
+        """`self.ffn` [B, L, C] -> [B, L, C], which may read quantized rows."""
+        first, _, second = self.ffn
+        hidden = first(x)
+        return second(gelu(hidden, rows=read_rows(hidden.device, second)))
 
 
 # -------------------------------------------------------------------------------------- into and out of tokens

@@ -36,6 +36,7 @@ BACKENDS: tuple[Backend, ...] = (
     builtin.EMULATED_NVFP4_PLAIN,
     flash.FLASH_2,
     flash.FLASH_3,
+    flash.FLASH_3_FORWARD,
     host.HOST,
     sage.SAGE1,
     sage.SAGE2_AMPERE,
