@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | test-oldest | test-comfyui COMFYUI=<folder>
+# make help
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +9,10 @@ TORCH_INDEX ?=
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test test-slow lint test-oldest test-comfyui sanitize gpu clean
+.PHONY: help demo test test-slow lint types format hooks test-oldest test-comfyui sanitize gpu clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,7 +21,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.ready ## set up .venv and make out/demo.mp4: no GPU, no downloads of models
 	$(BIN)/infinitetalk demo --out out/demo.mp4
 
 # One process per core, each with one thread; four that share the GPU, a file of tests each (-m cuda).
@@ -27,18 +30,29 @@ JOBS ?= $(if $(findstring cuda,$(PYTEST_ARGS)),4 --dist loadfile,auto)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS)
 
 # Without the tests marked slow; PYTEST_ARGS="--slow 1" runs them too, "--slow 0.3 --slow-seed 7" a part of them.
-test: $(VENV)/.ready
+test: $(VENV)/.ready ## the tests that run on a CPU, without those marked slow; PYTEST_ARGS="-k windows"
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.ready
+test-slow: $(VENV)/.ready ## those marked slow
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-# mypy names a package after its folder; the link gives the repository root the package's name.
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready ## ruff, its format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p .build && ln -sfn .. .build/wanvideo_infinitetalk
+	@$(MAKE) --no-print-directory types
+
+format: $(VENV)/.ready ## let ruff format the code and sort its imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+# mypy names a package after its folder; the link gives the repository root the package's name.
+types: $(VENV)/.ready ## mypy
+	@mkdir -p .build && ln -sfn .. .build/wanvideo_infinitetalk
 	MYPYPATH=.build $(BIN)/mypy -p wanvideo_infinitetalk
+
+hooks: $(VENV)/.ready ## let git commit run ruff and mypy first
+	$(BIN)/python -m pip install -q 'pre-commit>=4.0'
+	$(BIN)/pre-commit install
 
 # The lower end of every dependency range. Needs a Python that all of them have wheels for: PYTHON=python3.11.
 .venv-oldest/.ready: pyproject.toml tools/lower_bounds.py
@@ -49,27 +63,27 @@ lint: $(VENV)/.ready
 	.venv-oldest/bin/python -m pip install -q -e '.[dev]' -c .venv-oldest/lower-bounds.txt
 	touch $@
 
-test-oldest: .venv-oldest/.ready
+test-oldest: .venv-oldest/.ready ## with the lower end of every dependency range; PYTHON=python3.11
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-oldest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 # A real ComfyUI with this pack, over its API and in headless Chromium; see docs/comfyui.md. COMFYUI_PYTHON is a Python
 # with ComfyUI's requirements and ours.
 COMFYUI_PYTHON ?= .venv-comfyui/bin/python
-test-comfyui: $(VENV)/.ready
+test-comfyui: $(VENV)/.ready ## a real ComfyUI with this pack; COMFYUI=<folder>
 	@test -n "$(COMFYUI)" || { echo 'test-comfyui needs COMFYUI=<folder of a ComfyUI checkout>'; exit 2; }
 	$(BIN)/python -m pip install -q playwright
 	COMFYUI="$(abspath $(COMFYUI))" COMFYUI_PYTHON="$(abspath $(COMFYUI_PYTHON))" \
 		$(BIN)/python -m pytest tests/comfyui -m comfyui $(PYTEST_ARGS)
 
 # The reduced GPU set under NVIDIA's memory checker. Without the caching allocator it sees reads past a tensor's end.
-sanitize: $(VENV)/.ready
+sanitize: $(VENV)/.ready ## the reduced GPU set under NVIDIA's memory checker
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
 		$(BIN)/python -m pytest tests/cuda/test_reduced_cuda.py $(PYTEST_ARGS)
 
 # The suite, the memory checker, the benchmarks and the doctor on a GPU machine, each with a log; GPU_ARGS="--gpus 4 tests:"
 GPU_ARGS ?=
-gpu: $(VENV)/.ready
+gpu: $(VENV)/.ready ## suite, memory checker, benchmarks and doctor on a GPU machine; writes docs/cuda-results.md
 	$(BIN)/python tools/gpu_run.py $(GPU_ARGS)
 
-clean:
+clean: ## remove what make has made
 	rm -rf .venv .venv-oldest .build build *.egg-info out

@@ -200,7 +200,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     _add_config(
         group,
         ("--steps", "denoising steps per window (%(default)s); 4 to 8 with a step LoRA or a distilled model"),
-        ("--shift", "shift of the noise schedule (%(default)s): 7 at 480p, 11 at 720p"),
+        ("--shift", "shift of the noise schedule (%(default)s): 7 at 480p, 11 at 720p, with step LoRAs too"),
         ("--cfg", "guidance by the prompt, 1 is none; 5,4,3: one for each step (%(default)s)"),
         ("--audio-cfg", "guidance by the speech, likewise (%(default)s)"),
         ("--audio-scale", "how strongly the speech moves mouth and face (%(default)s)"),

@@ -195,7 +195,8 @@ class _Patcher(ModelPatcher):
         return self.offloader.loaded_bytes
 
     def current_loaded_device(self) -> torch.device:
-        return self.load_device if self.offloader.loaded else self.offload_device
+        device: torch.device = self.load_device if self.offloader.loaded else self.offload_device
+        return device
 
     def partially_load(
         self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False, **_: Any
@@ -289,4 +290,5 @@ def _previewer(preview_device: torch.device) -> Any:
 def clip_hidden_states(clip_vision: Any, image: Tensor, crop: str) -> Tensor:
     """Penultimate hidden states [B, tokens, width] of a core CLIP_VISION model; image [B, H, W, 3] in [0, 1]."""
     output = clip_vision.encode_image(image, crop=crop)
-    return output.penultimate_hidden_states
+    hidden: Tensor = output.penultimate_hidden_states
+    return hidden

@@ -71,7 +71,8 @@ def encode_frames(
 def decode_latent(vae: VaeModel, samples: dict[str, Any], tiles: Tiles | None, normalization: str) -> Tensor:
     """IMAGE of a LATENT; frames that are decoded already pass through."""
     if samples.get("video") is not None:
-        return samples["video"]
+        frames: Tensor = samples["video"]
+        return frames
     with comfyui.ordinary_tensors():
         video = vae.decode(samples["samples"].float().cpu(), **tile_options(tiles))
     vae.unload()

@@ -275,8 +275,8 @@ class InfiniteTalkTorchCompile(io.ComfyNode):
         return node_schema(
             "InfiniteTalkTorchCompile",
             "InfiniteTalk Torch Compile",
-            "Compile the model with torch.compile, in the first step. Compiled code takes the place of this pack's own "
-            "elementwise kernels; which is faster depends on the GPU. Needs Triton on a GPU.",
+            "Compile the model with torch.compile, in the first step. On a GPU this pack's own elementwise kernels "
+            "stay whole in compiled graphs; whether it is faster depends on the GPU. Needs Triton on a GPU.",
             group="options",
             aliases=["torch compile", "inductor", "编译"],
             inputs=[

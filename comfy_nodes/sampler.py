@@ -79,7 +79,8 @@ class InfiniteTalkSampler(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.01,
-                    tooltip="How much time goes to rough shapes: 7 at 480p, 11 at 720p for InfiniteTalk.",
+                    tooltip="How much time goes to rough shapes: 7 at 480p, 11 at 720p for InfiniteTalk, "
+                    "with step LoRAs too.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The same seed gives the same video."

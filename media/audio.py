@@ -137,8 +137,9 @@ class _Mix:
     def mean(self, channels: NDArray[Any]) -> NDArray[Any]:
         """[channels, n] -> [n]."""
         if len(channels) == 1:
-            return channels[0]
-        mono = channels.mean(axis=0)
+            only: NDArray[Any] = channels[0]
+            return only
+        mono: NDArray[Any] = channels.mean(axis=0)
         self._energies += [np.square(part, dtype=np.float64).mean(axis=0).sum() for part in (channels, mono[None])]
         return mono
 
@@ -287,7 +288,10 @@ def _resample(waveform: Waveform, rate: int) -> Waveform:
         return waveform
     import soxr
 
-    return soxr.resample(waveform, rate, SAMPLE_RATE, quality="HQ").astype(np.float32, copy=False)
+    resampled: NDArray[np.float32] = soxr.resample(waveform, rate, SAMPLE_RATE, quality="HQ").astype(
+        np.float32, copy=False
+    )
+    return resampled
 
 
 # --- loudness --------------------------------------------------------------------------------------------------------
@@ -313,4 +317,5 @@ def normalize_loudness(waveform: Waveform, rate: int = SAMPLE_RATE, target_lufs:
         logger.info("The recording has no measurable loudness (%s LUFS): its level stays as it is", loudness)
         return waveform.astype(np.float32, copy=False)
     gain = 10.0 ** ((target_lufs - loudness) / 20.0)
-    return (waveform * np.float32(gain)).astype(np.float32, copy=False)
+    leveled: Waveform = (waveform * np.float32(gain)).astype(np.float32, copy=False)
+    return leveled

@@ -124,7 +124,8 @@ def _powers(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     least = 1e-9 * values.amax(-1, keepdim=True).clamp_min(1e-12)
     powers = torch.where(values > least, values.clamp_min(least) ** exponent, 0.0)
-    return (vectors * powers.unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    power: torch.Tensor = (vectors * powers.unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    return power
 
 
 def _histograms(rgb: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

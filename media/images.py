@@ -107,6 +107,7 @@ def _decode(source: IO[bytes]) -> Image.Image:
     Of a path Pillow would map uncompressed TIFF files, with width and height exchanged where they are turned by 90°.
     """
     Image.init()
+    image: Image.Image
     with Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         if image.width * image.height > MAX_PIXELS:
             image.draft(None, DRAFT_SIZE)  # of JPEG files alone

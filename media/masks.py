@@ -65,7 +65,7 @@ def load_mask(path: str | Path) -> torch.Tensor:
 
 def _by_brightness(rgb: np.ndarray) -> np.ndarray:
     """[H, W, 3] -> [H, W]: the largest channel, so that any color on black counts; luminance on a light ground."""
-    largest = rgb.max(axis=2)
+    largest: np.ndarray = rgb.max(axis=2)
     if largest.min() > 0.5 * largest.max():
         return np.asarray(Image.fromarray((rgb * 255).astype(np.uint8)).convert("L"), dtype=np.float32) / 255
     return largest

@@ -68,7 +68,8 @@ def mix(recordings: Sequence[Waveform]) -> Waveform:
 def add_noise_floor(waveform: Waveform, level_db: float = NOISE_FLOOR_DB, seed: int = 0) -> Waveform:
     """`waveform` [n] with white noise of `level_db` (rms, dB relative to full scale); the same for the same seed."""
     noise = np.random.default_rng(seed).standard_normal(len(waveform), dtype=np.float32)
-    return waveform + noise * np.float32(10 ** (level_db / 20))
+    noisy: Waveform = waveform + noise * np.float32(10 ** (level_db / 20))
+    return noisy
 
 
 def smooth_transients(waveform: Waveform, rate: int, window_ms: float = 2.0) -> Waveform:
@@ -81,7 +82,7 @@ def smooth_transients(waveform: Waveform, rate: int, window_ms: float = 2.0) -> 
     typical = np.array([np.median(steps[max(0, i - reach) : i + reach]) for i in range(0, len(steps), reach)])
     bound = np.repeat(typical, reach)[: len(steps)] * CLICK_FACTOR
     clicks = np.flatnonzero((steps > bound) & (steps > 0.1))
-    smooth = waveform.copy()
+    smooth: Waveform = waveform.copy()
     half = max(1, int(rate * window_ms / 2000))
     for click in clicks:
         around = slice(max(0, click - half), click + half + 1)

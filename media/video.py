@@ -560,7 +560,7 @@ class VideoFrames:
         if not times:
             raise InputError(f"{self.path} holds no frame: give another video.")
         last = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else Fraction(0)
-        self._length = max(1, round((times[-1] + last) * self.fps))
+        self._length: int = max(1, round((times[-1] + last) * self.fps))
         self._restart()
 
     def __len__(self) -> int:

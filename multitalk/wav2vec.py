@@ -243,7 +243,8 @@ class Wav2Vec2Features(Encoder):
         total = (samples.numel() - field) // hop + 1
         if total <= PIECE_FRAMES:
             piece = samples[None].to(self.device, self.dtype)
-            return extractor(piece).transpose(1, 2)
+            whole: Tensor = extractor(piece).transpose(1, 2)
+            return whole
         first, *others = extractor.conv_layers
         norm = self._group_norm(samples) if self.model.config.feat_extract_norm == "group" else None
         rows = []

@@ -26,6 +26,9 @@ MACHINE = ("gpu", "driver", "torch")
 COLOR = re.compile(r"(\x1b|#x1B)\[[0-9;]*m")
 HEADING = re.compile(r"^-+ Captured \w+ -+$", re.MULTILINE)
 COUNTING = re.compile(r"ERROR SUMMARY|\d+ (passed|failed|skipped|errors?)\b.* in [\d.]+s")
+GLIBC = re.compile(r"-with-glibc([\d.]+)$")
+LONG = 20
+"""Rows of a table, and lines of text, from which on it is folded."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -63,7 +66,8 @@ def read_junit(path: Path) -> Suite:
 
 
 def _properties(element: ET.Element) -> dict[str, str]:
-    return {p.get("name", ""): p.get("value", "") for p in element.findall("properties/property")}
+    found = {p.get("name", ""): p.get("value", "") for p in element.findall("properties/property")}
+    return {name: _fact(name, value) for name, value in found.items()}
 
 
 def _test(case: ET.Element) -> Test:
@@ -101,16 +105,17 @@ def page(suites: Sequence[Suite], benchmarks: Sequence[tuple[str, Mapping[str, A
     """
     machines = [suite.facts for suite in suites] + [_facts(content) for _, content in benchmarks]
     machine = next((facts for facts in machines if facts), {})
+    tests, seconds = [t for suite in suites for t in suite.tests], sum(suite.seconds for suite in suites)
+    verdicts = [*_summary(tests, bool(suites), sanitizer), *(_verdict(name, content) for name, content in benchmarks)]
     parts = [
         "# Results on the GPU",
-        "What the GPU suite and the benchmarks gave on one machine. `tools/cuda_results.py` writes this page.",
+        "What the GPU suite and the benchmarks gave on one machine. `tools/cuda_results.py` writes this page; long "
+        "tables are folded.",
+        *(["## Summary", table(verdicts)] if verdicts else []),
         table([{"": name, "value": value} for name, value in machine.items()]) if machine else "",
     ]
     if suites:
-        parts += [
-            "## Tests",
-            *_tests([t for suite in suites for t in suite.tests], sum(suite.seconds for suite in suites)),
-        ]
+        parts += ["## Tests", *_tests(tests, seconds)]
     if sanitizer:
         parts += ["## Memory checker", *(_sanitizer(log) for log in sanitizer)]
     if benchmarks:
@@ -118,6 +123,41 @@ def page(suites: Sequence[Suite], benchmarks: Sequence[tuple[str, Mapping[str, A
     for name, content in benchmarks:
         parts += _benchmark(name, content, machine)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(tests: Sequence[Test], any_suite: bool, sanitizer: Sequence[str]) -> Iterator[dict[str, str]]:
+    """What the suite and the memory checker gave, in a row each."""
+    if any_suite:
+        counts = Counter(test.outcome for test in tests)
+        bad = counts["failed"] + counts["error"]
+        yield {
+            "what": "[tests](#tests)",
+            "result": f"**{bad} failed**" if bad else "none failed",
+            "": f"{counts['passed']} of {len(tests)} passed, {counts['skipped']} skipped",
+        }
+    if sanitizer:
+        errors = sum(int(n) for log in sanitizer for n in re.findall(r"ERROR SUMMARY: (\d+) error", _plain(log)))
+        finished = all("ERROR SUMMARY" in log for log in sanitizer)
+        result = f"**{errors} errors**" if errors else "no error" if finished else "**no summary found**"
+        yield {"what": "[memory checker](#memory-checker)", "result": result, "": ""}
+
+
+def _verdict(name: str, content: Mapping[str, Any]) -> dict[str, str]:
+    """What a benchmark gave, in a row: how many of its goals were met, and those that were not."""
+    title = str(content.get("title", name))
+    judged = [goal for goal in content.get("goals", []) if goal.get("met") is not None]
+    missed = [goal for goal in judged if not goal["met"]]
+    failures = len(content.get("failures", []))
+    result = f"{len(judged) - len(missed)} of {len(judged)} goals met" if judged else "no goals"
+    return {
+        "what": f"[{title}](#{_anchor(title)})",
+        "result": f"**{failures} failures**" if failures else f"**{result}**" if missed else result,
+        "": "; ".join(f"{goal['what']}: {_cell(goal['value'])}, at most {_cell(goal['limit'])}" for goal in missed),
+    }
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _tests(tests: Sequence[Test], seconds: float) -> Iterator[str]:
@@ -141,7 +181,7 @@ def _tests(tests: Sequence[Test], seconds: float) -> Iterator[str]:
     printing = [test for test in tests if test.printed]
     if printing:
         yield "### What the tests printed"
-        yield "```text\n" + "\n\n".join(test.printed for test in printing) + "\n```"
+        yield folded("output", "```text\n" + "\n\n".join(test.printed for test in printing) + "\n```")
 
 
 def _file_row(file: str, tests: Sequence[Test]) -> dict[str, str | int]:
@@ -197,7 +237,7 @@ def _benchmark(name: str, content: Mapping[str, Any], machine: Mapping[str, str]
     if "tables" in content:
         for one in content["tables"]:
             yield one["title"]
-            yield table(one["rows"])
+            yield folded(f"{len(one['rows'])} rows", table(one["rows"]))
     else:
         yield from _anything(content)
 
@@ -205,9 +245,10 @@ def _benchmark(name: str, content: Mapping[str, Any], machine: Mapping[str, str]
 def _goals(goals: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     verdicts = {True: "met", False: "**missed**", None: "not judged"}
     if goals:
-        yield table(
-            [{"goal": g["what"], "value": g["value"], "at most": g["limit"], "": verdicts[g.get("met")]} for g in goals]
-        )
+        rows = [
+            {"goal": g["what"], "value": g["value"], "at most": g["limit"], "": verdicts[g.get("met")]} for g in goals
+        ]
+        yield folded(f"{len(goals)} goals", table(rows))
 
 
 def _anything(content: Mapping[str, Any]) -> Iterator[str]:
@@ -217,7 +258,7 @@ def _anything(content: Mapping[str, Any]) -> Iterator[str]:
     for key, value in rest.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             yield key.replace("_", " ")
-            yield table(value)
+            yield folded(f"{len(value)} rows", table(value))
     plain = {k: v for k, v in rest.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
     if plain:
         yield "\n".join(f"* {key.replace('_', ' ')}: {_cell(value)}" for key, value in plain.items())
@@ -225,7 +266,22 @@ def _anything(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     facts = content.get("environment", {})
-    return {str(key): str(value) for key, value in facts.items()} if isinstance(facts, dict) else {}
+    return {str(key): _fact(str(key), str(value)) for key, value in facts.items()} if isinstance(facts, dict) else {}
+
+
+def _fact(name: str, value: str) -> str:
+    """A fact about the machine; of the system its name and C library, not the build of its kernel."""
+    if name != "system":
+        return value
+    found = GLIBC.search(value)
+    return value.split("-")[0] + (f", glibc {found[1]}" if found else "")
+
+
+def folded(summary: str, text: str) -> str:
+    """The text, behind a line that opens it where it is long."""
+    if text.count("\n") <= LONG:
+        return text
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -132,7 +132,7 @@ def sampling(prefix: str, **widgets: Any) -> tuple[dict[str, Node], list[list[st
     nodes = {
         "sampler": Node(
             "InfiniteTalkSampler",
-            {"steps": 4, "cfg": 1.0, "shift": 11.0, "seed": 2, "scheduler": "dpm++_sde", **widgets},
+            {"steps": 4, "cfg": 1.0, "shift": 7.0, "seed": 2, "scheduler": "dpm++_sde", **widgets},
             {
                 "model": ("dit", 0),
                 "image_embeds": ("long", 0),

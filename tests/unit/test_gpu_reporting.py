@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 JUNIT = """<testsuites><testsuite name="pytest">
-<properties><property name="gpu" value="NVIDIA X"/><property name="torch" value="2.11"/></properties>
+<properties><property name="system" value="Linux-6.1.2-x7-gpu-x86_64-with-glibc2.39"/>
+<property name="gpu" value="NVIDIA X"/><property name="torch" value="2.11"/></properties>
 <testcase classname="tests.cuda.test_a" name="test_p[sdpa-disabled]" time="1.5">
   <properties><property name="latents" value="0.01"/></properties>
   <system-out>--------------------------------- Captured Out ---------------------------------
@@ -38,6 +39,10 @@ def test_the_page_tells_what_the_suite_did(tmp_path: Path) -> None:
     (tmp_path / "sanitize.log").write_text(log)
     page = write_page(tmp_path, "--junit", str(tmp_path / "cuda.xml"), "--sanitizer", str(tmp_path / "sanitize.log"))
     assert "| gpu | NVIDIA X |" in page
+    assert "| system | Linux, glibc 2.39 |" in page
+    assert "| [tests](#tests) | **1 failed** | 2 of 4 passed, 1 skipped |" in page
+    assert "| [memory checker](#memory-checker) | no error |  |" in page
+    assert page.index("## Summary") < page.index("## Tests")
     assert "4 tests in 2 s: 2 passed, 1 failed, 0 error, 1 skipped." in page
     assert "| test_a | 2 | 2 | 0 | 0 | 0 | 2.5 |" in page
     assert "* `test_b::test_r`: wrong | numbers" in page
@@ -72,10 +77,21 @@ def test_the_page_takes_benchmarks_and_any_other_json(tmp_path: Path) -> None:
         "--json",
         *(str(tmp_path / f"{n}.json") for n in ("a", "doctor")),
     )
+    assert "| [Guards](#guards) | **0 of 1 goals met** | ratio: 1.2, at most 1.1 |" in page
+    assert "| [doctor](#doctor) | no goals |  |" in page
     assert "### Guards\n\nMeasured on another machine: gpu NVIDIA Y." in page
     assert "| ratio | 1.2 | 1.1 | **missed** |" in page
     assert "| variant | ms |\n| --- | --- |\n| sdpa | 87.12 |" in page
     assert "### doctor\n\nkernels\n\n| kernel | reasons |\n| --- | --- |\n| own | x; y |\n\n* ok: True" in page
+
+
+def test_long_tables_are_folded(tmp_path: Path) -> None:
+    for length in (5, 50):
+        rows = [{"kernel": f"k{number}"} for number in range(length)]
+        (tmp_path / "a.json").write_text(json.dumps({"tables": [{"title": "All", "rows": rows}]}))
+        page = write_page(tmp_path, "--json", str(tmp_path / "a.json"))
+        assert ("All\n\n<details><summary>50 rows</summary>\n\n| kernel |" in page) == (length == 50)
+        assert "| k4 |" in page
 
 
 def measured(folder: Path, **rounds: int) -> dict[str, dict]:

@@ -49,3 +49,11 @@ def test_the_registry_reads_the_entry(project) -> None:
         assert kind != "Operating System" or value.startswith(systems)
         assert kind != "Environment" or value == "GPU :: NVIDIA CUDA"
     assert project["tool"]["comfy"]["DisplayName"] == "InfiniteTalk"
+
+
+def test_the_source_archive_holds_what_the_pages_speak_of() -> None:
+    lines = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    named = {name.rstrip("/") for line in lines if line.startswith(("include", "graft")) for name in line.split()[1:]}
+    for folder in ("benchmarks", "docs", "example_workflows", "locales", "tests", "tools", "web"):
+        assert folder in named
+    assert not [name for name in named if not (ROOT / name).exists()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import make_workflows, workflows
+from wanvideo_infinitetalk.pipeline.presets import preset_values
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +30,15 @@ def test_every_workflow_has_a_thumbnail_and_ends_in_a_saved_video(name: str) -> 
     assert {"CreateVideo", "SaveVideo"} <= types
     (video,) = [node for node in prompt.values() if node["class_type"] == "CreateVideo"]
     assert "audio" in video["inputs"]
+
+
+def test_step_loras_have_one_shift() -> None:
+    """Workflows for 480p, the preset and the command: a user who goes from one to the other gets the same video."""
+    fast = preset_values("fast")
+    for name in workflows.names():
+        prompt = workflows.load(name)
+        if not any(node["class_type"] == "InfiniteTalkLora" for node in prompt.values()):
+            continue
+        (sampler,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "InfiniteTalkSampler"]
+        for setting in ("steps", "shift", "cfg"):
+            assert sampler[setting] == fast[setting], (name, setting)

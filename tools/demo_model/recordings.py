@@ -159,7 +159,8 @@ def _pulses(rng: np.random.Generator, length: int) -> Wave:
     base = rng.uniform(90, 240)
     buzz = sum(np.sin(2 * np.pi * base * k * seconds) / k ** rng.uniform(0.3, 1.5) for k in range(1, 16))
     mix = rng.random()
-    return ((mix * buzz + (1 - mix) * _noise(rng, length)) * 10 ** (loud / 20)).astype(np.float32)
+    sound: NDArray[np.float32] = ((mix * buzz + (1 - mix) * _noise(rng, length)) * 10 ** (loud / 20)).astype(np.float32)
+    return sound
 
 
 def _colored(rng: np.random.Generator, wave: Wave) -> Wave:
@@ -176,7 +177,8 @@ def _in_a_room(rng: np.random.Generator, wave: Wave) -> Wave:
     tail = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / rng.uniform(0.1, 0.6))
     tail *= 10 ** (rng.uniform(-14, 0) / 20) / np.sqrt(np.sum(tail**2))
     tail[0] += 1
-    return fftconvolve(wave, tail)[: len(wave)].astype(np.float32)
+    heard: NDArray[np.float32] = fftconvolve(wave, tail)[: len(wave)].astype(np.float32)
+    return heard
 
 
 def _rms(wave: NDArray[np.floating]) -> float:

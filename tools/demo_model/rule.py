@@ -53,7 +53,8 @@ def mouth_of(speech: NDArray[np.floating], frames: int | None = None) -> Mouth:
     hertz = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE)
 
     def band(low: float, high: float) -> NDArray[np.float64]:
-        return 10 * np.log10(power[:, (hertz >= low) & (hertz < high)].sum(1) + 1e-10)
+        level: NDArray[np.float64] = 10 * np.log10(power[:, (hertz >= low) & (hertz < high)].sum(1) + 1e-10)
+        return level
 
     level = band(150, 4000)
     quiet = max(QUIET, float(np.percentile(level, 5)) + 6) if count else QUIET

@@ -54,7 +54,8 @@ def _frames(clip: Tensor) -> Tensor:
 
 
 def _clip(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4)
+    frames: Tensor = x.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4)
+    return frames
 
 
 def _conv(conv: Any, x: Tensor, batch: int) -> Tensor:
@@ -78,7 +79,8 @@ def _taps(conv: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
-    return x * length.reciprocal().to(x) * (norm.scale * norm.gamma).view(1, -1, 1, 1).to(x)
+    normed: Tensor = x * length.reciprocal().to(x) * (norm.scale * norm.gamma).view(1, -1, 1, 1).to(x)
+    return normed
 
 
 def _residual(layer: Any, x: Tensor, batch: int) -> Tensor:
@@ -120,4 +122,5 @@ def _up(layer: Any, x: Tensor, batch: int) -> Tensor:
         twice = twice.unflatten(0, (-1, batch)).unflatten(2, (2, -1)).transpose(1, 2)  # [F - 1, 2, B, C, H, W]
         # Again in the layout of `_frames`, whatever the parts had.
         x = torch.cat([x[:batch], twice.flatten(0, 2)]).contiguous(memory_format=torch.channels_last)
-    return layer.resample(x)
+    resampled: Tensor = layer.resample(x)
+    return resampled

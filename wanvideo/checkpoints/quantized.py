@@ -213,7 +213,8 @@ class Weights(Mapping[str, Tensor]):
             scale = scale.view(torch.uint8)
             plain = scale.shape == (rows, blocks) and not _is_tiled(scale, rows, blocks)
             powers = (scale if plain else untiled(scale, rows, blocks)).view(torch.float8_e8m0fnu).float()
-            return (weight.float().unflatten(1, (blocks, MXFP8_BLOCK)) * powers.unsqueeze(-1)).flatten(1)
+            grouped: Tensor = weight.float().unflatten(1, (blocks, MXFP8_BLOCK))
+            return (grouped * powers.unsqueeze(-1)).flatten(1)
         return weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
     def as_stored(self, name: str, device: str | torch.device = "cpu") -> Tensor:

@@ -200,7 +200,8 @@ class ClipVision(Encoder):
         """
         other_size = tuple(pixels.shape[-2:]) != (self.image_size, self.image_size)
         output = self.model(pixels.to(self.device, self.dtype), interpolate_pos_encoding=other_size)
-        return output.last_hidden_state.float()
+        hidden: Tensor = output.last_hidden_state.float()
+        return hidden
 
     def encode(self, image: Tensor) -> Tensor:
         """Features [B, 257, 1280], float32 on the tower's device, of RGB images [B, 3, H, W] floats in [-1, 1].

@@ -63,7 +63,8 @@ class _Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1)
-        return y.contiguous().unflatten(0, x.shape[:2])  # copied only where the convolution turned its output
+        out: Tensor = y.contiguous().unflatten(0, x.shape[:2])  # copied only where the convolution turned its output
+        return out
 
 
 class _MemoryBlock(nn.Module):
@@ -95,7 +96,7 @@ class _Growth(nn.Module):
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
-        grown = F.linear(x, self.conv.weight.flatten(1)).unflatten(-1, (self.times, x.shape[-1]))
+        grown: Tensor = F.linear(x, self.conv.weight.flatten(1)).unflatten(-1, (self.times, x.shape[-1]))
         return grown.movedim(-2, 2).flatten(1, 2)
 
 

@@ -65,12 +65,12 @@ class VaeConfig:
     @property
     def spatial_ratio(self) -> int:
         """Pixels per latent position along width and height (8 in Wan2.1)."""
-        return 2 ** len(self.temporal)
+        return 1 << len(self.temporal)
 
     @property
     def temporal_ratio(self) -> int:
         """Frames per latent frame after the first (4 in Wan2.1)."""
-        return 2 ** sum(self.temporal)
+        return 1 << sum(self.temporal)
 
 
 def vae_config(state: Mapping[str, Tensor], what: str = "The file") -> VaeConfig:

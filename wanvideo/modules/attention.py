@@ -247,7 +247,8 @@ def attention(
         BackendUnavailableError: the mode is unknown or does not support this call here; the message lists all reasons.
     """
     if torch.compiler.is_compiling():
-        return _attention_op(q, k, v, attention_mode, attn_mask, softmax_scale, causal)
+        out: torch.Tensor = _attention_op(q, k, v, attention_mode, attn_mask, softmax_scale, causal)
+        return out
     mode = canonical_mode(attention_mode)
     inputs = Inputs.checked(q, k, v, attn_mask, softmax_scale, causal)
     if q.numel() == 0:

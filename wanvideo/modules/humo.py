@@ -75,7 +75,8 @@ class _Layer(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+        out: torch.Tensor = self.layer(x)
+        return out
 
 
 class HuMoAudioProjModel(nn.Module):

@@ -39,4 +39,5 @@ def per_call(call: Callable[[], object], device: torch.device, times: int = 1) -
             call()
         end.record()
         end.synchronize()
-    return start.elapsed_time(end) / times
+    elapsed: float = start.elapsed_time(end)
+    return elapsed / times

@@ -20,15 +20,19 @@ def run_flash_2(inputs: Inputs) -> torch.Tensor:
     """`flash_attn.flash_attn_func`."""
     flash = packages.load("flash_attn")
     scale, causal = inputs.softmax_scale, inputs.causal
-    return flash.flash_attn_func(inputs.q, inputs.k, inputs.v, dropout_p=0.0, softmax_scale=scale, causal=causal)
+    out: torch.Tensor = flash.flash_attn_func(
+        inputs.q, inputs.k, inputs.v, dropout_p=0.0, softmax_scale=scale, causal=causal
+    )
+    return out
 
 
 def run_flash_3(module: str, inputs: Inputs) -> torch.Tensor:
     """A module's `flash_attn_func`: the output alone, or with the log-sum-exp in versions before 2025-09."""
     flash = packages.load(module)
     scale, causal = inputs.softmax_scale, inputs.causal
-    out = flash.flash_attn_func(inputs.q, inputs.k, inputs.v, softmax_scale=scale, causal=causal)
-    return out[0] if isinstance(out, tuple) else out
+    returned = flash.flash_attn_func(inputs.q, inputs.k, inputs.v, softmax_scale=scale, causal=causal)
+    out: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return out
 
 
 def _contract(device: Device, dtypes: tuple[torch.dtype, ...] = HALF) -> Contract:

@@ -113,7 +113,10 @@ def run_sage2_fp16(inputs: Inputs) -> torch.Tensor:
 def run_sage2_fp8(inputs: Inputs, entry_point: str) -> torch.Tensor:
     """Int8 QK, fp8 PV, two float32 accumulators (the default of 2.2 on Ada is fp16 in one)."""
     kernel = getattr(packages.load("sageattention"), entry_point)
-    return kernel(inputs.q, inputs.k, inputs.v, pv_accum_dtype="fp32+fp32", smooth_k=True, **_arguments(inputs))
+    out: torch.Tensor = kernel(
+        inputs.q, inputs.k, inputs.v, pv_accum_dtype="fp32+fp32", smooth_k=True, **_arguments(inputs)
+    )
+    return out
 
 
 def _sage2_contract(capabilities: tuple[tuple[int, int], ...], entry_point: str, supported: Size) -> Contract:
@@ -178,7 +181,8 @@ def run_sage3(inputs: Inputs, block_means: bool) -> torch.Tensor:
         q = q * ratio  # a power of two: exact
     rows = _rows_within_budget(q, k.shape[2]) if block_means else q.shape[2]
     if rows >= q.shape[2]:
-        return kernel(q, k, v, attn_mask=None, is_causal=False, per_block_mean=block_means)
+        out: torch.Tensor = kernel(q, k, v, attn_mask=None, is_causal=False, per_block_mean=block_means)
+        return out
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for start in range(0, q.shape[2], rows):
         part = aligned_contiguous(q[:, :, start : start + rows])
