@@ -47,7 +47,7 @@ VARIANTS = (
 GROUPS = (
     ("attention's quantization", r"key_value_statistics|finish_statistics|quantize_qkv"),
     ("row quantization", r"quantize_rows|scale_product"),
-    ("norms, gates, RoPE, sums", r"layer_norm|rms_norm|gated_residual|add_rows"),
+    ("norms, gates, RoPE, sums", r"layer_norm|rms_norm|norm_rope|gated_residual|add_rows"),
     ("self-attention", r"\battend"),
     ("other attention", r"fmha|flash|cudnn_generated|sdpa|softmax"),
     ("linear layers", r"nvjet|gemm|cutlass|gemv|xmma"),

@@ -381,8 +381,10 @@ class WanBlock(nn.Module):
     def _feed_forward(self, x: Activations) -> torch.Tensor:
         """`self.ffn` [B, L, C] -> [B, L, C], which may read quantized rows."""
         first, _, second = self.ffn
-        hidden = first(x)
-        return second(gelu(hidden, rows=read_rows(hidden.device, second)))
+        hidden: torch.Tensor = first(x)
+        activated = gelu(hidden, rows=read_rows(hidden.device, second))
+        del hidden  # the largest tensor of a forward
+        return second(activated)
 
 
 # -------------------------------------------------------------------------------------- into and out of tokens
