@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["SIZE_STEP", "cover_image", "cover_nearest", "fit_size", "load_image", "open_image"]
+__all__ = ["SIZE_STEP", "cover_image", "cover_nearest", "fit_size", "load_image", "open_image", "pad_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +277,16 @@ def cover_image(image: Image.Image, width: int, height: int) -> torch.Tensor:
         cut = covering.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(cut, dtype=np.float32)).permute(2, 0, 1)  # [3, height, width]
     return (pixels / 255 - 0.5) * 2
+
+
+def pad_image(image: Image.Image, width: int, height: int) -> torch.Tensor:
+    """The whole image in the middle of a white one, [3, height, width] in [-1, 1]."""
+    ratio = image.width / image.height
+    wide = ratio > width / height
+    size = (width, max(1, int(width / ratio))) if wide else (max(1, int(height * ratio)), height)
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return torch.from_numpy(np.array(canvas, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def cover_nearest(planes: torch.Tensor, width: int, height: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ..wanvideo.checkpoints.state_dict import check_heads, fill_module, kind_of,
 from ..wanvideo.encoders.base import Encoder, check_tensors, check_unused, empty_transformer
 from ..wanvideo.errors import CheckpointError, InputError
 
-__all__ = ["FOLDER_NAMES", "SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config", "wav2vec2_files"]
+__all__ = ["FOLDER_NAMES", "SAMPLE_RATE", "Wav2Vec2Features", "wav2vec2_config", "wav2vec2_files", "weights_in"]
 
 SAMPLE_RATE = 16_000
 """Hz. What wav2vec2 reads."""
@@ -367,10 +367,11 @@ def wav2vec2_files(path: str | Path) -> tuple[Path, dict[str, Any], bool]:
             f"{path / 'preprocessor_config.json'} states do_normalize = {str(normalize)[:40]}, which is neither true "
             "nor false; download it again."
         )
-    return _weights_in(path), fields, normalize
+    return weights_in(path, "wav2vec2"), fields, normalize
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path, kind: str) -> Path:
+    """The file of weights in a Hugging Face folder, or the index of its shards; `kind` names the model in errors."""
     for name in FOLDER_NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -381,6 +382,6 @@ def _weights_in(folder: Path) -> Path:
         candidates = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     if len(candidates) != 1:
         raise CheckpointError(
-            f"{folder} holds no model.safetensors or pytorch_model.bin; give the wav2vec2 folder or file."
+            f"{folder} holds no model.safetensors or pytorch_model.bin; give the {kind} folder or file."
         )
     return candidates[0]

@@ -81,6 +81,7 @@ BOUNDS: dict[str, Bound] = {
     "start_step": Bound(0, 10_000, whole=True),
     "cfg": Bound(0, 100, per_step=True),
     "audio_cfg": Bound(0, 100, per_step=True),
+    "image_cfg": Bound(0, 100),
     "apg_momentum": Bound(-1, 1),
     "apg_norm_threshold": Bound(0, 1e12, positive=True),
     "audio_scale": Bound(0, 100),

@@ -156,12 +156,29 @@ class WindowCondition:
         shape: of the latents, (16, T, h, w).
         motion: latents that stand at the front throughout.
         source: latents [16, T, h, w] of the source video, where the run starts late.
+        behind: latent frames behind those of the video, which are not decoded.
     """
 
     inputs: Callable[[Pass], ModelInputs]
     shape: tuple[int, ...]
     motion: Overwrite | None = None
     source: Tensor | None = None
+    behind: int = 0
+
+
+class Conditioner(Protocol):
+    """The condition of each window, given the frames carried over from the one before.
+
+    Attributes:
+        reference: image [3, H, W] in [-1, 1] whose colors are kept.
+    """
+
+    reference: Tensor
+
+    def __call__(self, window: Window, carried: Tensor | None, /) -> WindowCondition: ...
+
+    def prepare(self, window: Window, /) -> None:
+        """Begin with what the window that comes next needs, while another one is computed."""
 
 
 class WindowConditioner:

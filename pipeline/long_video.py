@@ -29,7 +29,7 @@ from ..media.video import to_bytes
 from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.runtime.host import to_host
 from .attention_policy import SAFER
-from .conditioning import ClipLike, Conditioning, Stage, VaeLike, WindowConditioner
+from .conditioning import ClipLike, Conditioner, Conditioning, Stage, VaeLike, WindowConditioner
 from .kept_keys import KeptKeys
 from .nonfinite import FallbackModes
 from .plan import Plan
@@ -129,7 +129,7 @@ def generate(
 def generate_windows(
     model: Callable[..., torch.Tensor],
     vae: VaeLike,
-    conditioner: WindowConditioner,
+    conditioner: Conditioner,
     plan: Plan,
     callbacks: Callbacks,
     fallback: Mapping[str, str],
@@ -176,6 +176,7 @@ def generate_windows(
                 check_interrupt=callbacks.check_interrupt,
                 place=f"window {window.index + 1}, ",
             )
+        latents = latents[:, : latents.shape[1] - condition.behind]
         with callbacks.stage("vae"):
             frames = _decode(vae, latents, plan, window)
         # The next window begins with the last frames; those before, which the window before gave out, are not used.

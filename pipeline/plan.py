@@ -23,7 +23,7 @@ from .sampling import Schedule
 from .schedulers import make_scheduler
 from .windows import Window, plan_windows
 
-__all__ = ["MODES", "GenerateConfig", "Mode", "Plan", "mode_by_name", "plan_schedule", "plan_video"]
+__all__ = ["HUMO", "MODES", "GenerateConfig", "Mode", "Plan", "mode_by_name", "plan_schedule", "plan_video"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,13 @@ class Mode:
     draws: bool = True
 
 
+HUMO = "humo"
+"""A model of its own, whose videos have one window: see `humo.plan_humo`."""
+
 MODES: dict[str, Mode] = {
     "infinitetalk": Mode(),
     "multitalk": Mode(carried_condition=True, first_motion=False, noised=True),
+    HUMO: Mode(first_motion=False, draws=False),
 }
 
 
@@ -70,6 +74,7 @@ class GenerateConfig:
             step's sigma (video to video): the higher, the closer to the source.
         cfg: text guidance scale, or one for each step. 1 is none (distilled models), the public scale is 5.
         audio_cfg: audio guidance scale likewise. The public scale is 4.
+        image_cfg: of HuMo 1.7B: guidance scale of the reference images.
         guidance: formula that combines them, one of `guidance.FORMULAS`.
         use_apg, apg_momentum, apg_norm_threshold: adaptive projected guidance, see `guidance.Projection`.
         audio_scale: factor on what the speech adds inside the model.
@@ -95,6 +100,7 @@ class GenerateConfig:
     start_step: int = 0
     cfg: float | Sequence[float] = 5.0
     audio_cfg: float | Sequence[float] = 4.0
+    image_cfg: float = 4.0
     guidance: str = "additive"
     use_apg: bool = False
     apg_momentum: float = -0.75
@@ -142,7 +148,7 @@ def plan_video(
     speech: Sequence[int],
     masks: Sequence[torch.Tensor] | None = None,
 ) -> Plan:
-    """The plan of a long video.
+    """The plan of a long video, of any mode but `HUMO`.
 
     Args:
         image: (width, height) of the image, or of the source video's first frame, pixels.
@@ -151,8 +157,9 @@ def plan_video(
 
     Raises InputError for settings, lengths and masks that do not fit.
     """
-    if config.mode not in MODES:
-        raise InputError(f"There is no mode '{config.mode}': choose one of {', '.join(MODES)}.")
+    if config.mode not in MODES or config.mode == HUMO:
+        long = ", ".join(mode for mode in MODES if mode != HUMO)
+        raise InputError(f"There is no mode '{config.mode}' of long videos: choose one of {long}.")
     if config.color_method not in COLOR_METHODS:
         raise InputError(f"There is no color method '{config.color_method}': choose one of {', '.join(COLOR_METHODS)}.")
     check_numbers(**{name: value for name, value in vars(config).items() if name in BOUNDS})

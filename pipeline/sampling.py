@@ -18,6 +18,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,7 @@ class ModelInputs:
         audio: [speakers, frames, 5, layers, hidden]; None leaves the audio layers out.
         masks: [speakers + 1, h, w].
         audio_scale: factor on what the speech adds inside the model.
+        humo_audio: windows of speech features [T, 8, groups, C] for HuMo's audio layers, in place of `audio`.
         overwrite: frames that this pass alone sees in place of x's.
     """
 
@@ -81,7 +83,14 @@ class ModelInputs:
     audio: Tensor | None = None
     masks: Tensor | None = None
     audio_scale: float = 1.0
+    humo_audio: Tensor | None = None
     overwrite: Overwrite | None = None
+
+    def speech(self) -> dict[str, Any]:
+        """Keyword arguments of the model that concern the speech, besides `audio` and `masks`."""
+        if self.humo_audio is None:
+            return {"audio_scale": self.audio_scale}
+        return {"humo_audio": self.humo_audio, "humo_audio_scale": self.audio_scale}
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def denoise(
                     given.y,
                     given.audio,
                     given.masks,
-                    audio_scale=given.audio_scale,
+                    **given.speech(),
                     attention_mode=modes.mode(step),
                     **keys.of_forward(given.context, given.clip),
                 )
