@@ -66,10 +66,10 @@ class Command:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("input and output")
-    source = what.add_mutually_exclusive_group(required=True)
+    source = what.add_mutually_exclusive_group()
     source.add_argument("--image", type=Path, metavar="P", help="image of the person who will speak (PNG, JPEG ...)")
     source.add_argument("--video", type=Path, metavar="V", help="a source video in its place (dubbing): --start-step")
-    what.add_argument("--audio", type=Path, required=True, metavar="A", help="recording of speech (WAV, MP3, M4A ...)")
+    what.add_argument("--audio", type=Path, metavar="A", help="recording of speech (WAV, MP3, M4A ...)")
     for number in (2, 3, 4):
         what.add_argument(f"--audio-{number}", type=Path, metavar="A", help=f"the recording of speaker {number}")
     what.add_argument(
@@ -85,6 +85,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="one image per speaker, white where they are; otherwise side by side, speaker 1 on the left",
     )
+    what.add_argument(
+        "--reference",
+        type=Path,
+        nargs="+",
+        dest="references",
+        metavar="P",
+        help="with --mode humo: images of what is to be seen, persons, clothes or things, in place of --image",
+    )
     what.add_argument("--prompt", metavar="T", help="what to show; 'a | b': one for each window (a person talking)")
     what.add_argument("--negative-prompt", metavar="T", help="what not to show; used where --cfg is not 1")
     what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
@@ -97,13 +105,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
     files = parser.add_argument_group("model files")
     for option, required, text in (
-        ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF)"),
+        ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF), or HuMo"),
         ("--adapter", False, "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
         ("--vae", True, "Wan2.1 VAE"),
         ("--decoder", False, "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
         ("--text-encoder", True, "UMT5-XXL encoder"),
-        ("--clip-vision", True, "CLIP ViT-H vision model"),
-        ("--wav2vec", True, "chinese-wav2vec2-base, a folder or a file"),
+        ("--clip-vision", False, "CLIP ViT-H vision model; not of HuMo"),
+        ("--wav2vec", False, "chinese-wav2vec2-base, a folder or a file; not of HuMo"),
+        ("--whisper", False, "the encoder of whisper-large-v3, a folder or a file; of HuMo"),
         ("--tokenizer", False, "folder, file or owner/name of the UMT5 tokenizer, where the text encoder carries none"),
     ):
         kind = str if option == "--tokenizer" else Path
@@ -203,6 +212,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         ("--shift", "shift of the noise schedule (%(default)s): 7 at 480p, 11 at 720p, with step LoRAs too"),
         ("--cfg", "guidance by the prompt, 1 is none; 5,4,3: one for each step (%(default)s)"),
         ("--audio-cfg", "guidance by the speech, likewise (%(default)s)"),
+        ("--image-cfg", "of HuMo 1.7B: guidance by the reference images (%(default)s)"),
         ("--audio-scale", "how strongly the speech moves mouth and face (%(default)s)"),
         ("--seed", "the same seed gives the same video (%(default)s)"),
     )
@@ -216,7 +226,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=tuple(MODES),
         help="how windows follow each other, by the adapter: infinitetalk anchors each to the image, multitalk to the "
-        f"end of the one before ({GenerateConfig.mode})",
+        f"end of the one before; humo is a model of its own, with one window ({GenerateConfig.mode})",
     )
     _add_config(
         group,
@@ -288,6 +298,7 @@ def _run_generate(args: argparse.Namespace) -> None:
         text_encoder=args.text_encoder,
         clip_vision=args.clip_vision,
         wav2vec=args.wav2vec,
+        whisper=args.whisper,
         tokenizer=args.tokenizer,
     )
     _run_job(_job(args, files, audio), again="; the same command with --resume goes on from there")
@@ -297,7 +308,7 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
     """The job of the options that are given; those that are not (None) are left to presets and defaults."""
     from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
-    from ..pipeline.presets import build_job, stated_defaults
+    from ..pipeline.presets import build_job, mode_defaults, stated_defaults
     from ..wanvideo.runtime.compilation import CompileSettings
     from ..wanvideo.runtime.precision import PRECISIONS
 
@@ -311,11 +322,11 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
         settings["compile_settings"] = CompileSettings(mode=args.compile)
     settings |= {"files": files, "audio": audio}
     settings = {
-        name: tuple(value) if name in ("audio", "masks", "loras") else value
+        name: tuple(value) if name in ("audio", "masks", "references", "loras") else value
         for name, value in settings.items()
         if name in known
     }
-    return build_job(settings, args.preset, stated_defaults(args.model))
+    return build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
 
 
 def _run_job(job: Job, again: str = "") -> None:
@@ -348,10 +359,10 @@ def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_make_tiny(args: argparse.Namespace) -> None:
-    from .tiny_models import make_tiny
+    from .tiny_models import ONLY_RANDOM, make_tiny
 
     for name, path in vars(make_tiny(args.folder, random=args.random)).items():
-        if args.random or name != "decoder":
+        if args.random or name not in ONLY_RANDOM:
             _say(f"{name}: {path}")
 
 

@@ -6,8 +6,8 @@ files pass through the same loaders as the 14B ones.
 The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come
 with the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two
 layers of two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides
-4x8x8, a small decoder beside it, a CLIP that yields 257 tokens of 1280. Random numbers come from NumPy's PCG64, so that
-the same bytes are written everywhere.
+4x8x8, a small decoder beside it, a CLIP that yields 257 tokens of 1280, and HuMo in both its forms with a Whisper.
+Random numbers come from NumPy's PCG64, so that the same bytes are written everywhere.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ AUDIO_DIM, AUDIO_FFN, AUDIO_LAYERS, AUDIO_CONV = 128, 128, 2, 32
 AUDIO_HIDDEN, AUDIO_OUT, AUDIO_TOKENS = 64, 64, 8
 VAE_DIM, VAE_LATENT = 4, 16
 DECODER_WIDTHS = (16, 8, 8, 8)
+WHISPER_DIM, WHISPER_MELS, WHISPER_POSITIONS = 32, 128, 1500
+HUMO_HIDDEN, HUMO_OUT, HUMO_TOKENS = 64, 64, 16
 
 TALKING_PARTS = ("model", "adapter", "vae", "wav2vec")
 TALKING_BYTES = 12 * 2**20
@@ -56,6 +58,11 @@ TALKING_DEFAULTS: dict[str, float] = {
 """What the talking set was trained for; like the distilled 14B models it needs no guidance."""
 RANDOM_DEFAULTS: dict[str, float] = TALKING_DEFAULTS | {"width": 64, "height": 64, "frames": 17, "steps": 2}
 """Noise needs no more."""
+
+HUMO_DEFAULTS: dict[str, float] = {"width": 64, "height": 64, "steps": 2}
+
+ONLY_RANDOM = ("decoder", "humo", "humo_small", "whisper")
+"""Files of a `TinySet` that the talking set lacks."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Of an attention of transformers."""
@@ -95,7 +102,8 @@ WAV2VEC_PREPROCESSOR = {
 class TinySet:
     """Where the files of the set lie.
 
-    `wav2vec_file` is the same model as the folder `wav2vec`, in one file. `decoder` is in the random set only.
+    `wav2vec_file` is the same model as the folder `wav2vec`, in one file. `ONLY_RANDOM` are in the random set only:
+    `humo` reads references in condition channels, as the 17B model does, and `humo_small` in x, as the 1.7B one.
     """
 
     model: Path
@@ -106,6 +114,9 @@ class TinySet:
     wav2vec: Path
     wav2vec_file: Path
     decoder: Path
+    humo: Path
+    humo_small: Path
+    whisper: Path
 
     @classmethod
     def in_folder(cls, folder: str | Path) -> TinySet:
@@ -119,6 +130,9 @@ class TinySet:
             wav2vec=folder / "wav2vec2-tiny",
             wav2vec_file=folder / "wav2vec2-tiny.safetensors",
             decoder=folder / "taew2_1-tiny.safetensors",
+            humo=folder / "humo-17b-tiny.safetensors",
+            humo_small=folder / "humo-1.7b-tiny.safetensors",
+            whisper=folder / "whisper-tiny.safetensors",
         )
 
     @property
@@ -128,7 +142,12 @@ class TinySet:
 
     def is_complete(self) -> bool:
         """Whether a video can be made with it."""
-        return all(path.exists() for name, path in vars(self).items() if name != "decoder")
+        return all(path.exists() for name, path in vars(self).items() if name not in ONLY_RANDOM)
+
+    def humo_files(self, small: bool = False) -> ModelFiles:
+        """The random set's HuMo as a job takes it."""
+        model = self.humo_small if small else self.humo
+        return ModelFiles(model, self.vae, self.text_encoder, whisper=self.whisper)
 
 
 def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
@@ -147,6 +166,9 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
             _save(tiny.adapter, adapter_weights(), {"audio_blocks": AUDIO_LAYERS})
             _save(tiny.vae, vae_weights())
             _save(tiny.decoder, decoder_weights())
+            for path, channels in ((tiny.humo, 36), (tiny.humo_small, 16)):
+                _save(path, humo_weights(channels), {"num_heads": HEADS}, HUMO_DEFAULTS)
+            _save(tiny.whisper, whisper_weights())
             _save(tiny.clip_vision, clip_weights())
             speech = wav2vec_weights()
         else:
@@ -260,6 +282,44 @@ def adapter_weights(dim: int = DIM, layers: int = LAYERS, dtype: torch.dtype = t
     for n in range(layers):
         w.linears(attention, f"blocks.{n}.audio_cross_attn.")
         w.norm(f"blocks.{n}.norm_x", dim)
+    return w.state
+
+
+def humo_weights(in_dim: int) -> State:
+    """HuMo, bare public names: a text-to-video DiT of `in_dim` channels, the audio projection, and in each block an
+    attention to its tokens."""
+    w = _Weights(torch.bfloat16)
+    projection = {
+        "audio_proj_glob_1.layer": (HUMO_HIDDEN, 8 * 5 * WHISPER_DIM),
+        "audio_proj_glob_2.layer": (HUMO_HIDDEN, HUMO_HIDDEN),
+        "audio_proj_glob_3.layer": (HUMO_TOKENS * HUMO_OUT, HUMO_HIDDEN),
+    }
+    w.linears(projection, "audio_proj.")
+    w.norm("audio_proj.audio_proj_glob_norm.layer", HUMO_OUT)
+    attention = {"q": (DIM, DIM), "k": (DIM, HUMO_OUT), "v": (DIM, HUMO_OUT), "o": (DIM, DIM)}
+    for n in range(LAYERS):
+        wrapper = f"blocks.{n}.audio_cross_attn_wrapper."
+        w.linears(attention, f"{wrapper}audio_cross_attn.")
+        for name in ("norm_q", "norm_k"):
+            w.norm(f"{wrapper}audio_cross_attn.{name}", DIM, bias=False)
+        w.norm(f"{wrapper}norm1_audio", DIM)
+    return dit_weights("t2v", in_dim) | w.state
+
+
+def whisper_weights(dtype: torch.dtype = torch.float16) -> State:
+    """The encoder of a Whisper with the 32 layers of the large one, in transformers' names."""
+    w = _Weights(dtype)
+    dim = WHISPER_DIM
+    w.linears({"conv1": (dim, WHISPER_MELS, 3), "conv2": (dim, dim, 3)}, "model.encoder.")
+    w.normal("model.encoder.embed_positions.weight", WHISPER_POSITIONS, dim, std=0.1)
+    for n in range(32):
+        layer = f"model.encoder.layers.{n}."
+        w.linears(_every(("q_proj", "v_proj", "out_proj"), dim, dim), f"{layer}self_attn.")
+        w.linear(f"{layer}self_attn.k_proj", dim, dim, bias=False)
+        w.linears(_every(("fc1", "fc2"), dim, dim), layer)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            w.norm(f"{layer}{name}", dim)
+    w.norm("model.encoder.layer_norm", dim)
     return w.state
 
 

@@ -30,7 +30,7 @@ from ..wanvideo.errors import CheckpointError, InputError
 from ..wanvideo.modules.humo import resample_features
 from .wav2vec import SAMPLE_RATE, weights_in
 
-__all__ = ["GROUPS", "WhisperFeatures", "grouped"]
+__all__ = ["GROUPS", "WhisperFeatures", "grouped", "whisper_file"]
 
 LAYERS = 32
 """Of the encoder of whisper-large."""
@@ -135,6 +135,12 @@ class WhisperFeatures(Encoder):
         return mel
 
 
+def whisper_file(path: str | Path) -> Path:
+    """The file of weights of a Hugging Face folder, or the file itself."""
+    path = Path(path).expanduser()
+    return weights_in(path, "Whisper") if path.is_dir() else path
+
+
 class _opened:
     """`with _opened(path) as (weights, fields)`: the tensors and what the folder or the metadata states."""
 
@@ -142,12 +148,11 @@ class _opened:
         self.path = Path(path).expanduser()
 
     def __enter__(self) -> tuple[Weights, dict[str, Any]]:
-        folder = self.path.is_dir()
-        fields = json_object(self.path / "config.json") if folder else {}
+        fields = json_object(self.path / "config.json") if self.path.is_dir() else {}
         kind = fields.get("model_type", "whisper")
         if kind != "whisper":
             raise CheckpointError(f"{self.path} holds a {str(kind)[:40]} model, not Whisper.")
-        file = weights_in(self.path, "Whisper") if folder else self.path
+        file = whisper_file(self.path)
         self.file = CheckpointFile(file).__enter__()
         fields = {**fields, **stated_config(self.file.metadata, str(file))}
         return _weights(self.file, f"The Whisper model {self.path}"), fields

@@ -166,7 +166,8 @@ def plan_humo(
         )
 
     formulas = tuple(of_step(*scale) for scale in scales)
-    config = replace(config, frames=total, total_frames=total, motion_frames=1, mode=HUMO)
+    # There is no image whose colors the video should have.
+    config = replace(config, frames=total, total_frames=total, motion_frames=1, mode=HUMO, color_correction=0.0)
     schedule = Schedule(grid, formulas, 0, len(grid))
     window = Window(0, 0, total, 0, total, is_last=True)
     return Plan(config, MODES[HUMO], width, height, total, (window,), schedule, 1, torch.zeros(0, 0, 0))

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ..fp8_optimization import Quantization, how_linears_run, quantize_linears
 from ..media.audio import load_speech, read_audio
-from ..media.images import load_image
+from ..media.images import load_image, pad_image
 from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
 from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features, wav2vec2_files
+from ..multitalk.whisper import WhisperFeatures, whisper_file
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile, Progress
 from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
@@ -49,12 +50,13 @@ from ..wanvideo.runtime.compilation import (
 )
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from ..wanvideo.runtime.precision import fp16_accumulation
-from .attention_policy import bind
+from .attention_policy import SAFER, bind
 from .bounds import check_numbers, shown
-from .conditioning import Conditioning, FrameSource
+from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner
+from .humo import TRAINED_FRAMES, HuMoConditioner, References, plan_humo
 from .journal import Journal, describe, describe_config
-from .long_video import Callbacks, generate
-from .plan import GenerateConfig, Plan, mode_by_name, plan_video
+from .long_video import Callbacks, generate_windows
+from .plan import HUMO, GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
 from .recorder import Recorder
 from .sampling import what_ran
@@ -71,7 +73,7 @@ DEFAULT_NEGATIVE = (
 FPS = 25
 """Video frames per second that InfiniteTalk was trained with."""
 
-FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
+FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks", "references")
 """Fields of a `Job` where a string is a path."""
 
 NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
@@ -87,6 +89,7 @@ SOUND_RATE = 48000
 class ModelFiles:
     """Checkpoint files.
 
+    `wav2vec` and `clip_vision` are read for every model but HuMo, which reads `whisper` where there is a recording.
     `adapter` is None for a merged model; `tokenizer` where the text encoder carries its own. `decoder` is a small one
     that decodes in place of the VAE, which still encodes; None: the VAE decodes.
     """
@@ -94,11 +97,12 @@ class ModelFiles:
     model: str | Path
     vae: str | Path
     text_encoder: str | Path
-    wav2vec: str | Path
-    clip_vision: str | Path
+    wav2vec: str | Path | None = None
+    clip_vision: str | Path | None = None
     adapter: str | Path | None = None
     tokenizer: str | Path | None = None
     decoder: str | Path | None = None
+    whisper: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,10 @@ class Job:
 
     Attributes:
         files: the checkpoints.
-        audio: one recording per speaker, one to four.
+        audio: one recording per speaker, one to four; of HuMo one or none.
         out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
-        image: the image that speaks; or `video`: a source video whose movements are kept. One of the two.
+        image: the image that speaks; or `video`: a source video whose movements are kept. One of the two, but for HuMo.
+        references: images of what HuMo is to show: persons, clothes, things.
         one_after_the_other: each recording begins where the one before ends, instead of all at once.
         masks: one image per speaker, white where the speaker is (see `load_mask`); empty: speakers side by side.
         prompt, negative: what to show, and what not; `prompts` has the syntax of the first one.
@@ -137,6 +142,7 @@ class Job:
     video: str | Path | None = None
     one_after_the_other: bool = False
     masks: Sequence[str | Path] = ()
+    references: Sequence[str | Path] = ()
     prompt: str = DEFAULT_PROMPT
     negative: str = DEFAULT_NEGATIVE
     config: GenerateConfig = field(default_factory=GenerateConfig)
@@ -224,7 +230,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
     with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
-        sound, rate = _sound(job.audio, job.one_after_the_other)
+        sound, rate = _sound(job.audio, job.one_after_the_other) if job.audio else (None, None)
         writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
         if start is not None and start.state.windows == len(plan.windows):
             writer.close()  # it ended while the video was put in place
@@ -234,8 +240,10 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         # 2. Encode the conditions.
         audio = _speech_features(job, checked, events)
         context, negative = _encode_prompts(job, checked, events)
-        events.stage("Loading the image encoder and the VAE")
-        clip = ClipVision.load(job.files.clip_vision, dtype=dtype, device=device)
+        events.stage("Loading the image encoder and the VAE" if job.files.clip_vision else "Loading the VAE")
+        clip = None
+        if job.files.clip_vision is not None:
+            clip = ClipVision.load(job.files.clip_vision, dtype=dtype, device=device)
         vae = WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device)
         decoder = vae if job.files.decoder is None else SmallDecoder.load(job.files.decoder, dtype=dtype, device=device)
 
@@ -244,7 +252,6 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         _check_widths(checked.dit, context, audio)
 
         # 4. Generate; each window is written while the next one is made.
-        conditioning = Conditioning(context, negative, audio, checked.source)
         state = None if start is None else start.state
         events.stage("Generating" if job.compile_settings is None else "Generating, the first step compiles the model")
         with (
@@ -260,8 +267,10 @@ def make_video(job: Job, events: Events | None = None) -> Result:
                 recorder.check()
 
             callbacks = Callbacks(progress=events.step, check_interrupt=check_interrupt)
-            given = (model, FollowedVae(vae, decoder, events), clip, conditioning, plan, callbacks)
-            for window in generate(*given, start=state, frames_dtype=torch.uint8):
+            followed = FollowedVae(vae, decoder, events)
+            conditioner = _conditioner(checked, followed, clip, context, negative, audio)
+            windows = generate_windows(model, followed, conditioner, plan, callbacks, SAFER, state, torch.uint8)
+            for window in windows:
                 recorder.add(window)
 
     # 5. Say what really ran.
@@ -314,7 +323,8 @@ class Checked:
 
     Attributes:
         dit: shapes of the model, as its files state them.
-        source: the image, or the frames of the source video.
+        source: the image, or the frames of the source video; none of HuMo.
+        references: HuMo's images, of the video's size [3, H, W] in [-1, 1].
         speech: 16 kHz waveform of each speaker, as far as frames are made of it.
         prompt: pieces of the prompt.
         plan: size, windows, schedule and masks.
@@ -325,6 +335,7 @@ class Checked:
     dtype: torch.dtype
     dit: WanConfig
     source: FrameSource
+    references: Sequence[Tensor]
     speech: Sequence[np.ndarray]
     prompt: Sequence[Piece]
     plan: Plan
@@ -345,6 +356,24 @@ def check(job: Job) -> Checked:
     check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
+    policy = bind(job.attention_policy, job.attention_mode, dit.num_layers)
+    job = replace(job, config=replace(job.config, device=device, attention_policy=policy))
+    check_mode(job.attention_mode, dit.num_heads, dit.head_dim, device, dtype)
+    plan, source, references, speech = (_plan_humo if job.config.mode == HUMO else _plan_talking)(job, dit)
+    if len(prompt) > len(plan.windows) and job.config.mode == HUMO:
+        raise InputError("HuMo makes one window, and the prompt has pieces for several: leave out the '|'.")
+    _check_encoders(job.files)
+    inspect_loras(dit, job.loras)
+    check_compiler(job.compile_settings, device)  # the last check, which takes seconds
+    return Checked(device, text_encoder_device, dtype, dit, source, references, speech, prompt, plan)
+
+
+Planned = tuple[Plan, FrameSource, Sequence[Tensor], Sequence[np.ndarray]]
+"""A plan, the source frames, the reference images, and the 16 kHz speech that frames are made of."""
+
+
+def _plan_talking(job: Job, dit: WanConfig) -> Planned:
+    """Of an image or a source video that speaks."""
     _check_model_can_speak(dit, job.files)
     speaker = job.files.adapter or job.files.model
     if mode_by_name(speaker) not in (None, job.config.mode):
@@ -354,8 +383,10 @@ def check(job: Job) -> Checked:
             mode_by_name(speaker),
             job.config.mode,
         )
-    check_mode(job.attention_mode, dit.num_heads, dit.head_dim, device, dtype)
-
+    if job.references:
+        raise InputError(f"Reference images are read in the mode {HUMO} alone: give the person's as the image.")
+    if not job.audio:
+        raise InputError("Give a recording of speech: one for each speaker.")
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
     speech = [load_speech(path) for path in job.audio]
@@ -364,17 +395,43 @@ def check(job: Job) -> Checked:
     if job.max_frames is not None:
         speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
-    config = replace(
-        job.config,
-        total_frames=max(frames, default=0),
-        device=device,
-        attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
-    )
-    plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
-    _check_encoders(job.files)
-    inspect_loras(dit, job.loras)
-    check_compiler(job.compile_settings, device)  # the last check, which takes seconds
-    return Checked(device, text_encoder_device, dtype, dit, source, speech, prompt, plan)
+    config = replace(job.config, total_frames=max(frames, default=0))
+    return plan_video(config, load_image(source[0]).size, frames, masks or None), source, (), speech
+
+
+def _plan_humo(job: Job, dit: WanConfig) -> Planned:
+    """Of a video that HuMo makes from the prompt, reference images and a recording, whichever there are."""
+    if dit.humo is None:
+        raise CheckpointError(
+            f"The model {Path(job.files.model).name} is not HuMo: choose another --mode, or its file."
+        )
+    for name, given in (("neither image nor source video", job.image or job.video), ("no masks", job.masks)):
+        if given:
+            raise InputError(f"HuMo takes {name}: give reference images.")
+    if len(job.audio) > 1:
+        raise InputError(f"HuMo takes one recording, not {len(job.audio)}: mix them into one.")
+    if job.audio and job.files.whisper is None:
+        raise InputError("HuMo hears the recording through Whisper: give the encoder of whisper-large-v3.")
+    if job.audio and job.files.whisper is not None:
+        width = WhisperFeatures.inspect(job.files.whisper)
+        if width != dit.humo.channels:
+            raise CheckpointError(
+                f"Whisper gives features of {width} numbers, the model reads {dit.humo.channels}; HuMo needs "
+                "whisper-large-v3."
+            )
+    # As loud as it is: HuMo was trained without a loudness step.
+    speech = [load_speech(path, target_lufs=None) for path in job.audio]
+    frames = WhisperFeatures.frames_of(len(speech[0])) if speech else job.max_frames or TRAINED_FRAMES
+    frames = min(frames, job.max_frames or frames)
+    if frames > TRAINED_FRAMES:
+        logger.warning(
+            "HuMo was trained on %d frames; %d at once take more memory, and degrade: max_frames ends the video.",
+            TRAINED_FRAMES,
+            frames,
+        )
+    images = [load_image(path) for path in job.references]
+    plan = plan_humo(job.config, frames, len(images), channels=dit.in_dim > dit.out_dim)
+    return plan, (), [pad_image(image, plan.width, plan.height) for image in images], speech
 
 
 def _check_missing(job: Job) -> None:
@@ -431,11 +488,14 @@ def _check_kinds_of_files(files: ModelFiles) -> None:
         ("text encoder", files.text_encoder, "a T5 text encoder"),
         ("CLIP vision model", files.clip_vision, "a CLIP vision model"),
         ("wav2vec2 model", files.wav2vec, "a wav2vec2 model"),
+        ("Whisper model", files.whisper, "a Whisper model"),
     ):
         if path is None:
             continue
         if option == "wav2vec2 model":
             path, _, _ = wav2vec2_files(path)  # maybe of a folder
+        elif option == "Whisper model":
+            path = whisper_file(path)
         with CheckpointFile(path) as file:
             found = kind_of(file.names)
         # What is of no known kind is left to the loader, which says what it lacks.
@@ -449,8 +509,10 @@ def _check_encoders(files: ModelFiles) -> None:
     if files.decoder is not None:
         SmallDecoder.inspect(files.decoder)
     TextEncoder.inspect(files.text_encoder, files.tokenizer)
-    ClipVision.inspect(files.clip_vision)
-    Wav2Vec2Features.inspect(files.wav2vec)
+    if files.clip_vision is not None:
+        ClipVision.inspect(files.clip_vision)
+    if files.wav2vec is not None:
+        Wav2Vec2Features.inspect(files.wav2vec)
 
 
 def _what(job: Job) -> dict[str, str]:
@@ -501,9 +563,7 @@ def _paths(value: object, strings: bool) -> Iterator[Path]:
 def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
     name = Path(files.model).name
     if config.humo is not None:
-        raise CheckpointError(
-            f"The model {name} is HuMo, which this command does not run; InfiniteTalk needs Wan2.1 I2V 14B."
-        )
+        raise CheckpointError(f"The model {name} is HuMo: choose the mode {HUMO}; InfiniteTalk needs Wan2.1 I2V 14B.")
     if config.model_type != "i2v":
         raise CheckpointError(
             f"The model {name} is a text-to-video model ({config.in_dim} input channels); InfiniteTalk needs the "
@@ -513,6 +573,9 @@ def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
         raise CheckpointError(
             f"The model {name} has no audio layers; give the InfiniteTalk file as the adapter, or a merged model."
         )
+    for what, path in (("wav2vec2", files.wav2vec), ("CLIP vision", files.clip_vision)):
+        if path is None:
+            raise InputError(f"InfiniteTalk needs a {what} model: give its file.")
 
 
 def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple[np.ndarray, int]:
@@ -531,9 +594,37 @@ def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple
 
 def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]:
     """Features [frames, layers, hidden] of each recording; the encoder is let go."""
+    if not checked.speech:
+        return []
     events.stage("Encoding the recording" if len(checked.speech) == 1 else "Encoding the recordings")
+    if job.config.mode == HUMO:
+        assert job.files.whisper is not None
+        whisper = WhisperFeatures.load(job.files.whisper, dtype=_whisper_dtype(checked.device), device=checked.device)
+        return [whisper(waveform) for waveform in checked.speech]
+    assert job.files.wav2vec is not None
     features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=checked.device)
     return [features(waveform) for waveform in checked.speech]
+
+
+def _whisper_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def _conditioner(
+    checked: Checked,
+    vae: FollowedVae,
+    clip: ClipLike | None,
+    context: Sequence[Tensor],
+    negative: Tensor,
+    audio: Sequence[Tensor],
+) -> Conditioner:
+    """What gives each window its condition."""
+    stage, humo = Callbacks().stage, checked.dit.humo
+    if humo is None:
+        return WindowConditioner(vae, clip, Conditioning(context, negative, audio, checked.source), checked.plan, stage)
+    given = References(context[0], negative, audio[0] if audio else None, checked.references)
+    channels = checked.dit.in_dim > checked.dit.out_dim
+    return HuMoConditioner(vae, given, checked.plan, stage, channels=channels, features=(humo.blocks, humo.channels))
 
 
 def _encode_prompts(job: Job, checked: Checked, events: Events) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -590,7 +681,8 @@ def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[
             f"The text encoder gives tokens of {context[0].shape[1]} numbers, the model reads {config.text_dim}; "
             "Wan2.1 needs UMT5-XXL."
         )
-    assert config.audio is not None
+    if config.audio is None:
+        return
     given = tuple(audio[0].shape[1:])
     if given[0] * given[1] != config.audio.blocks * config.audio.channels:
         raise CheckpointError(

@@ -8,19 +8,24 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from ..wanvideo.checkpoints.dit import inspect_dit
 from ..wanvideo.checkpoints.files import read_metadata
 from ..wanvideo.checkpoints.reading import json_object
 from ..wanvideo.errors import CheckpointError, InputError
 from .bounds import BOUNDS
 from .make_video import Job
-from .plan import GenerateConfig
+from .plan import HUMO, GenerateConfig
 
-__all__ = ["PRESETS", "build_job", "preset_values", "stated_defaults"]
+__all__ = ["PRESETS", "build_job", "mode_defaults", "preset_values", "stated_defaults"]
 
 logger = logging.getLogger(__name__)
 
 QUALITY: dict[str, Any] = {"steps": 40, "shift": 7.0, "cfg": 5.0, "audio_cfg": 4.0}
 """The public defaults at 480p: 40 steps of three passes each."""
+
+HUMO_17B: dict[str, Any] = {"steps": 50, "shift": 5.0, "scheduler": "unipc", "cfg": 5.0, "audio_cfg": 5.5}
+HUMO_1_7B = HUMO_17B | {"cfg": 7.0, "audio_cfg": 7.5, "image_cfg": 4.0}
+"""The public settings of HuMo's two models."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 4, "cfg": 1.0, "audio_cfg": 1.0},
@@ -78,13 +83,29 @@ def stated_defaults(model: str | Path) -> dict[str, Any]:
     return taken
 
 
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mode_defaults(mode: str | None, model: str | Path) -> dict[str, Any]:
+    """Settings of a mode whose public ones are not those of InfiniteTalk; of HuMo's two models by the file's header."""
+    if mode != HUMO:
+        return {}
+    try:
+        config = inspect_dit(model)
+    except (CheckpointError, InputError) as error:  # said where the model is read
+        logger.debug("%s", error)
+        return HUMO_17B
+    return HUMO_17B if config.in_dim > config.out_dim else HUMO_1_7B
+
+
 def build_job(settings: Mapping[str, Any], preset: str | None = None, defaults: Mapping[str, Any] | None = None) -> Job:
     """The job of `settings`, and of a preset, then of `defaults`, where they say nothing.
 
     Args:
         settings: fields of `Job` but `config`, and of `GenerateConfig`; what both have is the job's.
         preset: one of `PRESETS`.
-        defaults: of the model, see `stated_defaults`.
+        defaults: of the model, see `stated_defaults` and `mode_defaults`.
 
     Raises InputError for a preset that does not exist.
     """
@@ -93,7 +114,7 @@ def build_job(settings: Mapping[str, Any], preset: str | None = None, defaults: 
     if chosen.keys() & {"width", "height"}:  # one alone follows the image's aspect
         own = {name: value for name, value in own.items() if name not in ("width", "height")}
     if own:
-        logger.info("The model's own defaults: %s", ", ".join(f"{name} {value:g}" for name, value in own.items()))
+        logger.info("The model's own defaults: %s", ", ".join(f"{name} {_short(value)}" for name, value in own.items()))
     chosen |= own
     if preset in DISTILLED and not any(lora.strength for lora in chosen.get("loras", ())):
         logger.warning(

@@ -25,7 +25,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from wanvideo_infinitetalk.cli import parser as cli
 from wanvideo_infinitetalk.cli import terminal
-from wanvideo_infinitetalk.cli.tiny_models import RANDOM_DEFAULTS, TALKING_DEFAULTS, TinySet, dit_weights, make_tiny
+from wanvideo_infinitetalk.cli.tiny_models import (
+    ONLY_RANDOM,
+    RANDOM_DEFAULTS,
+    TALKING_DEFAULTS,
+    TinySet,
+    dit_weights,
+    make_tiny,
+)
 from wanvideo_infinitetalk.media import video
 from wanvideo_infinitetalk.media.audio import load_speech
 from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
@@ -601,7 +608,6 @@ def test_other_runtime_errors_are_not_hidden(run: Callable[..., Ran], monkeypatc
 def test_arguments_that_argparse_rejects(run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
     for options in (
         {"model": None},
-        {"image": None},
         {"steps": "many"},
         {"scheduler": "fastest"},
         {"color_correction": 2},
@@ -610,6 +616,19 @@ def test_arguments_that_argparse_rejects(run: Callable[..., Ran], capsys: pytest
             run(**options)
         assert caught.value.code == 2
         assert "infinitetalk generate: error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        ("image", "Give either an image or a source video"),
+        ("audio", "Give a recording of speech"),
+        ("wav2vec", "needs a wav2vec2 model"),
+        ("clip_vision", "needs a CLIP vision model"),
+    ],
+)
+def test_what_other_models_do_without_is_asked_for(run: Callable[..., Ran], lacking: str, words: str) -> None:
+    assert_rejected(run(**{lacking: None}), words)
 
 
 def test_verbose_shows_where_an_error_arose(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -917,7 +936,7 @@ def job_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable
 def test_options_that_are_not_given_are_the_library_s(
     job_of: Callable[..., generate.Job], tiny_set: TinySet, speech: Path, image: Path, tmp_path: Path
 ) -> None:
-    models = {name: path for name, path in vars(tiny_set).items() if name not in ("wav2vec_file", "decoder")}
+    models = {name: path for name, path in vars(tiny_set).items() if name not in ("wav2vec_file", *ONLY_RANDOM)}
     state = load_file(models["model"])
     save_file(state, tmp_path / "no defaults.safetensors", metadata={"config": '{"num_heads": 2}'})
     models["model"] = tmp_path / "no defaults.safetensors"
@@ -929,6 +948,7 @@ def test_options_that_are_not_given_are_the_library_s(
 GIVEN: dict[str, tuple[str, Any]] = {
     "one_after_the_other": ("--one-after-the-other", True),
     "masks": ("--masks m.png", (Path("m.png"),)),
+    "references": ("--reference r.png s.png", (Path("r.png"), Path("s.png"))),
     "prompt": ("--prompt p", "p"),
     "negative": ("--negative-prompt n", "n"),
     "resume": ("--resume", True),
@@ -942,6 +962,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "shift": ("--shift 2", 2),
     "cfg": ("--cfg 3,2", [3, 2]),
     "audio_cfg": ("--audio-cfg 1.5", 1.5),
+    "image_cfg": ("--image-cfg 2", 2),
     "audio_scale": ("--audio-scale 0.5", 0.5),
     "seed": ("--seed 7", 7),
     "use_apg": ("--apg", True),
@@ -1308,7 +1329,7 @@ def test_a_video_without_a_home(tiny_set: TinySet, tmp_path: Path) -> None:
         bare |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
         command = [sys.executable, "-c", AS_NOBODY, "generate", "--image", "i.png", "--out", "ö.mp4"]
         for role, path in vars(tiny_set).items():
-            command += [] if role in ("wav2vec_file", "decoder") else [f"--{role.replace('_', '-')}", str(path)]
+            command += [] if role in ("wav2vec_file", *ONLY_RANDOM) else [f"--{role.replace('_', '-')}", str(path)]
         command += ["--frames", "5", "--motion-frames", "1", "--steps", "1", "--width", "32", "--height", "32", *more]
         return subprocess.run(command, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
 

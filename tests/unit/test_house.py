@@ -20,6 +20,7 @@ LAYERS = [
     "cli",
     "pipeline",
     "media",
+    "multitalk.whisper",
     "multitalk.wav2vec",
     "wanvideo.encoders",
     "wanvideo.checkpoints",

@@ -408,7 +408,15 @@ def test_a_file_is_known_by_its_content_and_a_large_one_by_its_head_size_and_tim
 
 def test_every_field_of_a_job_decides_unless_it_is_known_not_to(tiny_set) -> None:
     """A field that is added later decides, until somebody says that it does not."""
-    known = {"files", "audio", "image", "video", "masks", "loras"}  # none of their files is named without one
+    known = {
+        "files",
+        "audio",
+        "image",
+        "video",
+        "masks",
+        "references",
+        "loras",
+    }  # none of their files is named without one
     job = make_video.Job(make_video.ModelFiles("m", "v", "t", "w", "c"), ("a",), "o")
     named = set(make_video._what(job))
     for name in set(vars(job)) - known - set(make_video.NOT_WHAT):

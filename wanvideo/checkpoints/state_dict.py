@@ -53,9 +53,9 @@ _KINDS = (
     ("enc.blk.0.", "a T5 text encoder"),
     ("encoder.block.0.layer.0.SelfAttention.", "a T5 text encoder"),
     ("visual.transformer.", "a CLIP vision model"),
-    ("encoder.layers.0.self_attn.q_proj.", "a CLIP model"),
-    ("feature_extractor.conv_layers.", "a wav2vec2 model"),
     ("encoder.layers.0.self_attn_layer_norm.", "a Whisper model"),
+    ("encoder.layers.0.self_attn.q_proj.", "a CLIP model"),  # Whisper has the name too, and is recognized before
+    ("feature_extractor.conv_layers.", "a wav2vec2 model"),
     ("lora_", "a LoRA"),
     ("audio_cross_attn.", "an InfiniteTalk adapter"),
 )
