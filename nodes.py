@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, neighbors, options, sampler, text
+from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, neighbors, options, sampler, saved, text
 from .comfy_nodes.schema import check_numbers_of
 from .comfy_nodes.sockets import check_objects_of
 
@@ -31,6 +31,7 @@ NODES: list[Any] = [
     kernels.InfiniteTalkAttentionPolicy,
     kernels.InfiniteTalkAttentionDoctor,
     text.InfiniteTalkTextEncode,
+    text.InfiniteTalkTextEncodeSingle,
     text.InfiniteTalkTextEncodeCached,
     text.InfiniteTalkTextEmbedBridge,
     audio.InfiniteTalkSpeech,
@@ -46,7 +47,7 @@ NODES: list[Any] = [
     sampler.InfiniteTalkSampler,
 ]
 
-for _node in NODES:
+for _node in NODES + saved.SAVED_NODES:
     check_numbers_of(_node)
     check_objects_of(_node)
 
@@ -59,7 +60,7 @@ class InfiniteTalkExtension(comfyui.ComfyExtension):
                 await comfyui.register_replacement(neighbors.PUBLIC_IDS[schema.node_id][0], schema)
 
     async def get_node_list(self) -> list[Any]:
-        return NODES + neighbors.aliases(NODES)
+        return NODES + neighbors.aliases(NODES, saved.SAVED_NODES)
 
 
 async def comfy_entrypoint() -> InfiniteTalkExtension:

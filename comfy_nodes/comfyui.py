@@ -58,6 +58,7 @@ FOLDERS = {
     "small_decoder": ("vae_approx",),
     "text_encoder": ("text_encoders",),
     "clip_vision": ("clip_vision",),
+    "clip": ("clip_vision", "text_encoders"),
     "loras": ("loras",),
     "wav2vec": ("wav2vec2", "audio_encoders"),
 }

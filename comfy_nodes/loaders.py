@@ -8,6 +8,7 @@ from typing import Any
 from ..fp8_optimization import QUANTIZATIONS
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
+from ..wanvideo.errors import InputError
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from ..wanvideo.runtime.precision import PRECISIONS
@@ -20,6 +21,7 @@ from .schema import (
     CompileType,
     LoraType,
     TextEncoderType,
+    VramManagementType,
     WanModelType,
     WanVaeType,
     Wav2VecType,
@@ -27,7 +29,7 @@ from .schema import (
     node_schema,
     reject_foreign,
 )
-from .types import Adapter
+from .types import Adapter, VramManagement
 
 # The public values first and in their order, then ours.
 ATTENTION_MODES = [
@@ -98,7 +100,11 @@ class InfiniteTalkModelLoader(io.ComfyNode):
                 CompileType.Input("compile_args", optional=True, tooltip="From InfiniteTalk Torch Compile."),
                 BlockSwapType.Input("block_swap_args", optional=True, tooltip="From InfiniteTalk Block Swap."),
                 LoraType.Input("lora", optional=True, tooltip="From InfiniteTalk LoRA."),
-                foreign("VRAM_MANAGEMENTARGS", "vram_management_args", "Not supported; use InfiniteTalk Block Swap."),
+                VramManagementType.Input(
+                    "vram_management_args",
+                    optional=True,
+                    tooltip="From WanVideo VRAM Management; done by block swap, so give one of the two.",
+                ),
                 foreign("VACEPATH", "extra_model", "VACE is not supported; leave unconnected."),
                 foreign("FANTASYTALKINGMODEL", "fantasytalking_model", "Not supported; leave unconnected."),
                 AdapterType.Input(
@@ -129,11 +135,14 @@ class InfiniteTalkModelLoader(io.ComfyNode):
         compile_args: CompileSettings | None = None,
         block_swap_args: BlockSwap | None = None,
         lora: tuple[LoraSpec, ...] | None = None,
+        vram_management_args: VramManagement | None = None,
         multitalk_model: Adapter | None = None,
         rms_norm_function: str = "default",
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
+        if block_swap_args is not None and vram_management_args is not None:
+            raise InputError("Block swap is asked for twice: disconnect block_swap_args or vram_management_args.")
         loaded = VideoModel.load(
             comfyui.model_path("dit", model),
             adapter=multitalk_model,
@@ -142,7 +151,7 @@ class InfiniteTalkModelLoader(io.ComfyNode):
             attention_mode=attention_mode,
             loras=lora or (),
             compile_settings=compile_args,
-            swap=block_swap_args,
+            swap=block_swap_args or vram_management_args,
             keep_on_device=load_device == "main_device",
         )
         return io.NodeOutput(loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from ..fp8_optimization import quantize_linears
 from ..media.audio import check_samples, load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
+from ..pipeline.attention_policy import ModeOverride
 from ..pipeline.journal import digest_of_weights
 from ..pipeline.plan import mode_by_name
 from ..pipeline.prompts import encode_pieces, parse_prompt
@@ -38,7 +40,7 @@ from ..wanvideo.runtime.compilation import CompileSettings, check_compiler, chec
 from ..wanvideo.runtime.offload import BlockSwap
 from ..wanvideo.runtime.precision import PRECISIONS
 from . import comfyui
-from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds, checked_audio, checked_image
+from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds, VramManagement, checked_audio, checked_image
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class VideoModel:
     compile_settings: CompileSettings | None = None
     loras: tuple[LoraSpec, ...] = ()  # the unmerged ones
     keep_on_device: bool = False
+    overrides: tuple[ModeOverride, ...] = ()
 
     @classmethod
     def load(
@@ -99,14 +102,17 @@ class VideoModel:
         attention_mode: str,
         loras: tuple[LoraSpec, ...] = (),
         compile_settings: CompileSettings | None = None,
-        swap: BlockSwap | None = None,
+        swap: BlockSwap | VramManagement | None = None,
         keep_on_device: bool = False,
     ) -> VideoModel:
         """Read the files, or take the copy that is loaded already."""
         dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
-        check_with_block_swap(compile_settings, swap)
         shapes = inspect_dit(path, None if adapter is None else adapter.path, quantization)
+        if isinstance(swap, VramManagement):
+            some = swap.share > 0
+            swap = BlockSwap(math.ceil(swap.share * shapes.num_layers), image_embedding=some, text_embedding=some)
+        check_with_block_swap(compile_settings, swap)
         with comfyui.ordinary_tensors():
             check_mode(attention_mode, shapes.num_heads, shapes.head_dim, comfyui.device(), dtype)
         inspect_loras(shapes, loras)
@@ -149,6 +155,22 @@ class VideoModel:
         model = replace(self, loras=tuple(lora for lora in loras if lora.strength != 0))
         model.apply_loras()
         return model
+
+    def with_attention_override(self, mode: str, steps: tuple[int, int], blocks: tuple[int, ...] | None) -> VideoModel:
+        """The same model with another mode of self-attention in some steps and blocks (None: all of them).
+
+        Raises InputError for steps that are none and blocks that the model has not, BackendUnavailableError for a mode
+        that does not run here.
+        """
+        count = len(self.model.blocks)
+        if steps[0] >= steps[1]:
+            raise InputError(f"The steps from {steps[0]} to {steps[1]} are none: set end_step above start_step.")
+        if blocks is not None and not set(blocks) <= set(range(count)):
+            raise InputError(f"The blocks {list(blocks)} are not all in the model: it has 0 to {count - 1}.")
+        mode, config = canonical_mode(mode), self.model.config
+        with comfyui.ordinary_tensors():
+            check_mode(mode, config.num_heads, config.head_dim, comfyui.device(), self.model.dtype)
+        return replace(self, overrides=(*self.overrides, ModeOverride(mode, steps, blocks)))
 
     def with_attention_policy(self, policy: str) -> VideoModel:
         return replace(self, attention_policy=policy)
@@ -340,7 +362,13 @@ class TextModel:
 
         Raises InputError when there is neither a text encoder nor a cached result.
         """
-        identity = None if model is None else model.identity
+        return _embeds(
+            positive, negative, lambda prompt: TextModel.encode_text(model, prompt, device=device, cache=cache)
+        )
+
+    @staticmethod
+    def encode_text(model: TextModel | None, text: str, *, device: str, cache: Path | None) -> Tensor:
+        """Features [tokens, text_dim] of one text as it stands; the rest as `encode_prompts`."""
 
         def encode(prompt: str) -> Tensor:
             if model is None:
@@ -349,7 +377,7 @@ class TextModel:
                 )
             return model.encode(prompt, device)
 
-        return _embeds(positive, negative, lambda prompt: _cached(prompt, identity, cache, encode))
+        return _cached(text, None if model is None else model.identity, cache, encode)
 
     @classmethod
     def encode_once(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..fp8_optimization import how_linears_run
 from ..media.masks import latent_masks, speaker_planes
 from ..media.video import OutputFiles, VideoWriter, check_output
-from ..pipeline.attention_policy import SAFER, bind
+from ..pipeline.attention_policy import SAFER, bind, overridden
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
 from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
@@ -25,6 +25,7 @@ from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
 from ..pipeline.recorder import Recorder
 from ..pipeline.sampling import Schedule, denoise, what_ran
+from ..pipeline.schedulers import SCHEDULERS, make_scheduler
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import count_kernels
@@ -32,7 +33,7 @@ from ..wanvideo.runtime.compilation import compile_limits, described
 from ..wanvideo.runtime.precision import fp16_accumulation
 from . import comfyui
 from .models import VideoModel
-from .types import ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import ClipEmbeds, LongVideo, OneWindow, SigmaLevel, SpeechEmbeds, TextEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,20 @@ INSTEAD = {
 }
 
 Latent = dict[str, Any]
+
+
+def check_scheduler(name: str) -> None:
+    """Raise InputError for a scheduler that is not run here, naming one that is."""
+    if name in INSTEAD:
+        raise InputError(f"The scheduler {name} is not part of this pack: choose {INSTEAD[name]} instead.")
+    if name not in SCHEDULERS:
+        raise InputError(f"There is no scheduler '{name}': choose one of {', '.join(SCHEDULERS)}.")
+
+
+def check_riflex(index: int) -> None:
+    """Raise InputError where RIFLEx is on."""
+    if index:
+        raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
 
 
 @dataclass(frozen=True)
@@ -68,20 +83,25 @@ class SamplerSettings:
     riflex: int = 0
 
     def __post_init__(self) -> None:
-        if self.scheduler in INSTEAD:
-            raise InputError(
-                f"The scheduler {self.scheduler} is not part of this pack: choose {INSTEAD[self.scheduler]} instead."
-            )
-        if self.riflex:
-            raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
+        check_scheduler(self.scheduler)
+        check_riflex(self.riflex)
         check_numbers(denoise_strength=self.denoise)
         check_numbers(steps=self.steps, cfg=self.cfg, shift=self.shift, seed=self.seed, sigmas=self.levels)
+        for name in ("start_step", "end_step"):
+            object.__setattr__(self, name, self._step(getattr(self, name)))
         check_numbers(start_step=self.start_step, end_step=self.end_step)
         if self.schedule_steps > BOUNDS["steps"].most:
             raise InputError(
                 f"A denoise_strength of {self.denoise} makes a schedule of {self.schedule_steps:,} steps, of which the "
                 f"last {self.steps} run: set it higher, or fewer steps."
             )
+
+    def _step(self, step: int | SigmaLevel) -> int:
+        """`step`; where it is a `SigmaLevel`, the first one of the steps to run whose sigma is at or below it."""
+        if not isinstance(step, SigmaLevel):
+            return step
+        grid = make_scheduler(self.scheduler, self.schedule_steps, self.shift, self.levels).sigmas
+        return max(0, int((grid > float(step)).sum()) - (self.schedule_steps - self.steps))
 
     @property
     def levels(self) -> list[float] | None:
@@ -127,7 +147,7 @@ def sample(
 
 
 def _policy(model: VideoModel) -> Any:
-    return bind(model.attention_policy, model.attention_mode, len(model.model.blocks))
+    return overridden(bind(model.attention_policy, model.attention_mode, len(model.model.blocks)), model.overrides)
 
 
 class _Reporter:
@@ -332,6 +352,7 @@ def _described(
         "precision": model.precision,
         "attention mode": model.attention_mode,
         "attention policy": model.attention_policy,
+        "attention overrides": model.overrides,
         "prompt": given.context,
         "negative prompt": given.negative,
         "speech": given.audio,

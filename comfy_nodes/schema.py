@@ -8,6 +8,7 @@ from typing import Any
 from ..pipeline.bounds import BOUNDS, Bound, shown
 from ..wanvideo.errors import InputError
 from .comfyui import io, make_schema
+from .types import SigmaLevel
 
 CATEGORY = "InfiniteTalk"
 
@@ -24,6 +25,10 @@ SpeechEmbedsType = io.Custom("MULTITALK_EMBEDS")
 LoraType = io.Custom("WANVIDLORA")
 BlockSwapType = io.Custom("BLOCKSWAPARGS")
 CompileType = io.Custom("WANCOMPILEARGS")
+VramManagementType = io.Custom("VRAM_MANAGEMENTARGS")
+SchedulerType = io.Custom("WANVIDEOSCHEDULER")
+ExtraArgsType = io.Custom("WANVIDSAMPLEREXTRAARGS")
+SamplerArgsType = io.Custom("SAMPLER_ARGS")
 
 # The output of a value for combo widgets: io.Combo.Output has, in some versions, the list of values as its type.
 ComboType = io.Custom("COMBO")
@@ -31,7 +36,6 @@ ComboType = io.Custom("COMBO")
 # Inputs that saved workflows may carry for models and methods that this pack does not run. The socket exists, so that
 # the workflow loads; connecting it is answered with one sentence.
 FOREIGN = {
-    "VRAM_MANAGEMENTARGS": "per-layer VRAM management (use InfiniteTalk Block Swap)",
     "VACEPATH": "VACE models",
     "FANTASYTALKINGMODEL": "FantasyTalking models (use an InfiniteTalk or MultiTalk model)",
     "FANTASYPORTRAITMODEL": "FantasyPortrait models",
@@ -78,6 +82,7 @@ def check_numbers_of(node: Any) -> None:
     ComfyUI checks what is typed into a widget; NaN, and numbers that come by a link, pass it.
     """
     execute = node.execute.__func__
+    sigma_levels = getattr(node, "SIGMA_LEVELS", ())
 
     @functools.cache
     def bounds() -> dict[str, Bound]:
@@ -95,6 +100,8 @@ def check_numbers_of(node: Any) -> None:
     @functools.wraps(execute)
     def checked(cls: Any, **given: Any) -> Any:
         for name, bound in bounds().items():
+            if name in sigma_levels and isinstance(given.get(name), SigmaLevel):
+                continue
             if name in given and not bound.accepts(given[name]):
                 raise InputError(f"{name} {shown(given[name])} cannot be used: give {bound.words}.")
         return execute(cls, **given)

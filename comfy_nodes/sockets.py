@@ -11,7 +11,18 @@ from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import schema
 from .models import SpeechModel, TextModel, VaeModel, VideoModel
-from .types import Adapter, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import (
+    Adapter,
+    ClipEmbeds,
+    ExtraArgs,
+    LongVideo,
+    OneWindow,
+    SamplerArgs,
+    SchedulerChoice,
+    SpeechEmbeds,
+    TextEmbeds,
+    VramManagement,
+)
 
 __all__ = ["CARRIED", "check_objects_of"]
 
@@ -28,6 +39,10 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.LoraType: (LoraSpec, "InfiniteTalk LoRA"),
     schema.BlockSwapType: (BlockSwap, "InfiniteTalk Block Swap"),
     schema.CompileType: (CompileSettings, "InfiniteTalk Torch Compile"),
+    schema.VramManagementType: (VramManagement, "WanVideo VRAM Management"),
+    schema.SchedulerType: (SchedulerChoice, "WanVideo Scheduler v2"),
+    schema.ExtraArgsType: (ExtraArgs, "WanVideoSampler v2 Extra Args"),
+    schema.SamplerArgsType: (SamplerArgs, "WanVideo Sampler Settings"),
 }
 """Socket type -> class of its values (or of their items), and the node of this pack that gives it."""
 

@@ -26,6 +26,30 @@ def _prompt(input_id: str, tooltip: str) -> Any:
     return io.String.Input(input_id, default="", multiline=True, tooltip=tooltip)
 
 
+def _encoding_options() -> list[Any]:
+    """How the nodes that are given a text encoder use it."""
+    return [
+        TextEncoderType.Input(
+            "t5",
+            optional=True,
+            tooltip="From InfiniteTalk Text Encoder Loader. May be left out for prompts in the disk cache.",
+        ),
+        io.Boolean.Input(
+            "force_offload",
+            default=True,
+            optional=True,
+            tooltip="Move the text encoder to host memory when it is done.",
+        ),
+        WanModelType.Input(
+            "model_to_offload",
+            optional=True,
+            tooltip="A video model to move to host memory first, so that the text encoder has room.",
+        ),
+        io.Boolean.Input("use_disk_cache", default=False, optional=True, tooltip=_DISK_CACHE_TIP),
+        io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=_DEVICE_TIP),
+    ]
+
+
 class InfiniteTalkTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
@@ -38,24 +62,7 @@ class InfiniteTalkTextEncode(io.ComfyNode):
             inputs=[
                 _prompt("positive_prompt", _POSITIVE_TIP),
                 _prompt("negative_prompt", _NEGATIVE_TIP),
-                TextEncoderType.Input(
-                    "t5",
-                    optional=True,
-                    tooltip="From InfiniteTalk Text Encoder Loader. May be left out for prompts in the disk cache.",
-                ),
-                io.Boolean.Input(
-                    "force_offload",
-                    default=True,
-                    optional=True,
-                    tooltip="Move the text encoder to host memory when it is done.",
-                ),
-                WanModelType.Input(
-                    "model_to_offload",
-                    optional=True,
-                    tooltip="A video model to move to host memory first, so that the text encoder has room.",
-                ),
-                io.Boolean.Input("use_disk_cache", default=False, optional=True, tooltip=_DISK_CACHE_TIP),
-                io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=_DEVICE_TIP),
+                *_encoding_options(),
             ],
             outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
@@ -78,6 +85,41 @@ class InfiniteTalkTextEncode(io.ComfyNode):
         if t5 is not None and force_offload:
             t5.unload()
         return io.NodeOutput(embeds)
+
+
+class InfiniteTalkTextEncodeSingle(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkTextEncodeSingle",
+            "InfiniteTalk Text Encode Single",
+            "Encode one text as it stands, without a negative prompt: for cfg 1.",
+            group="text",
+            aliases=["prompt", "single prompt", "单个提示词"],
+            inputs=[
+                _prompt("prompt", "The text. Bars and brackets in it are plain text."),
+                *_encoding_options(),
+            ],
+            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        prompt: str,
+        t5: TextModel | None = None,
+        force_offload: bool = True,
+        model_to_offload: Any = None,
+        use_disk_cache: bool = False,
+        device: str = "gpu",
+    ) -> Any:
+        if model_to_offload is not None:
+            model_to_offload.unload()
+        cache = comfyui.cache_folder("prompts") if use_disk_cache else None
+        features = TextModel.encode_text(t5, prompt, device=device, cache=cache)
+        if t5 is not None and force_offload:
+            t5.unload()
+        return io.NodeOutput(TextEmbeds((features,)))
 
 
 class InfiniteTalkTextEncodeCached(io.ComfyNode):

@@ -116,3 +116,40 @@ class OneWindow:
     num_frames: int
     condition: torch.Tensor | None = None
     clip: ClipEmbeds | None = None
+
+
+class SigmaLevel(float):
+    """A noise level in place of a step: the first step of the schedule whose sigma is at or below it."""
+
+
+@dataclass(frozen=True)
+class VramManagement:
+    """How much of a model's blocks to swap, 0 to 1."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class SchedulerChoice:
+    """The sampler's inputs that a scheduler node holds, by their names."""
+
+    scheduler: str
+    steps: int
+    shift: float
+    start_step: int
+    end_step: int
+    sigmas: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ExtraArgs:
+    """Optional inputs of the sampler, by name."""
+
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SamplerArgs:
+    """All inputs of the sampler, by name."""
+
+    given: Mapping[str, Any]
