@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, neighbors, options, sampler, saved, text
+from .comfy_nodes import (
+    audio,
+    comfyui,
+    images,
+    kernels,
+    latents,
+    loaders,
+    neighbors,
+    options,
+    sampler,
+    saved,
+    techniques,
+    text,
+)
 from .comfy_nodes.schema import check_numbers_of
 from .comfy_nodes.sockets import check_objects_of
 
@@ -28,6 +41,9 @@ NODES: list[Any] = [
     options.InfiniteTalkTorchCompile,
     options.InfiniteTalkCfgSchedule,
     options.InfiniteTalkPreset,
+    techniques.InfiniteTalkEnhanceVideo,
+    techniques.InfiniteTalkSkipLayers,
+    techniques.InfiniteTalkNag,
     kernels.InfiniteTalkAttentionPolicy,
     kernels.InfiniteTalkAttentionDoctor,
     text.InfiniteTalkTextEncode,

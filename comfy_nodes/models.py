@@ -22,6 +22,7 @@ from ..media.audio import check_samples, load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
 from ..pipeline.attention_policy import ModeOverride
+from ..pipeline.blocks import check_blocks
 from ..pipeline.journal import digest_of_weights
 from ..pipeline.plan import mode_by_name
 from ..pipeline.prompts import encode_pieces, parse_prompt
@@ -162,11 +163,9 @@ class VideoModel:
         Raises InputError for steps that are none and blocks that the model has not, BackendUnavailableError for a mode
         that does not run here.
         """
-        count = len(self.model.blocks)
         if steps[0] >= steps[1]:
             raise InputError(f"The steps from {steps[0]} to {steps[1]} are none: set end_step above start_step.")
-        if blocks is not None and not set(blocks) <= set(range(count)):
-            raise InputError(f"The blocks {list(blocks)} are not all in the model: it has 0 to {count - 1}.")
+        check_blocks(blocks or (), len(self.model.blocks))
         mode, config = canonical_mode(mode), self.model.config
         with comfyui.ordinary_tensors():
             check_mode(mode, config.num_heads, config.head_dim, comfyui.device(), self.model.dtype)

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from .comfyui import io
 from .models import VideoModel
 from .sampling import SamplerSettings, sample
 from .schema import (
+    EnhanceVideoType,
     ImageEmbedsType,
+    SkipLayersType,
     SpeechEmbedsType,
     TextEmbedsType,
     WanModelType,
@@ -108,7 +111,7 @@ def sampler_inputs(*, riflex_is_optional: bool = False) -> list[Any]:
             optional=True,
             tooltip="How much of samples is made anew: 1 is everything.",
         ),
-        foreign("FETAARGS", "feta_args", "Enhance-A-Video is not supported; leave unconnected."),
+        EnhanceVideoType.Input("feta_args", optional=True, tooltip="From InfiniteTalk Enhance-A-Video."),
         foreign("WANVIDCONTEXT", "context_options", "Not supported: long videos are made in windows here."),
         foreign("CACHEARGS", "cache_args", "Step caching is not supported; leave unconnected."),
         foreign("FLOWEDITARGS", "flowedit_args", "FlowEdit is not supported; leave unconnected."),
@@ -118,7 +121,7 @@ def sampler_inputs(*, riflex_is_optional: bool = False) -> list[Any]:
             optional=True,
             tooltip="Kept for saved workflows: the passes of a step run one after the other.",
         ),
-        foreign("SLGARGS", "slg_args", "Skip-layer guidance is not supported; leave unconnected."),
+        SkipLayersType.Input("slg_args", optional=True, tooltip="From InfiniteTalk Skip Layers; needs cfg above 1."),
         io.Combo.Input(
             "rope_function",
             options=["default", "comfy", "comfy_chunked"],
@@ -222,7 +225,9 @@ class InfiniteTalkSampler(io.ComfyNode):
         text_embeds: TextEmbeds | None = None,
         samples: dict[str, Any] | None = None,
         denoise_strength: float = 1.0,
+        feta_args: EnhanceVideo | None = None,
         batched_cfg: bool = False,
+        slg_args: SkipLayers | None = None,
         rope_function: str = "comfy",
         sigmas: torch.Tensor | None = None,
         multitalk_embeds: SpeechEmbeds | None = None,
@@ -244,6 +249,7 @@ class InfiniteTalkSampler(io.ComfyNode):
             end_step=end_step,
             add_noise=add_noise_to_samples,
             riflex=riflex_freq_index,
+            techniques=tuple(technique for technique in (feta_args, slg_args) if technique is not None),
         )
         result = sample(model, image_embeds, settings, text=text_embeds, speech=multitalk_embeds, start=samples)
         if force_offload:

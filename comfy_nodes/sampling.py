@@ -17,6 +17,7 @@ from ..fp8_optimization import how_linears_run
 from ..media.masks import latent_masks, speaker_planes
 from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind, overridden
+from ..pipeline.blocks import check_blocks
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
 from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
@@ -26,6 +27,7 @@ from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
 from ..pipeline.recorder import Recorder
 from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.schedulers import SCHEDULERS, make_scheduler
+from ..pipeline.techniques import SkipLayers, Technique
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import count_kernels
@@ -81,6 +83,7 @@ class SamplerSettings:
     end_step: int = -1
     add_noise: bool = False
     riflex: int = 0
+    techniques: tuple[Technique, ...] = ()
 
     def __post_init__(self) -> None:
         check_scheduler(self.scheduler)
@@ -129,6 +132,9 @@ def sample(
     """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
     if text is None:
         raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
+    for technique in settings.techniques:
+        if isinstance(technique, SkipLayers):
+            check_blocks(technique.blocks, len(model.model.blocks))
     begin = time.monotonic()
     with (
         comfyui.ordinary_tensors(),
@@ -229,12 +235,13 @@ def _long_video(
         color_method="reinhard" if what.color_match == "disabled" else what.color_match,
         attention_policy=_policy(model),
         tiled_vae=what.tiled,
+        techniques=settings.techniques,
         device=resident.device,
     )
     features = _features(model, speech)
     size = (source.shape[2], source.shape[1])
     plan = plan_video(config, size, [len(rows) for rows in features], _planes(speech))
-    conditioning = Conditioning(text.positive, _negative(text, settings), features, _Images(source))
+    conditioning = Conditioning(text.positive, _negative(text, settings), features, _Images(source), text.nag)
     reporter = _Reporter(resident.device)
     callbacks = Callbacks(
         progress=reporter.step,
@@ -355,6 +362,7 @@ def _described(
         "attention overrides": model.overrides,
         "prompt": given.context,
         "negative prompt": given.negative,
+        "normalized attention guidance": given.nag,
         "speech": given.audio,
         "masks": plan.masks,
         "image": [torch.as_tensor(given.source[index]) for index in range(len(given.source))],
@@ -389,6 +397,7 @@ def _one_window(
         end_step=None if settings.end_step == -1 else settings.end_step,
         cfg=settings.cfg,
         audio_cfg=1.0 if speech is None else speech.audio_cfg,
+        techniques=settings.techniques,
     )
     generator = torch.Generator("cpu").manual_seed(int(settings.seed))
     shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
@@ -454,6 +463,7 @@ def _window_inputs(
         audio=audio,
         masks=masks,
         audio_scale=audio_scale,
+        nag=None if text.nag is None else replace(text.nag, negative=text.nag.negative.to(device)),
     )
 
 

@@ -17,6 +17,7 @@ from ..media.images import fit_size
 from ..pipeline.blocks import parse_blocks
 from ..pipeline.guidance import cfg_schedule
 from ..pipeline.schedulers import make_scheduler
+from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.errors import InputError
 from . import comfyui
@@ -222,11 +223,14 @@ class WanVideoSamplerExtraArgs(io.ComfyNode):
         cls,
         riflex_freq_index: int = 0,
         rope_function: str = "comfy",
+        feta_args: EnhanceVideo | None = None,
+        slg_args: SkipLayers | None = None,
         multitalk_embeds: SpeechEmbeds | None = None,
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
-        return io.NodeOutput(ExtraArgs({"riflex_freq_index": riflex_freq_index, "multitalk_embeds": multitalk_embeds}))
+        given = {"feta_args": feta_args, "slg_args": slg_args, "multitalk_embeds": multitalk_embeds}
+        return io.NodeOutput(ExtraArgs({**given, "riflex_freq_index": riflex_freq_index}))
 
 
 class WanVideoSamplerSettings(io.ComfyNode):

@@ -26,6 +26,8 @@ LoraType = io.Custom("WANVIDLORA")
 BlockSwapType = io.Custom("BLOCKSWAPARGS")
 CompileType = io.Custom("WANCOMPILEARGS")
 VramManagementType = io.Custom("VRAM_MANAGEMENTARGS")
+EnhanceVideoType = io.Custom("FETAARGS")
+SkipLayersType = io.Custom("SLGARGS")
 SchedulerType = io.Custom("WANVIDEOSCHEDULER")
 ExtraArgsType = io.Custom("WANVIDSAMPLEREXTRAARGS")
 SamplerArgsType = io.Custom("SAMPLER_ARGS")
@@ -41,11 +43,9 @@ FOREIGN = {
     "FANTASYPORTRAITMODEL": "FantasyPortrait models",
     "SELECTEDBLOCKS": "LoRAs on selected blocks (here every block gets the LoRA)",
     "WANVIDEOPROMPTEXTENDER_ARGS": "prompt extension (write the longer prompt into positive_prompt)",
-    "FETAARGS": "Enhance-A-Video",
     "WANVIDCONTEXT": "context windows (InfiniteTalk Long Video makes long videos in windows)",
     "CACHEARGS": "step caching (TeaCache, MagCache, EasyCache; a distillation LoRA with fewer steps saves more)",
     "FLOWEDITARGS": "FlowEdit",
-    "SLGARGS": "skip-layer guidance",
     "LOOPARGS": "looped sampling",
     "EXPERIMENTALARGS": "experimental sampling options",
     "UNIANIMATE_POSE": "UniAnimate",

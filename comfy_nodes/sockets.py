@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.errors import InputError
 from ..wanvideo.runtime.compilation import CompileSettings
@@ -39,6 +40,8 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.LoraType: (LoraSpec, "InfiniteTalk LoRA"),
     schema.BlockSwapType: (BlockSwap, "InfiniteTalk Block Swap"),
     schema.CompileType: (CompileSettings, "InfiniteTalk Torch Compile"),
+    schema.EnhanceVideoType: (EnhanceVideo, "InfiniteTalk Enhance-A-Video"),
+    schema.SkipLayersType: (SkipLayers, "InfiniteTalk Skip Layers"),
     schema.VramManagementType: (VramManagement, "WanVideo VRAM Management"),
     schema.SchedulerType: (SchedulerChoice, "WanVideo Scheduler v2"),
     schema.ExtraArgsType: (ExtraArgs, "WanVideoSampler v2 Extra Args"),

@@ -93,7 +93,7 @@ class InfiniteTalkTextEncodeSingle(io.ComfyNode):
         return node_schema(
             "InfiniteTalkTextEncodeSingle",
             "InfiniteTalk Text Encode Single",
-            "Encode one text as it stands, without a negative prompt: for cfg 1.",
+            "Encode one text as it stands, without a negative prompt: for cfg 1, or for InfiniteTalk NAG.",
             group="text",
             aliases=["prompt", "single prompt", "单个提示词"],
             inputs=[

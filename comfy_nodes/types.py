@@ -11,6 +11,7 @@ import torch
 
 from ..pipeline.plan import mode_by_name
 from ..wanvideo.errors import InputError
+from ..wanvideo.modules.techniques import NormalizedAttention
 
 LEVELS = (-0.5, 10.0)
 """What pixels may be: 0 to 1, and what resizing and high dynamic range add; not -1 to 1, and not 0 to 255."""
@@ -62,10 +63,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Prompt embeddings [tokens, text_dim], one for each window; the negative one is used where cfg is not 1."""
+    """Prompt embeddings [tokens, text_dim], one for each window; the negative one is used where cfg is not 1.
+
+    `nag` has another negative one, which is used inside the model.
+    """
 
     positive: tuple[torch.Tensor, ...]
     negative: torch.Tensor | None = None
+    nag: NormalizedAttention | None = None
 
 
 @dataclass(frozen=True)

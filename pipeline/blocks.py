@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["parse_blocks"]
+__all__ = ["check_blocks", "parse_blocks"]
 
 MOST = 1000
 
@@ -27,3 +28,9 @@ def parse_blocks(text: str) -> tuple[int, ...]:
             )
         found.update(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     return tuple(sorted(found))
+
+
+def check_blocks(blocks: Collection[int], count: int) -> None:
+    """Raise InputError where `blocks` are not all among the `count` of a model."""
+    if not set(blocks) <= set(range(count)):
+        raise InputError(f"The blocks {sorted(blocks)} are not all in the model: it has 0 to {count - 1}.")

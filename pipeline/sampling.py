@@ -25,10 +25,12 @@ from torch import Tensor
 from ..fp8_optimization import listed
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import KernelCounts
+from ..wanvideo.modules.techniques import NormalizedAttention
 from .guidance import Formula, Pass, Projection
 from .kept_keys import KeptKeys
 from .nonfinite import FallbackModes, NonFinite, check_finite
 from .schedulers import Scheduler
+from .techniques import Technique, forward_options
 
 __all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw", "what_ran"]
 
@@ -73,6 +75,7 @@ class ModelInputs:
         masks: [speakers + 1, h, w].
         audio_scale: factor on what the speech adds inside the model.
         overwrite: frames that this pass alone sees in place of x's.
+        nag: a prompt to move away from inside the text attention.
     """
 
     context: Tensor
@@ -82,6 +85,7 @@ class ModelInputs:
     masks: Tensor | None = None
     audio_scale: float = 1.0
     overwrite: Overwrite | None = None
+    nag: NormalizedAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Schedule:
         formulas: guidance of each of its steps.
         start, end: the steps that are run, [start, end).
         apg: (momentum, norm threshold) of adaptive projected guidance; None: without.
+        techniques: what else changes the passes, see `techniques`.
 
     Raises InputError where no step is left to run.
     """
@@ -102,6 +107,7 @@ class Schedule:
     start: int
     end: int
     apg: tuple[float, float] | None = None
+    techniques: tuple[Technique, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.steps:
@@ -162,6 +168,9 @@ def denoise(
                 if check_interrupt is not None:
                     check_interrupt()
                 given = inputs_of(which)
+                changes = forward_options(schedule.techniques, which, step, schedule.steps)
+                if given.nag is not None:
+                    changes["nag"] = given.nag
                 velocity = model(
                     noisy if given.overwrite is None else given.overwrite.put(noisy),
                     t,
@@ -173,6 +182,7 @@ def denoise(
                     audio_scale=given.audio_scale,
                     attention_mode=modes.mode(step),
                     **keys.of_forward(given.context, given.clip),
+                    **changes,
                 )
                 return velocity[0]
 

@@ -10,7 +10,7 @@ nothing in a forward waits for the GPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from ..kernels.rope import Grid, Rotation, RotationTables
 from .attention import AttentionMode, attention, resolve_mode
 from .elementwise import AffineNorm, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
+from .techniques import NormalizedAttention, cross_frame_gain, normalized_guidance
 
 __all__ = [
     "AudioConfig",
@@ -188,6 +189,8 @@ class Conditions(NamedTuple):
     humo_audio_scale: float
     text_keys: KeysValues | None = None
     image_keys: KeysValues | None = None
+    enhance: float | None = None
+    nag: NormalizedAttention | None = None  # with embedded tokens [B, text_len, C]
 
 
 class BlockModes(NamedTuple):
@@ -234,6 +237,7 @@ class WanSelfAttention(_Projections):
         speaker_masks: torch.Tensor | None = None,
         *,
         attention_mode: str = "sdpa",
+        enhance: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, L, C] -> the attended tokens [B, L, C], and with masks [n+1, H*W] the reference map [n+1, L]."""
         q, k = qk_norm_rope(
@@ -244,6 +248,8 @@ class WanSelfAttention(_Projections):
         if speaker_masks is not None:
             reference_map = get_attn_map_with_target(q, k, grid, speaker_masks)
         out = attention(q, k, v, attention_mode=attention_mode)
+        if enhance is not None:
+            out = (out * cross_frame_gain(q, k, grid, enhance)).to(out.dtype)
         return self.o(out.flatten(2)), reference_map
 
 
@@ -267,11 +273,16 @@ class WanCrossAttention(_Projections):
         image_mode: str = "sdpa",
         text_keys: KeysValues | None = None,
         image_keys: KeysValues | None = None,
+        nag: NormalizedAttention | None = None,
     ) -> torch.Tensor:
         """x [B, L, C], text [B, text_len, C], clip [B, 257, C] or None -> [B, L, C]"""
         q = self._heads(self.norm_q(self.q(x)))
         k, v = self._keys_values(text_keys, lambda: (self.norm_k(self.k(text)), self.v(text)))
         out = attention(q, k, v, attention_mode=text_mode)
+        if nag is not None:
+            k, v = self._heads(self.norm_k(self.k(nag.negative))), self._heads(self.v(nag.negative))
+            away = attention(q, k, v, attention_mode=text_mode)
+            out = normalized_guidance(out, away, nag.scale, nag.tau, nag.alpha)
         if clip is not None:
             k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
             out = out + attention(q, k, v, attention_mode=image_mode)
@@ -323,7 +334,12 @@ class WanBlock(nn.Module):
 
         normed = modulated_norm(x, shift1, scale1, self.eps)
         attended, reference_map = self.self_attn(
-            normed, given.grid, given.rotation, given.speaker_masks, attention_mode=modes.self_attention
+            normed,
+            given.grid,
+            given.rotation,
+            given.speaker_masks,
+            attention_mode=modes.self_attention,
+            enhance=given.enhance,
         )
         x = gated_residual(x, attended, gate1)
 
@@ -335,6 +351,7 @@ class WanBlock(nn.Module):
             image_mode=modes.image,
             text_keys=given.text_keys,
             image_keys=given.image_keys,
+            nag=given.nag,
         )
 
         if given.audio is not None:
@@ -478,6 +495,9 @@ class WanModel(nn.Module):
         humo_audio_scale: float = 1.0,
         text_keys: KeysValues | None = None,
         image_keys: KeysValues | None = None,
+        enhance: float | None = None,
+        nag: NormalizedAttention | None = None,
+        skip_blocks: Collection[int] = (),
     ) -> torch.Tensor:
         """One forward.
 
@@ -499,6 +519,9 @@ class WanModel(nn.Module):
             humo_audio_scale: factor on what HuMo's audio layers add.
             text_keys, image_keys: what was computed of this very `context` and `clip_fea` before, with these weights;
                 filled by the first forward that is given them.
+            enhance: weight of Enhance-A-Video in the self-attention of all blocks; None: without.
+            nag: a prompt to move away from in the text attention of all blocks.
+            skip_blocks: indices of blocks that are left out.
 
         Returns:
             The velocity [B, out_dim, T, h, w], of x's dtype.
@@ -525,11 +548,14 @@ class WanModel(nn.Module):
             humo_audio_scale=humo_audio_scale,
             text_keys=text_keys,
             image_keys=image_keys,
+            enhance=enhance,
+            nag=None if nag is None else dataclasses.replace(nag, negative=self.embed_text(nag.negative, batch)),
         )
         mode = self.attention_mode if attention_mode is None else attention_mode
         tokens = self.patch_embedding(latents)  # [B, L, C]
         for index, block in enumerate(self.blocks):
-            tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
+            if index not in skip_blocks:
+                tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
         return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
 
     def run_block(
