@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..pipeline.step_cache import StepCache
 from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from .comfyui import io
 from .models import VideoModel
@@ -15,6 +16,7 @@ from .schema import (
     ImageEmbedsType,
     SkipLayersType,
     SpeechEmbedsType,
+    StepCacheType,
     TextEmbedsType,
     WanModelType,
     foreign,
@@ -113,7 +115,9 @@ def sampler_inputs(*, riflex_is_optional: bool = False) -> list[Any]:
         ),
         EnhanceVideoType.Input("feta_args", optional=True, tooltip="From InfiniteTalk Enhance-A-Video."),
         foreign("WANVIDCONTEXT", "context_options", "Not supported: long videos are made in windows here."),
-        foreign("CACHEARGS", "cache_args", "Step caching is not supported; leave unconnected."),
+        StepCacheType.Input(
+            "cache_args", optional=True, tooltip="From InfiniteTalk EasyCache, TeaCache or MagCache; for many steps."
+        ),
         foreign("FLOWEDITARGS", "flowedit_args", "FlowEdit is not supported; leave unconnected."),
         io.Boolean.Input(
             "batched_cfg",
@@ -226,6 +230,7 @@ class InfiniteTalkSampler(io.ComfyNode):
         samples: dict[str, Any] | None = None,
         denoise_strength: float = 1.0,
         feta_args: EnhanceVideo | None = None,
+        cache_args: StepCache | None = None,
         batched_cfg: bool = False,
         slg_args: SkipLayers | None = None,
         rope_function: str = "comfy",
@@ -249,7 +254,7 @@ class InfiniteTalkSampler(io.ComfyNode):
             end_step=end_step,
             add_noise=add_noise_to_samples,
             riflex=riflex_freq_index,
-            techniques=tuple(technique for technique in (feta_args, slg_args) if technique is not None),
+            techniques=tuple(technique for technique in (feta_args, slg_args, cache_args) if technique is not None),
         )
         result = sample(model, image_embeds, settings, text=text_embeds, speech=multitalk_embeds, start=samples)
         if force_offload:

@@ -17,7 +17,6 @@ from ..fp8_optimization import how_linears_run
 from ..media.masks import latent_masks, speaker_planes
 from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind, overridden
-from ..pipeline.blocks import check_blocks
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
 from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
@@ -27,7 +26,7 @@ from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
 from ..pipeline.recorder import Recorder
 from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.schedulers import SCHEDULERS, make_scheduler
-from ..pipeline.techniques import SkipLayers, Technique
+from ..pipeline.techniques import Technique, fitted
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import count_kernels
@@ -132,9 +131,7 @@ def sample(
     """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
     if text is None:
         raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
-    for technique in settings.techniques:
-        if isinstance(technique, SkipLayers):
-            check_blocks(technique.blocks, len(model.model.blocks))
+    settings = replace(settings, techniques=fitted(settings.techniques, model.model.config, model.name))
     begin = time.monotonic()
     with (
         comfyui.ordinary_tensors(),

@@ -17,6 +17,7 @@ from ..media.images import fit_size
 from ..pipeline.blocks import parse_blocks
 from ..pipeline.guidance import cfg_schedule
 from ..pipeline.schedulers import make_scheduler
+from ..pipeline.step_cache import StepCache
 from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.errors import InputError
@@ -224,12 +225,18 @@ class WanVideoSamplerExtraArgs(io.ComfyNode):
         riflex_freq_index: int = 0,
         rope_function: str = "comfy",
         feta_args: EnhanceVideo | None = None,
+        cache_args: StepCache | None = None,
         slg_args: SkipLayers | None = None,
         multitalk_embeds: SpeechEmbeds | None = None,
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
-        given = {"feta_args": feta_args, "slg_args": slg_args, "multitalk_embeds": multitalk_embeds}
+        given = {
+            "feta_args": feta_args,
+            "cache_args": cache_args,
+            "slg_args": slg_args,
+            "multitalk_embeds": multitalk_embeds,
+        }
         return io.NodeOutput(ExtraArgs({**given, "riflex_freq_index": riflex_freq_index}))
 
 

@@ -28,6 +28,7 @@ CompileType = io.Custom("WANCOMPILEARGS")
 VramManagementType = io.Custom("VRAM_MANAGEMENTARGS")
 EnhanceVideoType = io.Custom("FETAARGS")
 SkipLayersType = io.Custom("SLGARGS")
+StepCacheType = io.Custom("CACHEARGS")
 SchedulerType = io.Custom("WANVIDEOSCHEDULER")
 ExtraArgsType = io.Custom("WANVIDSAMPLEREXTRAARGS")
 SamplerArgsType = io.Custom("SAMPLER_ARGS")
@@ -44,7 +45,6 @@ FOREIGN = {
     "SELECTEDBLOCKS": "LoRAs on selected blocks (here every block gets the LoRA)",
     "WANVIDEOPROMPTEXTENDER_ARGS": "prompt extension (write the longer prompt into positive_prompt)",
     "WANVIDCONTEXT": "context windows (InfiniteTalk Long Video makes long videos in windows)",
-    "CACHEARGS": "step caching (TeaCache, MagCache, EasyCache; a distillation LoRA with fewer steps saves more)",
     "FLOWEDITARGS": "FlowEdit",
     "LOOPARGS": "looped sampling",
     "EXPERIMENTALARGS": "experimental sampling options",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ..pipeline.step_cache import StepCache
 from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.errors import InputError
@@ -42,6 +43,7 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.CompileType: (CompileSettings, "InfiniteTalk Torch Compile"),
     schema.EnhanceVideoType: (EnhanceVideo, "InfiniteTalk Enhance-A-Video"),
     schema.SkipLayersType: (SkipLayers, "InfiniteTalk Skip Layers"),
+    schema.StepCacheType: (StepCache, "InfiniteTalk EasyCache"),
     schema.VramManagementType: (VramManagement, "WanVideo VRAM Management"),
     schema.SchedulerType: (SchedulerChoice, "WanVideo Scheduler v2"),
     schema.ExtraArgsType: (ExtraArgs, "WanVideoSampler v2 Extra Args"),

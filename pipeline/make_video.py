@@ -58,6 +58,7 @@ from .plan import GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
 from .recorder import Recorder
 from .sampling import what_ran
+from .techniques import fitted
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
 
@@ -369,6 +370,7 @@ def check(job: Job) -> Checked:
         total_frames=max(frames, default=0),
         device=device,
         attention_policy=bind(job.attention_policy, job.attention_mode, dit.num_layers),
+        techniques=fitted(job.config.techniques, dit, Path(job.files.model).name),
     )
     plan = plan_video(config, load_image(source[0]).size, frames, masks or None)
     _check_encoders(job.files)

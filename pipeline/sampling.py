@@ -15,9 +15,11 @@ where the scheduler needs it, and one of the overwrite's.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +32,12 @@ from .guidance import Formula, Pass, Projection
 from .kept_keys import KeptKeys
 from .nonfinite import FallbackModes, NonFinite, check_finite
 from .schedulers import Scheduler
-from .techniques import Technique, forward_options
+from .techniques import Technique, cache_of, forward_options
 
 __all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw", "what_ran"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,8 @@ def denoise(
     def attempt() -> tuple[Tensor, Tensor]:
         scheduler = copy.copy(schedule.scheduler)  # multistep solvers begin a history
         projection = None if schedule.apg is None else Projection(*schedule.apg)
+        cache = cache_of(schedule.techniques)
+        reuse = None if cache is None else cache.begin(model, schedule.steps)
         latents = clean = x
         if overwrite is not None:
             latents = overwrite.at_step(latents, schedule.start, scheduler, generator)
@@ -171,20 +178,26 @@ def denoise(
                 changes = forward_options(schedule.techniques, which, step, schedule.steps)
                 if given.nag is not None:
                     changes["nag"] = given.nag
-                velocity = model(
-                    noisy if given.overwrite is None else given.overwrite.put(noisy),
-                    t,
-                    given.context,
-                    given.clip,
-                    given.y,
-                    given.audio,
-                    given.masks,
-                    audio_scale=given.audio_scale,
-                    attention_mode=modes.mode(step),
-                    **keys.of_forward(given.context, given.clip),
-                    **changes,
-                )
-                return velocity[0]
+                seen = noisy if given.overwrite is None else given.overwrite.put(noisy)
+
+                def compute(**more: Any) -> Tensor:
+                    velocity = model(
+                        seen,
+                        t,
+                        given.context,
+                        given.clip,
+                        given.y,
+                        given.audio,
+                        given.masks,
+                        audio_scale=given.audio_scale,
+                        attention_mode=modes.mode(step),
+                        **keys.of_forward(given.context, given.clip),
+                        **changes,
+                        **more,
+                    )
+                    return velocity[0]
+
+                return compute() if reuse is None else reuse.velocity(which, step, seen, t, compute)
 
             formula = schedule.formulas[step]
             velocity = formula.velocity(evaluate, projection)
@@ -200,6 +213,8 @@ def denoise(
                 latents = overwrite.at_step(latents, step + 1, scheduler, generator)
             if report is not None:
                 report(step, clean)
+        if reuse is not None:
+            logger.info("%sstep cache: %d of %d passes were not computed", place, reuse.reused, reuse.passes)
         return latents, clean
 
     return modes.retry(attempt, generator, place)

@@ -58,6 +58,18 @@ NODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"blocks": "1", "start_percent": 0.0, "end_percent": 1.0},
         {"blocks": "1", "start_percent": 0.9, "end_percent": 1.0},
     ),
+    "InfiniteTalkEasyCache": (
+        "cache_args",
+        {"easycache_thresh": 1.0, "start_step": 0, "end_step": -1, "cache_device": "offload_device"},
+        {"easycache_thresh": 1.0, "start_step": 0, "end_step": 1, "cache_device": "main_device"},
+    ),
+    "InfiniteTalkTeaCache": (
+        "cache_args",
+        {"rel_l1_thresh": 1.0, "start_step": 1, "end_step": -1, "cache_device": "offload_device"}
+        | {"use_coefficients": False, "mode": "e0"},
+        {"rel_l1_thresh": 0.0, "start_step": 1, "end_step": -1, "cache_device": "main_device"}
+        | {"use_coefficients": False},
+    ),
 }
 
 
@@ -65,6 +77,7 @@ NODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("class_type", NODES)
 def test_a_technique_changes_the_video_where_it_holds(host: Host, prompt, class_type: str, windows: str) -> None:
     name, changing, neutral = NODES[class_type]
+    prompt[node_of(prompt, "InfiniteTalkSampler")]["inputs"]["steps"] = 4 if name == "cache_args" else 2
     if windows == "single":
         single(prompt)
     plain = made(host, prompt)
@@ -125,6 +138,37 @@ def test_skipped_layers_need_a_pass_to_skip_them_in(host: Host, prompt) -> None:
     prompt[node_of(prompt, "InfiniteTalkSpeech")]["inputs"]["audio_cfg_scale"] = 1.0
     with pytest.raises(NodeError, match="set cfg above 1"):
         host.run(prompt)
+
+
+@pytest.mark.parametrize(
+    ("class_type", "widgets", "words"),
+    [
+        ("WanVideoMagCache", {"magcache_thresh": 0.1, "magcache_K": 2}, "no ratios for a model like .* use EasyCache"),
+        ("WanVideoTeaCache", {"rel_l1_thresh": 0.1, "use_coefficients": True}, "turn use_coefficients off"),
+    ],
+)
+def test_a_cache_without_a_measure_of_the_model_says_so(host: Host, prompt, class_type, widgets, words: str) -> None:
+    common = {"start_step": 1, "end_step": -1, "cache_device": "offload_device"}
+    prompt["800"] = {"class_type": class_type, "inputs": common | widgets}
+    prompt[node_of(prompt, "InfiniteTalkSampler")]["inputs"]["cache_args"] = ["800", 0]
+    with pytest.raises(NodeError, match=words):
+        host.run(prompt)
+
+
+def test_the_widgets_of_caches_reach_them(host: Host) -> None:
+    from wanvideo_infinitetalk.pipeline.step_cache import EasyCache, MagCache, TeaCache
+
+    def made(class_type: str, *widgets: Any) -> Any:
+        names = [i.id for i in host.nodes[class_type].GET_SCHEMA().inputs]
+        return host.nodes[class_type].execute(**dict(zip(names, widgets, strict=False))).args[0]
+
+    main, host_memory = "main_device", "offload_device"
+    assert made("WanVideoEasyCache", 0.02, 3, 9, main) == EasyCache(0.02, 3, 9, on_host=False)
+    assert made("WanVideoTeaCache", 0.2, 3, 9, host_memory, False) == TeaCache(0.2, 3, 9)
+    assert made("WanVideoTeaCache", 0.2, 3, 9, main, True, "e0") == TeaCache(
+        0.2, 3, 9, on_host=False, coefficients=(), projected=True
+    )
+    assert made("WanVideoMagCache", 0.1, 5, 2, -1, host_memory) == MagCache(0.1, 2, -1, most_in_a_row=5)
 
 
 def test_skipped_blocks_go_with_block_swap(host: Host, prompt) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from support.models import random_inputs, random_model
 from torch import nn
+from wanvideo_infinitetalk.cli.demo import demo_job
 from wanvideo_infinitetalk.pipeline.attention_policy import SAFER
 from wanvideo_infinitetalk.pipeline.conditioning import WindowInputs
 from wanvideo_infinitetalk.pipeline.guidance import FULL, NULL, PROMPT, SPEECH
+from wanvideo_infinitetalk.pipeline.make_video import check
 from wanvideo_infinitetalk.pipeline.nonfinite import FallbackModes
 from wanvideo_infinitetalk.pipeline.plan import plan_schedule
 from wanvideo_infinitetalk.pipeline.sampling import denoise
+from wanvideo_infinitetalk.pipeline.step_cache import MagCache
 from wanvideo_infinitetalk.pipeline.techniques import EnhanceVideo, SkipLayers, forward_options
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 from wanvideo_infinitetalk.wanvideo.modules.techniques import (
@@ -177,3 +181,16 @@ def test_the_loop_gives_each_pass_its_options() -> None:
         {"context": 1.0, "nag": nag, "enhance": 3.0},
         {"context": 0.0, "enhance": 3.0},
     ]
+
+
+# --- before weights are read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("technique", "words"), [(SkipLayers((99,)), "not all in the model"), (MagCache(), "no ratios for a model like")]
+)
+def test_a_job_with_a_technique_that_does_not_fit_its_model(tmp_path, tiny_set, technique: Any, words: str) -> None:
+    with demo_job(tmp_path / "out.mp4", models=tiny_set.model.parent) as job:
+        config = dataclasses.replace(job.config, techniques=(technique,), cfg=3.0)
+        with pytest.raises(InputError, match=words):
+            check(dataclasses.replace(job, config=config))

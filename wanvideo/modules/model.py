@@ -30,7 +30,7 @@ from ..kernels.rope import Grid, Rotation, RotationTables
 from .attention import AttentionMode, attention, resolve_mode
 from .elementwise import AffineNorm, RMSNorm, gated_residual, modulated_norm, qk_norm_rope
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
-from .techniques import NormalizedAttention, cross_frame_gain, normalized_guidance
+from .techniques import BlockResidual, NormalizedAttention, cross_frame_gain, normalized_guidance
 
 __all__ = [
     "AudioConfig",
@@ -498,6 +498,7 @@ class WanModel(nn.Module):
         enhance: float | None = None,
         nag: NormalizedAttention | None = None,
         skip_blocks: Collection[int] = (),
+        residual: BlockResidual | None = None,
     ) -> torch.Tensor:
         """One forward.
 
@@ -522,6 +523,7 @@ class WanModel(nn.Module):
             enhance: weight of Enhance-A-Video in the self-attention of all blocks; None: without.
             nag: a prompt to move away from in the text attention of all blocks.
             skip_blocks: indices of blocks that are left out.
+            residual: is given what the blocks add to the tokens; or has it, and stands in place of running them.
 
         Returns:
             The velocity [B, out_dim, T, h, w], of x's dtype.
@@ -553,9 +555,15 @@ class WanModel(nn.Module):
         )
         mode = self.attention_mode if attention_mode is None else attention_mode
         tokens = self.patch_embedding(latents)  # [B, L, C]
-        for index, block in enumerate(self.blocks):
-            if index not in skip_blocks:
-                tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
+        if residual is not None and residual.reuse and residual.value is not None:
+            tokens = tokens + residual.value.to(tokens)
+        else:
+            embedded = None if residual is None else tokens
+            for index, block in enumerate(self.blocks):
+                if index not in skip_blocks:
+                    tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
+            if residual is not None and embedded is not None:
+                residual.value = tokens - embedded
         return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
 
     def run_block(

@@ -1,4 +1,4 @@
-"""Changes of attention outputs that need no training; all of them are off unless a forward is asked for them."""
+"""Changes of a forward that need no training; all of them are off unless a forward is asked for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..kernels.rope import Grid
 
-__all__ = ["NormalizedAttention", "cross_frame_gain", "normalized_guidance"]
+__all__ = ["BlockResidual", "NormalizedAttention", "cross_frame_gain", "normalized_guidance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,19 @@ class NormalizedAttention:
     scale: float = 11.0
     tau: float = 2.5
     alpha: float = 0.25
+
+
+@dataclass(eq=False)
+class BlockResidual:
+    """What all blocks of a model together added to the tokens in a forward, for another one.
+
+    Attributes:
+        value: [B, L, C]; set by a forward that computes it.
+        reuse: add `value` in place of running the blocks.
+    """
+
+    value: torch.Tensor | None = None
+    reuse: bool = False
 
 
 def normalized_guidance(
