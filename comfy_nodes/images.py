@@ -76,7 +76,7 @@ class InfiniteTalkClipVisionEncode(io.ComfyNode):
                     max=16,
                     step=2,
                     optional=True,
-                    tooltip="Also look at this many tiles of the image; 0 looks at the whole only.",
+                    tooltip="Also look at the image in this many rows and columns of tiles; 0 looks at the whole only.",
                 ),
                 io.Float.Input(
                     "ratio",
@@ -186,8 +186,9 @@ class InfiniteTalkLongVideo(io.ComfyNode):
                     "output_path",
                     default="",
                     optional=True,
-                    tooltip="A file name in ComfyUI's output folder. Finished windows are appended to this video with "
-                    "its sound as they come, and images then holds the last window only: for long videos.",
+                    tooltip="A name in ComfyUI's output folder. With the ending .mp4 finished windows are appended to "
+                    "that video with its sound as they come; without an ending their frames go into that folder. "
+                    "Images then holds the last window only: for long videos.",
                 ),
             ],
             outputs=[

@@ -141,7 +141,10 @@ class InfiniteTalkImagesFromSamples(io.ComfyNode):
             inputs=[io.Latent.Input("samples", tooltip="From InfiniteTalk Sampler after InfiniteTalk Long Video.")],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames."),
-                io.String.Output(display_name="output_path", tooltip="The video file, where one was asked for."),
+                io.String.Output(
+                    display_name="output_path",
+                    tooltip="The video file or the folder of frames, where one was asked for.",
+                ),
             ],
         )
 

@@ -13,6 +13,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -502,6 +504,34 @@ COMBINATIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }
 
 
+def _tiles_of(image: Tensor, tiles: int, crop: str) -> list[Tensor]:
+    """`tiles` x `tiles` parts of [1, H, W, C], row by row; of its middle square where `crop` is "center".
+
+    Raises InputError for an image with fewer pixels than that.
+    """
+    height, width = int(image.shape[1]), int(image.shape[2])
+    if crop == "center":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image, height, width = image[:, top : top + side, left : left + side], side, side
+    if min(height, width) < tiles:
+        raise InputError(f"An image of {width} x {height} pixels has no {tiles} x {tiles} tiles: set tiles lower.")
+    rows = image[:, : height // tiles * tiles].chunk(tiles, dim=1)
+    return [part for row in rows for part in row[:, :, : width // tiles * tiles].chunk(tiles, dim=2)]
+
+
+def _joined(parts: list[Tensor], tiles: int) -> Tensor:
+    """Features of tiles [1, 1 + g^2, C] as those of one image: the mean of their first tokens, and their grids side by
+    side, averaged down to g x g. Raises InputError for models whose tokens are no grid."""
+    side = math.isqrt(int(parts[0].shape[1]) - 1)
+    if side**2 + 1 != parts[0].shape[1]:
+        raise InputError(f"This CLIP model has {parts[0].shape[1]} tokens, which are no grid: set tiles to 0.")
+    first = torch.stack([part[:, :1] for part in parts]).mean(0)
+    grids = torch.stack([part[0, 1:].unflatten(0, (side, side)) for part in parts])  # [tiles^2, g, g, C]
+    mosaic = rearrange(grids, "(y x) h w c -> 1 c (y h) (x w)", y=tiles)
+    return torch.cat([first, F.adaptive_avg_pool2d(mosaic, side).flatten(2).transpose(1, 2)], dim=1)
+
+
 def clip_embeds_of(
     clip_vision: Any,
     images: Sequence[tuple[Tensor, float]],
@@ -513,21 +543,31 @@ def clip_embeds_of(
     tile_share: float,
     force_offload: bool,
 ) -> ClipEmbeds:
-    """Features of (image, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION."""
-    if tiles > 0 and tile_share > 0:
-        raise InputError("Tiled CLIP features are not part of this pack: set tiles to 0.")
+    """Features of (image, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION.
+
+    Args:
+        tiles: look at this many times this many tiles of each image too; 0 and 1 at the whole alone.
+        tile_share: share of the tiles in the features.
+    """
     if combine not in COMBINATIONS and len(images) > 1:
         raise InputError(f"combine_embeds '{combine}' is not part of this pack: choose average, sum or concat.")
 
-    def features(image: Tensor) -> Tensor:
+    def features(image: Tensor, crop: str = crop) -> Tensor:
         image = checked_image(image)
         if isinstance(clip_vision, VisionModel):
             return clip_vision.hidden_states(image[:1], crop)
         return comfyui.clip_hidden_states(clip_vision, image[:1], crop).float().cpu()
 
-    embeds = [features(image) * strength for image, strength in images]
+    def tiled(image: Tensor) -> Tensor:
+        whole = features(image)
+        if tiles < 2 or tile_share == 0:
+            return whole
+        parts = _tiles_of(checked_image(image)[:1], tiles, crop)
+        return whole.lerp(_joined([features(part, "disabled") for part in parts], tiles), tile_share)
+
+    embeds = [tiled(image) * strength for image, strength in images]
     positive = embeds[0] if len(embeds) == 1 else COMBINATIONS[combine](embeds)
-    result = ClipEmbeds(positive, None if negative is None else features(negative))
+    result = ClipEmbeds(positive, None if negative is None else tiled(negative))
     if force_offload and isinstance(clip_vision, VisionModel):
         clip_vision.resident.unload()
     return result

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fp8_optimization import how_linears_run
+from ..media.frame_folder import FrameFolder
 from ..media.masks import latent_masks, speaker_planes
 from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind, overridden
@@ -248,7 +250,10 @@ def _long_video(
     )
     clip = None if what.clip is None else _FixedClip(what.clip)
     windows = partial(generate, model.model, what.vae, clip, conditioning, plan)
-    if what.output_path:
+    folder = frames_folder(what.output_path)
+    if folder is not None:
+        result = _write_frames(windows(callbacks, frames_dtype=torch.uint8), folder)
+    elif what.output_path:
         what_is_made = _described(model, what, conditioning, plan, speech)
         how = {
             "torch": torch.__version__,
@@ -305,6 +310,26 @@ def _collect(windows: Iterator[FinishedWindow], speech: SpeechEmbeds) -> Latent:
     return {"samples": latents.cpu()[None], "video": video, "output_path": ""}
 
 
+def frames_folder(output_path: str) -> Path | None:
+    """The folder of frames that `output_path` names; None: it is empty, or the name of a video by its ending.
+
+    Raises InputError when it leads outside ComfyUI's output folder.
+    """
+    if not output_path:
+        return None
+    path = comfyui.output_path(output_path)
+    return None if path.suffix else path
+
+
+def _write_frames(windows: Iterator[FinishedWindow], folder: Path) -> Latent:
+    """The frames of all windows as images in a folder."""
+    with FrameFolder(folder) as frames:
+        for window in windows:
+            frames.append(window.frames)
+            latents, last = window.latents, window.frames / 255
+    return {"samples": latents.cpu()[None], "video": last, "output_path": str(folder)}
+
+
 def _write(
     windows: Callable[..., Iterator[FinishedWindow]],
     callbacks: Callbacks,
@@ -315,7 +340,7 @@ def _write(
     how: dict[str, str],
 ) -> Latent:
     """The windows appended to a file as they come, behind those of an interrupted run of the same video."""
-    path = comfyui.output_file(what.output_path, ".mp4")
+    path = comfyui.output_path(what.output_path)
     check_output(path)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
     if sound is not None and len(sound) > 2:  # as of a film
