@@ -18,7 +18,7 @@ from .comfy_nodes import (
     techniques,
     text,
 )
-from .comfy_nodes.schema import check_numbers_of
+from .comfy_nodes.schema import answer_early, check_numbers_of
 from .comfy_nodes.sockets import check_objects_of
 
 comfyui.register_folders()
@@ -69,6 +69,7 @@ NODES: list[Any] = [
 for _node in NODES + saved.SAVED_NODES:
     check_numbers_of(_node)
     check_objects_of(_node)
+    answer_early(_node)
 
 
 class InfiniteTalkExtension(comfyui.ComfyExtension):

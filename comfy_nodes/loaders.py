@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ..fp8_optimization import QUANTIZATIONS
+from ..wanvideo.checkpoints.dit import inspect_dit
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
 from ..wanvideo.errors import InputError
+from ..wanvideo.modules.attention import canonical_mode
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from ..wanvideo.runtime.precision import PRECISIONS
 from . import comfyui
 from .comfyui import io
-from .models import SpeechModel, TextModel, VaeModel, VideoModel, VisionModel
+from .models import HEADERS, SpeechModel, TextModel, VaeModel, VideoModel, VisionModel, check_file
 from .schema import (
     AdapterType,
     BlockSwapType,
@@ -125,6 +127,15 @@ class InfiniteTalkModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, model: str | None = None, attention_mode: str | None = "sdpa") -> None:
+        if attention_mode is not None:
+            canonical_mode(attention_mode)
+        if model is not None:
+            path = comfyui.model_path("dit", model)
+            if path.suffix.lower() in HEADERS:
+                inspect_dit(path)
+
+    @classmethod
     def execute(
         cls,
         model: str,
@@ -178,6 +189,10 @@ class InfiniteTalkAdapterLoader(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, model: str | None = None) -> None:
+        check_file("dit", model, "adapter")
+
+    @classmethod
     def execute(cls, model: str) -> Any:
         return io.NodeOutput(Adapter(comfyui.model_path("dit", model)))
 
@@ -217,6 +232,10 @@ class InfiniteTalkVAELoader(io.ComfyNode):
             ],
             outputs=[WanVaeType.Output(display_name="vae", tooltip="The loaded VAE.")],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("vae", model_name, "VAE")
 
     @classmethod
     def execute(
@@ -269,6 +288,10 @@ class InfiniteTalkSmallDecoderLoader(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("small_decoder", model_name, "decoder")
 
     @classmethod
     def execute(cls, model_name: str, precision: str = "fp16", parallel: bool = False) -> Any:
@@ -329,6 +352,10 @@ class InfiniteTalkTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("text_encoder", model_name, "text encoder")
+
+    @classmethod
     def execute(
         cls, model_name: str, precision: str, load_device: str = "offload_device", quantization: str = "disabled"
     ) -> Any:
@@ -362,6 +389,10 @@ class InfiniteTalkClipVisionLoader(io.ComfyNode):
             ],
             outputs=[io.ClipVision.Output(display_name="clip_vision", tooltip="For InfiniteTalk CLIP Vision Encode.")],
         )
+
+    @classmethod
+    def check_early(cls, clip_name: str | None = None) -> None:
+        check_file("clip_vision", clip_name, "CLIP vision model")
 
     @classmethod
     def execute(cls, clip_name: str, precision: str = "fp16") -> Any:
@@ -399,6 +430,10 @@ class InfiniteTalkWav2VecLoader(io.ComfyNode):
             ],
             outputs=_wav2vec_outputs(),
         )
+
+    @classmethod
+    def check_early(cls, model: str | None = None) -> None:
+        check_file("wav2vec", model, "wav2vec2 model")
 
     @classmethod
     def execute(cls, model: str, base_precision: str, load_device: str) -> Any:

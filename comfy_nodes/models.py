@@ -31,6 +31,7 @@ from ..pipeline.prompts import encode_pieces, parse_prompt
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
 from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, inspect_loras
+from ..wanvideo.checkpoints.state_dict import check_part
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.small_decoder import SmallDecoder
 from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
@@ -52,6 +53,23 @@ def _stamp(path: str | Path) -> tuple[str, int, int]:
     """The identity of a file's state: path, size in bytes, time of the last change."""
     status = Path(path).stat()
     return str(path), status.st_size, status.st_mtime_ns
+
+
+HEADERS = (".safetensors", ".gguf")
+"""Endings of files that say in their first bytes what they hold."""
+
+
+def check_file(folder_kind: str, name: str | None, part: str) -> None:
+    """Raise CheckpointError for a file that is gone, and by its header for one of another kind; None is not known yet.
+
+    Args:
+        folder_kind: a row of `comfyui.FOLDERS`. part: one of `state_dict.PARTS`.
+    """
+    if name is None:
+        return
+    path = comfyui.model_path(folder_kind, name)
+    if path.suffix.lower() in HEADERS:
+        check_part(path, part)
 
 
 # --- the video model ---------------------------------------------------------------------------------------------
@@ -504,6 +522,12 @@ COMBINATIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }
 
 
+def check_combination(name: str) -> None:
+    """Raise InputError for a way to combine images that is not run here."""
+    if name not in COMBINATIONS:
+        raise InputError(f"combine_embeds '{name}' is not part of this pack: choose {' or '.join(COMBINATIONS)}.")
+
+
 def _tiles_of(image: Tensor, tiles: int, crop: str) -> list[Tensor]:
     """`tiles` x `tiles` parts of [1, H, W, C], row by row; of its middle square where `crop` is "center".
 
@@ -549,8 +573,8 @@ def clip_embeds_of(
         tiles: look at this many times this many tiles of each image too; 0 and 1 at the whole alone.
         tile_share: share of the tiles in the features.
     """
-    if combine not in COMBINATIONS and len(images) > 1:
-        raise InputError(f"combine_embeds '{combine}' is not part of this pack: choose average, sum or concat.")
+    if len(images) > 1:
+        check_combination(combine)
 
     def features(image: Tensor, crop: str = crop) -> Tensor:
         image = checked_image(image)

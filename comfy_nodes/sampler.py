@@ -10,7 +10,7 @@ from ..pipeline.step_cache import StepCache
 from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from .comfyui import io
 from .models import VideoModel
-from .sampling import SamplerSettings, sample
+from .sampling import SamplerSettings, check_request, check_riflex, check_scheduler, sample
 from .schema import (
     EnhanceVideoType,
     ImageEmbedsType,
@@ -54,7 +54,7 @@ SCHEDULERS = [
 def sampler_inputs(*, riflex_is_optional: bool = False) -> list[Any]:
     """The inputs of the sampler, in the public order."""
     return [
-        WanModelType.Input("model", tooltip="From InfiniteTalk Model Loader."),
+        WanModelType.Input("model", lazy=True, tooltip="From InfiniteTalk Model Loader."),
         ImageEmbedsType.Input(
             "image_embeds",
             tooltip="Image, size and length: from InfiniteTalk Long Video, Image To Video or Empty Video.",
@@ -191,6 +191,41 @@ def optional_settings() -> list[Any]:
     return [inputs[name] for name in ("riflex_freq_index", *EXTRA)]
 
 
+def _settings(
+    *,
+    steps: int,
+    cfg: float | list[float],
+    shift: float,
+    seed: int,
+    scheduler: str,
+    riflex_freq_index: int,
+    denoise_strength: float = 1.0,
+    feta_args: EnhanceVideo | None = None,
+    cache_args: StepCache | None = None,
+    slg_args: SkipLayers | None = None,
+    sigmas: torch.Tensor | None = None,
+    start_step: int = 0,
+    end_step: int = -1,
+    add_noise_to_samples: bool = False,
+    **others: Any,
+) -> SamplerSettings:
+    """The sampler's widgets among its inputs."""
+    return SamplerSettings(
+        steps=steps,
+        cfg=cfg,
+        shift=shift,
+        seed=seed,
+        scheduler=scheduler,
+        sigmas=sigmas,
+        denoise=denoise_strength,
+        start_step=start_step,
+        end_step=end_step,
+        add_noise=add_noise_to_samples,
+        riflex=riflex_freq_index,
+        techniques=tuple(technique for technique in (feta_args, slg_args, cache_args) if technique is not None),
+    )
+
+
 class InfiniteTalkSampler(io.ComfyNode):
     SIGMA_LEVELS = ("start_step", "end_step")
 
@@ -213,6 +248,26 @@ class InfiniteTalkSampler(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def check_early(cls, scheduler: str | None = None, riflex_freq_index: int | None = None) -> None:
+        if scheduler is not None:
+            check_scheduler(scheduler)
+        check_riflex(riflex_freq_index or 0)
+
+    @classmethod
+    def check_lazy_status(cls, model: VideoModel | None = None, **given: Any) -> list[str]:
+        """The model is asked for when all else is there and fits: what is wrong is said before weights are read."""
+        if model is not None:
+            return []
+        check_request(
+            given["image_embeds"],
+            _settings(**given),
+            text=given.get("text_embeds"),
+            speech=given.get("multitalk_embeds"),
+            start=given.get("samples"),
+        )
+        return ["model"]
 
     @classmethod
     def execute(
@@ -242,19 +297,21 @@ class InfiniteTalkSampler(io.ComfyNode):
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
-        settings = SamplerSettings(
+        settings = _settings(
             steps=steps,
             cfg=cfg,
             shift=shift,
             seed=seed,
             scheduler=scheduler,
+            riflex_freq_index=riflex_freq_index,
+            denoise_strength=denoise_strength,
+            feta_args=feta_args,
+            cache_args=cache_args,
+            slg_args=slg_args,
             sigmas=sigmas,
-            denoise=denoise_strength,
             start_step=start_step,
             end_step=end_step,
-            add_noise=add_noise_to_samples,
-            riflex=riflex_freq_index,
-            techniques=tuple(technique for technique in (feta_args, slg_args, cache_args) if technique is not None),
+            add_noise_to_samples=add_noise_to_samples,
         )
         result = sample(model, image_embeds, settings, text=text_embeds, speech=multitalk_embeds, start=samples)
         if force_offload:

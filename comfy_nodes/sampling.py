@@ -121,6 +121,36 @@ class SamplerSettings:
         return self.start_step + self.schedule_steps - self.steps
 
 
+def check_request(
+    what: LongVideo | OneWindow,
+    settings: SamplerSettings,
+    *,
+    text: TextEmbeds | None,
+    speech: SpeechEmbeds | None,
+    start: Latent | None,
+) -> None:
+    """Raise InputError for inputs that are missing or do not fit together, whatever the model."""
+    if text is None:
+        raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
+    _negative(text, settings)
+    if isinstance(what, OneWindow):
+        _only(text.positive)
+        _schedule(settings, speech)
+        _first_latents(start, settings, _shape(what))
+        return
+    if speech is None:
+        raise InputError("There is no speech: connect multitalk_embeds (InfiniteTalk Silence for a silent person).")
+    if settings.end_step != -1:
+        raise InputError("end_step stops within a window, a long video has many: set it to -1.")
+    if what.clip is not None and what.clip.negative is not None:
+        raise InputError(
+            "A negative_image has no effect on long videos: disconnect it (InfiniteTalk CLIP Vision Encode)."
+        )
+    frames_folder(what.output_path)
+    lengths = [len(rows) for rows in speech.speakers] or [speech.num_frames]
+    _plan(_config(what, settings, speech), _source(what, start), lengths, speech)
+
+
 def sample(
     model: VideoModel,
     what: LongVideo | OneWindow,
@@ -131,8 +161,8 @@ def sample(
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
-    if text is None:
-        raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
+    check_request(what, settings, text=text, speech=speech, start=start)
+    assert text is not None
     settings = replace(settings, techniques=fitted(settings.techniques, model.model.config, model.name))
     begin = time.monotonic()
     with (
@@ -142,6 +172,7 @@ def sample(
         compile_limits(model.compile_settings),
     ):
         if isinstance(what, LongVideo):
+            assert speech is not None
             result = _long_video(model, what, settings, text, speech, start)
         else:
             result = _one_window(model, what, settings, text, speech, start)
@@ -200,46 +231,18 @@ def _long_video(
     what: LongVideo,
     settings: SamplerSettings,
     text: TextEmbeds,
-    speech: SpeechEmbeds | None,
+    speech: SpeechEmbeds,
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     """All windows: decoded frames in the LATENT's "video", the last window's latents as its samples."""
-    if speech is None:
-        raise InputError("There is no speech: connect multitalk_embeds (InfiniteTalk Silence for a silent person).")
-    if settings.end_step != -1:
-        raise InputError("end_step stops within a window, a long video has many: set it to -1.")
-    if what.clip is not None and what.clip.negative is not None:
-        raise InputError(
-            "A negative_image has no effect on long videos: disconnect it (InfiniteTalk CLIP Vision Encode)."
-        )
     source = _source(what, start)
     resident = model.weights.resident
-    config = GenerateConfig(
-        width=what.width,
-        height=what.height,
-        frames=what.frames,
-        motion_frames=what.motion_frames,
-        total_frames=speech.num_frames,
-        steps=settings.schedule_steps,
-        shift=settings.shift,
-        scheduler=settings.scheduler,
-        sigmas=settings.levels,
-        start_step=settings.first_step,
-        cfg=settings.cfg,
-        audio_cfg=speech.audio_cfg,
-        audio_scale=speech.audio_scale,
-        seed=settings.seed,
-        mode=model.mode if what.mode == "auto" else what.mode,
-        color_correction=0.0 if what.color_match == "disabled" else 1.0,
-        color_method="reinhard" if what.color_match == "disabled" else what.color_match,
-        attention_policy=_policy(model),
-        tiled_vae=what.tiled,
-        techniques=settings.techniques,
-        device=resident.device,
+    mode = model.mode if what.mode == "auto" else what.mode
+    config = replace(
+        _config(what, settings, speech), mode=mode, attention_policy=_policy(model), device=resident.device
     )
     features = _features(model, speech)
-    size = (source.shape[2], source.shape[1])
-    plan = plan_video(config, size, [len(rows) for rows in features], _planes(speech))
+    plan = _plan(config, source, [len(rows) for rows in features], speech)
     conditioning = Conditioning(text.positive, _negative(text, settings), features, _Images(source), text.nag)
     reporter = _Reporter(resident.device)
     callbacks = Callbacks(
@@ -265,6 +268,36 @@ def _long_video(
         result = _collect(windows(callbacks), speech)
     what.vae.unload()
     return result, result
+
+
+def _config(what: LongVideo, settings: SamplerSettings, speech: SpeechEmbeds) -> GenerateConfig:
+    """All settings that do not depend on the model."""
+    return GenerateConfig(
+        width=what.width,
+        height=what.height,
+        frames=what.frames,
+        motion_frames=what.motion_frames,
+        total_frames=speech.num_frames,
+        steps=settings.schedule_steps,
+        shift=settings.shift,
+        scheduler=settings.scheduler,
+        sigmas=settings.levels,
+        start_step=settings.first_step,
+        cfg=settings.cfg,
+        audio_cfg=speech.audio_cfg,
+        audio_scale=speech.audio_scale,
+        seed=settings.seed,
+        mode="infinitetalk" if what.mode == "auto" else what.mode,
+        color_correction=0.0 if what.color_match == "disabled" else 1.0,
+        color_method="reinhard" if what.color_match == "disabled" else what.color_match,
+        tiled_vae=what.tiled,
+        techniques=settings.techniques,
+    )
+
+
+def _plan(config: GenerateConfig, source: Tensor, lengths: Sequence[int], speech: SpeechEmbeds) -> Plan:
+    """The plan of a video from `source` frames [N, H, W, 3] with recordings of these lengths in frames."""
+    return plan_video(config, (source.shape[2], source.shape[1]), lengths, _planes(speech))
 
 
 def _source(what: LongVideo, start: Latent | None) -> Tensor:
@@ -410,20 +443,14 @@ def _one_window(
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     device = model.weights.resident.device
-    schedule = plan_schedule(
-        settings.scheduler,
-        settings.schedule_steps,
-        settings.shift,
-        sigmas=settings.levels,
-        start_step=settings.first_step,
-        end_step=None if settings.end_step == -1 else settings.end_step,
-        cfg=settings.cfg,
-        audio_cfg=1.0 if speech is None else speech.audio_cfg,
-        techniques=settings.techniques,
-    )
+    schedule = _schedule(settings, speech)
     generator = torch.Generator("cpu").manual_seed(int(settings.seed))
-    shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
-    x = _first_latents(start, settings, schedule, torch.randn(shape, generator=generator))
+    noise = torch.randn(_shape(what), generator=generator)
+    x = _first_latents(start, settings, _shape(what))
+    if x is None:
+        x = noise
+    elif settings.add_noise or settings.denoise < 1:
+        x = schedule.scheduler.add_noise(x, noise, schedule.start)
     model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
     reporter = _Reporter(device)
 
@@ -444,19 +471,37 @@ def _one_window(
     return {"samples": x.cpu()[None]}, {"samples": clean.cpu()[None]}
 
 
-def _first_latents(start: Latent | None, settings: SamplerSettings, schedule: Schedule, noise: Tensor) -> Tensor:
-    """Noise, or the latents to start from, noised to the level of the first step where they are clean."""
+def _shape(what: OneWindow) -> tuple[int, int, int, int]:
+    """Of the latents [16, T, h, w]."""
+    return 16, latent_frames(what.num_frames), what.height // 8, what.width // 8
+
+
+def _schedule(settings: SamplerSettings, speech: SpeechEmbeds | None) -> Schedule:
+    return plan_schedule(
+        settings.scheduler,
+        settings.schedule_steps,
+        settings.shift,
+        sigmas=settings.levels,
+        start_step=settings.first_step,
+        end_step=None if settings.end_step == -1 else settings.end_step,
+        cfg=settings.cfg,
+        audio_cfg=1.0 if speech is None else speech.audio_cfg,
+        techniques=settings.techniques,
+    )
+
+
+def _first_latents(start: Latent | None, settings: SamplerSettings, shape: tuple[int, ...]) -> Tensor | None:
+    """The latents to start from, of that shape; None: the window starts from noise."""
     if start is None:
         if settings.first_step > 0:
             raise InputError("Starting behind the first step needs latents to start from: connect samples.")
-        return noise
+        return None
     given = start["samples"][0].float()
-    if given.shape != noise.shape:
+    if tuple(given.shape) != shape:
         raise InputError(
-            f"samples {list(given.shape)} do not have the size of the video {list(noise.shape)}: encode at its size."
+            f"samples {list(given.shape)} do not have the size of the video {list(shape)}: encode at its size."
         )
-    clean = settings.add_noise or settings.denoise < 1
-    return schedule.scheduler.add_noise(given, noise, schedule.start) if clean else given
+    return given
 
 
 def _window_inputs(

@@ -24,9 +24,9 @@ from ..wanvideo.errors import InputError
 from . import comfyui
 from .comfyui import io
 from .conversion import keyframe_window
-from .models import VaeModel, VideoModel, VisionModel, clip_embeds_of
+from .models import VaeModel, VideoModel, VisionModel, check_file, clip_embeds_of
 from .sampler import SCHEDULERS, InfiniteTalkSampler, optional_settings, sampler_inputs
-from .sampling import check_scheduler
+from .sampling import check_riflex, check_scheduler
 from .schema import (
     ComboType,
     ExtraArgsType,
@@ -89,6 +89,14 @@ def _scheduler_inputs() -> list[Any]:
     ]
 
 
+def _check_schedule(scheduler: str | None, enhance_hf: bool | None) -> None:
+    """Raise InputError for a schedule that is not run here; None is not known yet."""
+    if enhance_hf:
+        raise InputError("The schedule of enhance_hf is not part of this pack: turn enhance_hf off.")
+    if scheduler is not None:
+        check_scheduler(scheduler)
+
+
 def _scheduler_choice(
     scheduler: str,
     steps: int,
@@ -99,9 +107,7 @@ def _scheduler_choice(
     enhance_hf: bool,
 ) -> SchedulerChoice:
     """What the widgets of both scheduler nodes say. Raises InputError for what the sampler would not run."""
-    if enhance_hf:
-        raise InputError("The schedule of enhance_hf is not part of this pack: turn enhance_hf off.")
-    check_scheduler(scheduler)
+    _check_schedule(scheduler, enhance_hf)
     return SchedulerChoice(scheduler, steps, shift, start_step, end_step, sigmas)
 
 
@@ -127,6 +133,10 @@ class WanVideoScheduler(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def check_early(cls, scheduler: str | None = None, enhance_hf: bool | None = False) -> None:
+        _check_schedule(scheduler, enhance_hf)
 
     @classmethod
     def execute(
@@ -157,6 +167,10 @@ class WanVideoSchedulerv2(io.ComfyNode):
             inputs=_scheduler_inputs(),
             outputs=[SchedulerType.Output(display_name="scheduler", tooltip="For WanVideo Sampler v2.")],
         )
+
+    @classmethod
+    def check_early(cls, scheduler: str | None = None, enhance_hf: bool | None = False) -> None:
+        _check_schedule(scheduler, enhance_hf)
 
     @classmethod
     def execute(
@@ -195,6 +209,16 @@ class WanVideoSamplerv2(io.ComfyNode):
         )
 
     @classmethod
+    def check_lazy_status(cls, model: VideoModel | None = None, **given: Any) -> list[str]:
+        return InfiniteTalkSampler.check_lazy_status(model=model, **cls._given(**given))
+
+    @classmethod
+    def _given(cls, scheduler: SchedulerChoice, extra_args: ExtraArgs | None = None, **given: Any) -> dict[str, Any]:
+        """The inputs as those of the sampler."""
+        more = {} if extra_args is None else dict(extra_args.given)
+        return {"riflex_freq_index": 0, **given, **vars(scheduler), **more}
+
+    @classmethod
     def execute(
         cls,
         scheduler: SchedulerChoice,
@@ -202,10 +226,8 @@ class WanVideoSamplerv2(io.ComfyNode):
         add_noise_to_samples: bool = False,
         **given: Any,
     ) -> Any:
-        more = {} if extra_args is None else dict(extra_args.given)
-        return InfiniteTalkSampler.execute(
-            **{"riflex_freq_index": 0, **given, **vars(scheduler), **more}, add_noise_to_samples=add_noise_to_samples
-        )
+        given = cls._given(scheduler, extra_args, **given)
+        return InfiniteTalkSampler.execute(**given, add_noise_to_samples=add_noise_to_samples)
 
 
 class WanVideoSamplerExtraArgs(io.ComfyNode):
@@ -218,6 +240,10 @@ class WanVideoSamplerExtraArgs(io.ComfyNode):
             inputs=optional_settings(),
             outputs=[ExtraArgsType.Output(display_name="extra_args", tooltip="For WanVideo Sampler v2.")],
         )
+
+    @classmethod
+    def check_early(cls, riflex_freq_index: int | None = 0) -> None:
+        check_riflex(riflex_freq_index or 0)
 
     @classmethod
     def execute(
@@ -254,6 +280,14 @@ class WanVideoSamplerSettings(io.ComfyNode):
                 SamplerArgsType.Output(display_name="sampler_inputs", tooltip="For WanVideo Sampler From Settings.")
             ],
         )
+
+    @classmethod
+    def check_early(cls, scheduler: str | None = None, riflex_freq_index: int | None = None) -> None:
+        InfiniteTalkSampler.check_early(scheduler, riflex_freq_index)
+
+    @classmethod
+    def check_lazy_status(cls, model: VideoModel | None = None, **given: Any) -> list[str]:
+        return InfiniteTalkSampler.check_lazy_status(model=model, **given)
 
     @classmethod
     def execute(cls, **given: Any) -> Any:
@@ -562,6 +596,10 @@ class LoadWanVideoClipTextEncoder(io.ComfyNode):
                 io.ClipVision.Output(display_name="wan_clip_vision", tooltip="For InfiniteTalk CLIP Vision Encode.")
             ],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("clip", model_name, "CLIP vision model")
 
     @classmethod
     def execute(cls, model_name: str, precision: str, load_device: str = "offload_device") -> Any:

@@ -53,11 +53,10 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
 
 
 def check_objects_of(node: Any) -> None:
-    """Make `node.execute` reject objects that another pack made, before it runs.
+    """Make `node` reject objects that another pack made, before it runs.
 
     Other packs use the same type names for objects of their own, and ComfyUI connects what has the same name.
     """
-    execute = node.execute.__func__
     carried = {kind.io_type: entry for kind, entry in CARRIED.items()}
 
     @functools.cache
@@ -65,8 +64,7 @@ def check_objects_of(node: Any) -> None:
         found = {socket.id: socket.get_io_type() for socket in node.define_schema().inputs}
         return {name: carried[kind] for name, kind in found.items() if kind in carried}
 
-    @functools.wraps(execute)
-    def checked(cls: Any, **given: Any) -> Any:
+    def check(given: dict[str, Any]) -> None:
         for name, (kind, maker) in expected().items():
             value = given.get(name)
             items = value if isinstance(value, (list, tuple)) and kind is LoraSpec else [value]
@@ -76,6 +74,5 @@ def check_objects_of(node: Any) -> None:
                         f"{name} comes from a node of another pack (a {type(item).__name__}), whose objects this node "
                         f"cannot use: connect {maker} of {schema.CATEGORY}."
                     )
-        return execute(cls, **given)
 
-    node.execute = classmethod(checked)
+    schema.check_before(node, check)

@@ -8,8 +8,8 @@ from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
 from ..wanvideo.errors import InputError
 from . import comfyui
 from .comfyui import io
-from .models import TextModel
-from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, reject_foreign
+from .models import TextModel, check_file
+from .schema import UNCONNECTED, TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, reject_foreign
 from .types import TextEmbeds
 
 _POSITIVE_TIP = (
@@ -24,6 +24,14 @@ _DEVICE_TIP = "Where the text encoder runs."
 
 def _prompt(input_id: str, tooltip: str) -> Any:
     return io.String.Input(input_id, default="", multiline=True, tooltip=tooltip)
+
+
+def _check_encoder(use_disk_cache: bool | None, t5: Any) -> None:
+    if t5 is UNCONNECTED and use_disk_cache is False:
+        raise InputError(
+            "There is no text encoder: connect t5 (InfiniteTalk Text Encoder Loader), or turn use_disk_cache on for "
+            "prompts that were encoded before."
+        )
 
 
 def _encoding_options() -> list[Any]:
@@ -68,6 +76,10 @@ class InfiniteTalkTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, use_disk_cache: bool | None = False, t5: Any = UNCONNECTED) -> None:
+        _check_encoder(use_disk_cache, t5)
+
+    @classmethod
     def execute(
         cls,
         positive_prompt: str,
@@ -102,6 +114,10 @@ class InfiniteTalkTextEncodeSingle(io.ComfyNode):
             ],
             outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
+
+    @classmethod
+    def check_early(cls, use_disk_cache: bool | None = False, t5: Any = UNCONNECTED) -> None:
+        _check_encoder(use_disk_cache, t5)
 
     @classmethod
     def execute(
@@ -160,6 +176,10 @@ class InfiniteTalkTextEncodeCached(io.ComfyNode):
                 io.String.Output(display_name="positive_prompt", tooltip="The prompt as it was encoded."),
             ],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("text_encoder", model_name, "text encoder")
 
     @classmethod
     def execute(

@@ -28,9 +28,9 @@ from ..media.mixing import arrange, mix
 from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features, wav2vec2_files
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
-from ..wanvideo.checkpoints.files import CheckpointFile, Progress
+from ..wanvideo.checkpoints.files import Progress
 from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
-from ..wanvideo.checkpoints.state_dict import kind_of
+from ..wanvideo.checkpoints.state_dict import check_part
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.small_decoder import SmallDecoder, denormalizes
 from ..wanvideo.encoders.text import TextEncoder, text_quantization
@@ -77,8 +77,6 @@ FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
 
 NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
-
-UNKNOWN_KIND = kind_of(())
 
 SOUND_RATE = 48000
 """Hz. Of the sound of several recordings together."""
@@ -427,22 +425,12 @@ def _check_paths(job: Job) -> None:
 
 def _check_kinds_of_files(files: ModelFiles) -> None:
     """Reject a file given in the place of another, by the names of its tensors."""
-    for option, path, kind in (
-        ("VAE", files.vae, "a Wan2.1 VAE"),
-        ("decoder", files.decoder, "a small decoder"),
-        ("text encoder", files.text_encoder, "a T5 text encoder"),
-        ("CLIP vision model", files.clip_vision, "a CLIP vision model"),
-        ("wav2vec2 model", files.wav2vec, "a wav2vec2 model"),
-    ):
-        if path is None:
-            continue
-        if option == "wav2vec2 model":
-            path, _, _ = wav2vec2_files(path)  # maybe of a folder
-        with CheckpointFile(path) as file:
-            found = kind_of(file.names)
-        # What is of no known kind is left to the loader, which says what it lacks.
-        if found not in (kind, UNKNOWN_KIND):
-            raise CheckpointError(f"{path}, given as the {option}, is {found}, not {kind}.")
+    check_part(files.vae, "VAE")
+    if files.decoder is not None:
+        check_part(files.decoder, "decoder")
+    check_part(files.text_encoder, "text encoder")
+    check_part(files.clip_vision, "CLIP vision model")
+    check_part(wav2vec2_files(files.wav2vec)[0], "wav2vec2 model")  # maybe of a folder
 
 
 def _check_encoders(files: ModelFiles) -> None:

@@ -85,6 +85,10 @@ class ComfyNode:
         raise NotImplementedError
 
     @classmethod
+    def check_lazy_status(cls, **inputs: Any) -> list[str]:
+        return [name for name, value in inputs.items() if value is None]
+
+    @classmethod
     def GET_SCHEMA(cls) -> Schema:
         schema = cls.define_schema()
         ids = [i.id for i in schema.inputs]

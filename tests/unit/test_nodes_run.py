@@ -193,31 +193,20 @@ def test_quantized_models_run_with_loras(host: Host, prompt, quantization: str) 
     assert torch.isfinite(host.run(prompt)[sampler][0]["samples"]).all()
 
 
+# Beside these, what is said before anything runs, or before the model is read, is in test_nodes_early.py.
 WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
-    "a mode of others": (
-        "InfiniteTalkModelLoader",
-        {"attention_mode": "radial_sage_attention"},
-        BackendUnavailableError,
-        "choose sageattn_3_fp8",
-    ),
     "a mode whose package is missing": (
         "InfiniteTalkModelLoader",
         {"attention_mode": "flash_attn_3"},
         BackendUnavailableError,
         "flash_attn_3",
     ),
-    "an adapter as model": (
-        "InfiniteTalkModelLoader",
-        {"model": make_workflows.TINY["adapter"]},
-        CheckpointError,
-        "is an InfiniteTalk adapter",
+    "frames outside of the output folder": (
+        "InfiniteTalkLongVideo",
+        {"output_path": "../elsewhere"},
+        InputError,
+        "leads outside",
     ),
-    "a scheduler of others": ("InfiniteTalkSampler", {"scheduler": "rcm"}, InputError, "choose lcm"),
-    "riflex": ("InfiniteTalkSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
-    "no step left": ("InfiniteTalkSampler", {"start_step": 5}, InputError, "start step"),
-    "an end step": ("InfiniteTalkSampler", {"end_step": 1}, InputError, "end_step"),
-    "a window of 16": ("InfiniteTalkLongVideo", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
-    "no room for new frames": ("InfiniteTalkLongVideo", {"motion_frame": 33}, InputError, "no room"),
 }
 
 
@@ -230,13 +219,6 @@ def test_wrong_input_is_answered_on_the_node_that_has_it(host: Host, prompt, cas
     assert isinstance(caught.value.error, error)
     assert caught.value.class_type == class_type
     assert "\n" not in str(caught.value.error)
-
-
-@pytest.mark.parametrize("missing", ["text_embeds", "multitalk_embeds"])
-def test_what_is_not_connected_is_named(host: Host, prompt, missing: str) -> None:
-    del prompt[node_of(prompt, "InfiniteTalkSampler")]["inputs"][missing]
-    with pytest.raises(NodeError, match=f"connect {missing}"):
-        host.run(prompt)
 
 
 def test_a_silent_person(host: Host, prompt) -> None:
