@@ -54,6 +54,7 @@ def advanced(widget: Any) -> Any:
 # Kinds of files as the loaders name them -> the folders of ComfyUI that hold them.
 FOLDERS = {
     "dit": ("diffusion_models", "unet_gguf"),
+    "adapter": ("diffusion_models", "unet_gguf", "model_patches"),
     "vae": ("vae",),
     "small_decoder": ("vae_approx",),
     "text_encoder": ("text_encoders",),

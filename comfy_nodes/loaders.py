@@ -180,9 +180,10 @@ class InfiniteTalkAdapterLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=comfyui.model_files("dit"),
-                    tooltip="An adapter file of ComfyUI/models/diffusion_models, safetensors or GGUF. With 'infinite' "
-                    "in its name it counts as InfiniteTalk, else as MultiTalk; the video node can overrule that.",
+                    options=comfyui.model_files("adapter"),
+                    tooltip="An adapter file of ComfyUI/models/diffusion_models or models/model_patches, safetensors "
+                    "or GGUF. With 'infinite' in its name it counts as InfiniteTalk, else as MultiTalk; the video node "
+                    "can overrule that.",
                 )
             ],
             outputs=[AdapterType.Output(display_name="model", tooltip="For InfiniteTalk Model Loader.")],
@@ -190,11 +191,11 @@ class InfiniteTalkAdapterLoader(io.ComfyNode):
 
     @classmethod
     def check_early(cls, model: str | None = None) -> None:
-        check_file("dit", model, "adapter")
+        check_file("adapter", model, "adapter")
 
     @classmethod
     def execute(cls, model: str) -> Any:
-        return io.NodeOutput(Adapter(comfyui.model_path("dit", model)))
+        return io.NodeOutput(Adapter(comfyui.model_path("adapter", model)))
 
 
 class InfiniteTalkVAELoader(io.ComfyNode):

@@ -132,7 +132,16 @@ def _io() -> types.ModuleType:
 def _folder_paths(base: Path) -> types.ModuleType:
     module = types.ModuleType("folder_paths")
     suffixes = {".safetensors", ".pth", ".pt", ".bin"}
-    kinds = ("diffusion_models", "vae", "vae_approx", "text_encoders", "clip_vision", "loras", "audio_encoders")
+    kinds = (
+        "diffusion_models",
+        "model_patches",
+        "vae",
+        "vae_approx",
+        "text_encoders",
+        "clip_vision",
+        "loras",
+        "audio_encoders",
+    )
     folders = {kind: ([str(base / "models" / kind)], suffixes) for kind in kinds}
     folders["custom_nodes"] = ([str(base / "custom_nodes")], set())
 

@@ -507,6 +507,18 @@ def test_the_cached_text_encoder_gives_the_same_embeds(host: Host, prompt) -> No
     assert words == shared["positive_prompt"]
 
 
+def test_comfyuis_own_adapter_is_found_where_comfyui_has_it(host: Host, prompt) -> None:
+    sampler, adapter = node_of(prompt, "InfiniteTalkSampler"), node_of(prompt, "InfiniteTalkAdapterLoader")
+    expected = host.run(prompt)[sampler][0]["samples"]
+    models = host.base / "models"
+    (models / "model_patches").mkdir(exist_ok=True)
+    (models / "model_patches/infinitetalk-patch.safetensors").write_bytes(
+        (models / "diffusion_models" / make_workflows.TINY["adapter"]).read_bytes()
+    )
+    prompt[adapter]["inputs"]["model"] = "infinitetalk-patch.safetensors"
+    assert torch.equal(host.run(prompt)[sampler][0]["samples"], expected)
+
+
 def test_a_missing_file_is_named(host: Host) -> None:
     from wanvideo_infinitetalk.comfy_nodes import comfyui as host_module
 
