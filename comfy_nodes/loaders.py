@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..fp8_optimization import QUANTIZATIONS
-from ..wanvideo.checkpoints.dit import inspect_dit
+from ..wanvideo.checkpoints.dit import DitFiles
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
 from ..wanvideo.errors import InputError
@@ -133,7 +133,7 @@ class InfiniteTalkModelLoader(io.ComfyNode):
         if model is not None:
             path = comfyui.model_path("dit", model)
             if path.suffix.lower() in HEADERS:
-                inspect_dit(path)
+                DitFiles(path).close()  # which reads names and shapes, and says what is no such model
 
     @classmethod
     def execute(

@@ -21,10 +21,12 @@ from wanvideo_infinitetalk.pipeline.step_cache import MagCache
 from wanvideo_infinitetalk.pipeline.techniques import EnhanceVideo, SkipLayers, forward_options
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 from wanvideo_infinitetalk.wanvideo.modules.techniques import (
+    BlockResidual,
     NormalizedAttention,
     cross_frame_gain,
     normalized_guidance,
 )
+from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings, compile_limits, compile_model
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -114,6 +116,31 @@ def test_a_negative_prompt_in_the_attention() -> None:
     torch.testing.assert_close(model(**inputs, nag=NormalizedAttention(away, scale=1.0)), plain)
     same = inputs["context"] if inputs["context"].ndim == 2 else inputs["context"][0]
     torch.testing.assert_close(model(**inputs, nag=NormalizedAttention(same)), plain, atol=1e-4, rtol=1e-4)
+
+
+def compiled_options() -> dict[str, dict[str, Any]]:
+    return {
+        "enhance": {"enhance": 5.0},
+        "skip_blocks": {"skip_blocks": (1,)},
+        "nag": {"nag": NormalizedAttention(normal(5, random_model().config.text_dim, seed=3))},
+        "residual": {"residual": BlockResidual()},
+    }
+
+
+@pytest.mark.parametrize("blocks_only", [True, False])
+@pytest.mark.parametrize("name", compiled_options())
+def test_techniques_in_a_compiled_model(name: str, blocks_only: bool) -> None:
+    inputs, settings = random_inputs(), CompileSettings(backend="eager", fullgraph=True, blocks_only=blocks_only)
+    options, model = compiled_options()[name], random_model()
+    torch._dynamo.reset()
+    with torch.no_grad(), compile_limits(settings):
+        expected = random_model()(**inputs, **options)
+        compile_model(model, settings)
+        torch.testing.assert_close(model(**inputs, **compiled_options()[name]), expected)
+        if name == "residual":
+            reused = BlockResidual(options[name].value, reuse=True)
+            torch.testing.assert_close(model(**inputs, residual=reused), expected)
+    torch._dynamo.reset()
 
 
 # --- steps and passes --------------------------------------------------------------------------------------------
