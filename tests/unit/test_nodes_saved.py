@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from support import tiny_comfy, workflows
 from support.comfy_host import Host, NodeError, hosted
 from support.tiny_comfy import node_of, shrink
 from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +151,9 @@ def test_the_scheduler_node_gives_what_the_sampler_takes(host: Host, prompt) -> 
     outputs = [output.display_name for output in host.nodes["WanVideoScheduler"].GET_SCHEMA().outputs]
     inputs |= {name: ["800", outputs.index(name)] for name in (*names, "sigmas", "start_step", "end_step")}
     found = host.run(prompt)
-    assert len(found["800"][0]) == inputs_steps(found["800"]) + 1
+    sigmas, steps = found["800"][:2]
+    assert len(sigmas) == steps + 1
     assert torch.equal(found[sampler][0]["samples"], expected)
-
-
-def inputs_steps(outputs: tuple[Any, ...]) -> int:
-    return outputs[1]
 
 
 @pytest.mark.parametrize(
@@ -293,13 +294,9 @@ def test_experimental_options_that_are_off_change_nothing(host: Host, prompt) ->
 
 
 def experimental_switches() -> dict[str, Any]:
+    """Public name -> a value that switches something on."""
     numbers = ("zero_star_steps", "tsr_k", "tsr_sigma", "fresca_scale_low", "fresca_scale_high", "fresca_freq_cutoff")
-    import json
-    from pathlib import Path
-
-    public = json.loads((Path(__file__).parents[1] / "data/nodes.json").read_text())["WanVideoExperimentalArgs"][
-        "inputs"
-    ]
+    public = json.loads((ROOT / "tests/data/nodes.json").read_text())["WanVideoExperimentalArgs"]["inputs"]
     on = {"BOOLEAN": True, "STRING": "3", "FLOAT": 0.5, "INT": 1}
     return {name: on[entry["type"]] for name, entry in public.items() if name not in numbers}
 
