@@ -58,7 +58,7 @@ def normalized_guidance(
     guided = torch.lerp(negative.float(), z, scale)
     sizes = [x.abs().sum((-2, -1), keepdim=True) for x in (z, guided)]
     limit = (tau * sizes[0] / sizes[1].clamp_min(1e-7)).clamp_max(1)
-    return torch.lerp(z, guided * limit, alpha).to(positive.dtype)
+    return torch.lerp(z, guided.mul_(limit), alpha).to(positive.dtype)  # `guided` is fresh, and as large as all tokens
 
 
 def cross_frame_gain(q: torch.Tensor, k: torch.Tensor, grid: Grid, weight: float) -> torch.Tensor:
