@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from .comfy_nodes import audio, comfyui, images, kernels, latents, loaders, neighbors, options, sampler, text
-from .comfy_nodes.schema import check_numbers_of
+from .comfy_nodes import (
+    audio,
+    comfyui,
+    images,
+    kernels,
+    latents,
+    loaders,
+    neighbors,
+    options,
+    sampler,
+    saved,
+    techniques,
+    text,
+)
+from .comfy_nodes.schema import answer_early, check_numbers_of
 from .comfy_nodes.sockets import check_objects_of
 
 comfyui.register_folders()
@@ -28,9 +41,16 @@ NODES: list[Any] = [
     options.InfiniteTalkTorchCompile,
     options.InfiniteTalkCfgSchedule,
     options.InfiniteTalkPreset,
+    techniques.InfiniteTalkEnhanceVideo,
+    techniques.InfiniteTalkSkipLayers,
+    techniques.InfiniteTalkNag,
+    techniques.InfiniteTalkEasyCache,
+    techniques.InfiniteTalkTeaCache,
+    techniques.InfiniteTalkMagCache,
     kernels.InfiniteTalkAttentionPolicy,
     kernels.InfiniteTalkAttentionDoctor,
     text.InfiniteTalkTextEncode,
+    text.InfiniteTalkTextEncodeSingle,
     text.InfiniteTalkTextEncodeCached,
     text.InfiniteTalkTextEmbedBridge,
     audio.InfiniteTalkSpeech,
@@ -46,9 +66,10 @@ NODES: list[Any] = [
     sampler.InfiniteTalkSampler,
 ]
 
-for _node in NODES:
+for _node in NODES + saved.SAVED_NODES:
     check_numbers_of(_node)
     check_objects_of(_node)
+    answer_early(_node)
 
 
 class InfiniteTalkExtension(comfyui.ComfyExtension):
@@ -59,7 +80,7 @@ class InfiniteTalkExtension(comfyui.ComfyExtension):
                 await comfyui.register_replacement(neighbors.PUBLIC_IDS[schema.node_id][0], schema)
 
     async def get_node_list(self) -> list[Any]:
-        return NODES + neighbors.aliases(NODES)
+        return NODES + neighbors.aliases(NODES, saved.SAVED_NODES)
 
 
 async def comfy_entrypoint() -> InfiniteTalkExtension:

@@ -54,10 +54,12 @@ def advanced(widget: Any) -> Any:
 # Kinds of files as the loaders name them -> the folders of ComfyUI that hold them.
 FOLDERS = {
     "dit": ("diffusion_models", "unet_gguf"),
+    "adapter": ("diffusion_models", "unet_gguf", "model_patches"),
     "vae": ("vae",),
     "small_decoder": ("vae_approx",),
     "text_encoder": ("text_encoders",),
     "clip_vision": ("clip_vision",),
+    "clip": ("clip_vision", "text_encoders"),
     "loras": ("loras",),
     "wav2vec": ("wav2vec2", "audio_encoders"),
 }
@@ -66,9 +68,9 @@ FOLDERS = {
 def register_folders() -> None:
     """Register the folders that ComfyUI lacks: models/wav2vec2, and GGUF files among the diffusion models."""
     known = folder_paths.folder_names_and_paths
-    if "wav2vec2" not in known:
-        wav2vec = os.path.join(folder_paths.models_dir, "wav2vec2")
-        known["wav2vec2"] = ([wav2vec], set(folder_paths.supported_pt_extensions))
+    wav2vec = os.path.join(folder_paths.models_dir, "wav2vec2")
+    folders, endings = known.get("wav2vec2", ([], folder_paths.supported_pt_extensions))  # extra_model_paths.yaml's
+    known["wav2vec2"] = ([*folders, *([] if wav2vec in folders else [wav2vec])], set(endings))
     if "unet_gguf" not in known:
         known["unet_gguf"] = (folder_paths.get_folder_paths("diffusion_models"), {".gguf"})
 
@@ -93,16 +95,18 @@ def model_path(kind: str, name: str) -> Path:
 
 
 def hub_folder(repo_id: str) -> Path:
-    """A Hugging Face model folder, found in ComfyUI's models folder or downloaded into models/wav2vec2.
+    """A Hugging Face model folder, found in ComfyUI's folders for speech models or downloaded into the first of them.
 
     Raises CheckpointError when it is neither there nor reachable.
     """
     name = repo_id.rpartition("/")[2]
-    models = Path(folder_paths.models_dir)
-    for place in (models / "wav2vec2" / name, models / "transformers" / repo_id, models / "audio_encoders" / name):
+    known = [kind for kind in FOLDERS["wav2vec"] if kind in folder_paths.folder_names_and_paths]
+    folders = [Path(folder) for kind in known for folder in folder_paths.get_folder_paths(kind)]
+    places = [folder / part for folder in folders for part in (name, repo_id)]
+    for place in (*places, Path(folder_paths.models_dir) / "transformers" / repo_id):
         if (place / "config.json").is_file():
             return place
-    target = models / "wav2vec2" / name
+    target = folders[0] / name
     from huggingface_hub import snapshot_download
 
     logger.info("downloading %s to %s", repo_id, target)
@@ -116,13 +120,13 @@ def hub_folder(repo_id: str) -> Path:
     return target
 
 
-def output_file(name: str, default_suffix: str) -> Path:
+def output_path(name: str) -> Path:
     """A path inside ComfyUI's output folder, for `name` as a user typed it. Raises InputError when it leads outside."""
     root = Path(folder_paths.get_output_directory()).resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root) or path == root:
         raise InputError(f"output_path '{name}' leads outside ComfyUI's output folder: give a name inside it.")
-    return path if path.suffix else path.with_suffix(default_suffix)
+    return path
 
 
 def cache_folder(name: str) -> Path:

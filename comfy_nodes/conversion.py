@@ -91,6 +91,14 @@ def frames_of(samples: dict[str, Any]) -> tuple[Tensor, str]:
     return samples["video"], str(samples.get("output_path", ""))
 
 
+def check_keyframes(*, has_vae: bool, has_end: bool, end_is_last_frame: bool) -> None:
+    """Raise InputError for what is missing, or not run here, in a window of given images."""
+    if not has_vae:
+        raise InputError("Images are encoded by the VAE: connect vae.")
+    if has_end and not end_is_last_frame:
+        raise InputError("end_image as a frame behind the video is not part of this pack: turn fun_or_fl2v_model on.")
+
+
 def keyframe_window(
     vae: VaeModel | None,
     width: int,
@@ -110,10 +118,8 @@ def keyframe_window(
     clip: ClipEmbeds | None,
 ) -> OneWindow:
     """A window that starts or ends with given images, encoded as the condition."""
-    if vae is None:
-        raise InputError("Images are encoded by the VAE: connect vae.")
-    if end is not None and not end_is_last_frame:
-        raise InputError("end_image as a frame behind the video is not part of this pack: turn fun_or_fl2v_model on.")
+    check_keyframes(has_vae=vae is not None, has_end=end is not None, end_is_last_frame=end_is_last_frame)
+    assert vae is not None
     keys = Keyframes(
         start=covered(start, height, width),
         end=covered(end, height, width),

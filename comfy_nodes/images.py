@@ -11,9 +11,10 @@ from ..pipeline.bounds import check_numbers, check_window
 from ..pipeline.windows import plan_windows
 from ..wanvideo.errors import InputError
 from .comfyui import advanced, io
-from .conversion import keyframe_window
-from .models import VaeModel, clip_embeds_of
-from .schema import ClipEmbedsType, ImageEmbedsType, WanVaeType, foreign, node_schema, reject_foreign
+from .conversion import check_keyframes, keyframe_window
+from .models import VaeModel, check_combination, clip_embeds_of
+from .sampling import frames_folder
+from .schema import UNCONNECTED, ClipEmbedsType, ImageEmbedsType, WanVaeType, foreign, node_schema, reject_foreign
 from .types import ClipEmbeds, LongVideo, OneWindow, checked_image
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class InfiniteTalkClipVisionEncode(io.ComfyNode):
                     max=16,
                     step=2,
                     optional=True,
-                    tooltip="Also look at this many tiles of the image; 0 looks at the whole only.",
+                    tooltip="Also look at the image in this many rows and columns of tiles; 0 looks at the whole only.",
                 ),
                 io.Float.Input(
                     "ratio",
@@ -94,6 +95,11 @@ class InfiniteTalkClipVisionEncode(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def check_early(cls, combine_embeds: str | None = None, image_2: Any = UNCONNECTED) -> None:
+        if combine_embeds is not None and image_2 is not UNCONNECTED:
+            check_combination(combine_embeds)
 
     @classmethod
     def execute(
@@ -186,8 +192,9 @@ class InfiniteTalkLongVideo(io.ComfyNode):
                     "output_path",
                     default="",
                     optional=True,
-                    tooltip="A file name in ComfyUI's output folder. Finished windows are appended to this video with "
-                    "its sound as they come, and images then holds the last window only: for long videos.",
+                    tooltip="A name in ComfyUI's output folder. With the ending .mp4 finished windows are appended to "
+                    "that video with its sound as they come; without an ending their frames go into that folder. "
+                    "Images then holds the last window only: for long videos.",
                 ),
             ],
             outputs=[
@@ -195,6 +202,10 @@ class InfiniteTalkLongVideo(io.ComfyNode):
                 io.String.Output(display_name="output_path", tooltip="The path as given."),
             ],
         )
+
+    @classmethod
+    def check_early(cls, frame_window_size: int | None = None, motion_frame: int | None = None) -> None:
+        _check_windows(frame_window_size or motion_frame, motion_frame or 1)
 
     @classmethod
     def execute(
@@ -214,10 +225,11 @@ class InfiniteTalkLongVideo(io.ComfyNode):
     ) -> Any:
         check_numbers(width=width, height=height)
         check_window(frame_window_size, width, height)
-        if motion_frame % 4 != 1:
-            asked, motion_frame = motion_frame, max(1, 4 * round((motion_frame - 1) / 4) + 1)
+        asked, motion_frame = motion_frame, _nearest_length(motion_frame)
+        if motion_frame != asked:
             logger.warning("motion_frame %d is not 4n + 1, which the VAE needs: %d is used.", asked, motion_frame)
-        plan_windows(1, frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler
+        _check_windows(frame_window_size, motion_frame)  # so that its message is on this node, not on the sampler
+        frames_folder(output_path.strip())
         vae.check_encodes()
         plan = LongVideo(
             vae=vae,
@@ -234,6 +246,17 @@ class InfiniteTalkLongVideo(io.ComfyNode):
             output_path=output_path.strip(),
         )
         return io.NodeOutput(plan, output_path)
+
+
+def _nearest_length(frames: int) -> int:
+    """The number of frames nearest to `frames` that the VAE knows, 4n + 1."""
+    return max(1, 4 * round((frames - 1) / 4) + 1)
+
+
+def _check_windows(frames: int | None, motion_frames: int) -> None:
+    """Raise InputError for windows of `frames` that follow each other by none; None is not known yet."""
+    if frames is not None:
+        plan_windows(1, frames, _nearest_length(motion_frames))
 
 
 class InfiniteTalkEmptyVideo(io.ComfyNode):
@@ -267,10 +290,14 @@ class InfiniteTalkEmptyVideo(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, control_embeds: Any = UNCONNECTED, extra_latents: Any = UNCONNECTED) -> None:
+        _reject_control(control_embeds=control_embeds, extra_latents=extra_latents)
+
+    @classmethod
     def execute(
         cls, width: int, height: int, num_frames: int, control_embeds: Any = None, extra_latents: Any = None
     ) -> Any:
-        _reject_control(control_embeds, extra_latents)
+        _reject_control(**_connected(control_embeds=control_embeds, extra_latents=extra_latents))
         check_window(num_frames, width, height)
         return io.NodeOutput(OneWindow(width // 16 * 16, height // 16 * 16, (num_frames - 1) // 4 * 4 + 1))
 
@@ -367,6 +394,22 @@ class InfiniteTalkImageToVideo(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(
+        cls,
+        fun_or_fl2v_model: bool | None = True,
+        vae: Any = UNCONNECTED,
+        end_image: Any = UNCONNECTED,
+        control_embeds: Any = UNCONNECTED,
+        extra_latents: Any = UNCONNECTED,
+    ) -> None:
+        _reject_control(control_embeds=control_embeds, extra_latents=extra_latents)
+        check_keyframes(
+            has_vae=vae is not UNCONNECTED,
+            has_end=end_image is not UNCONNECTED,
+            end_is_last_frame=fun_or_fl2v_model is not False,
+        )
+
+    @classmethod
     def execute(
         cls,
         width: int,
@@ -390,7 +433,7 @@ class InfiniteTalkImageToVideo(io.ComfyNode):
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
-        _reject_control(control_embeds, extra_latents)
+        _reject_control(**_connected(control_embeds=control_embeds, extra_latents=extra_latents))
         check_window(num_frames, width, height)
         window = keyframe_window(
             vae,
@@ -414,7 +457,12 @@ class InfiniteTalkImageToVideo(io.ComfyNode):
         return io.NodeOutput(window)
 
 
-def _reject_control(control_embeds: Any, extra_latents: Any) -> None:
-    for name, value in (("control_embeds", control_embeds), ("extra_latents", extra_latents)):
-        if value is not None:
+def _connected(**sockets: Any) -> dict[str, Any]:
+    """The sockets that something is connected to, when it is known."""
+    return {name: value for name, value in sockets.items() if value is not None}
+
+
+def _reject_control(**sockets: Any) -> None:
+    for name, value in sockets.items():
+        if value is not UNCONNECTED:
             raise InputError(f"{name} is for control and reference models: not part of this pack, disconnect {name}.")

@@ -8,13 +8,25 @@ import torch
 
 from ..wanvideo.errors import InputError
 from .comfyui import advanced, io
-from .conversion import decode_latent, encode_frames, frames_of
+from .conversion import Tiles, decode_latent, encode_frames, frames_of, tile_options
 from .models import VaeModel
-from .schema import WanVaeType, node_schema
+from .schema import UNCONNECTED, WanVaeType, node_schema
+
+_NO_MASK = "Masked sampling is not part of this pack: disconnect mask."
 
 
 def _tile(input_id: str, default: int, least: int, most: int, step: int, tooltip: str) -> Any:
     return io.Int.Input(input_id, default=default, min=least, max=most, step=step, tooltip=tooltip)
+
+
+def _tiles(
+    enable_vae_tiling: bool | None, tile_x: int | None, tile_y: int | None, stride_x: int | None, stride_y: int | None
+) -> Tiles | None:
+    """The tiles that a node's widgets name; None: it works without, or they are not known yet."""
+    tiles = (tile_x, tile_y, stride_x, stride_y)
+    if not enable_vae_tiling or None in tiles:
+        return None
+    return tile_x or 0, tile_y or 0, stride_x or 0, stride_y or 0
 
 
 class InfiniteTalkEncode(io.ComfyNode):
@@ -60,6 +72,20 @@ class InfiniteTalkEncode(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(
+        cls,
+        enable_vae_tiling: bool | None = False,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        tile_stride_x: int | None = None,
+        tile_stride_y: int | None = None,
+        mask: Any = UNCONNECTED,
+    ) -> None:
+        if mask is not UNCONNECTED:
+            raise InputError(_NO_MASK)
+        tile_options(_tiles(enable_vae_tiling, tile_x, tile_y, tile_stride_x, tile_stride_y))
+
+    @classmethod
     def execute(
         cls,
         vae: VaeModel,
@@ -74,8 +100,8 @@ class InfiniteTalkEncode(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> Any:
         if mask is not None:
-            raise InputError("Masked sampling is not part of this pack: disconnect mask.")
-        tiles = (tile_x, tile_y, tile_stride_x, tile_stride_y) if enable_vae_tiling else None
+            raise InputError(_NO_MASK)
+        tiles = _tiles(enable_vae_tiling, tile_x, tile_y, tile_stride_x, tile_stride_y)
         latent = encode_frames(vae, image, tiles, noise=noise_aug_strength, strength=latent_strength)
         return io.NodeOutput(latent)
 
@@ -114,6 +140,17 @@ class InfiniteTalkDecode(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(
+        cls,
+        enable_vae_tiling: bool | None = False,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        tile_stride_x: int | None = None,
+        tile_stride_y: int | None = None,
+    ) -> None:
+        tile_options(_tiles(enable_vae_tiling, tile_x, tile_y, tile_stride_x, tile_stride_y))
+
+    @classmethod
     def execute(
         cls,
         vae: VaeModel,
@@ -125,7 +162,7 @@ class InfiniteTalkDecode(io.ComfyNode):
         tile_stride_y: int,
         normalization: str = "default",
     ) -> Any:
-        tiles = (tile_x, tile_y, tile_stride_x, tile_stride_y) if enable_vae_tiling else None
+        tiles = _tiles(enable_vae_tiling, tile_x, tile_y, tile_stride_x, tile_stride_y)
         return io.NodeOutput(decode_latent(vae, samples, tiles, normalization))
 
 
@@ -141,7 +178,10 @@ class InfiniteTalkImagesFromSamples(io.ComfyNode):
             inputs=[io.Latent.Input("samples", tooltip="From InfiniteTalk Sampler after InfiniteTalk Long Video.")],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames."),
-                io.String.Output(display_name="output_path", tooltip="The video file, where one was asked for."),
+                io.String.Output(
+                    display_name="output_path",
+                    tooltip="The video file or the folder of frames, where one was asked for.",
+                ),
             ],
         )
 

@@ -6,20 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from ..fp8_optimization import QUANTIZATIONS
+from ..wanvideo.checkpoints.dit import DitFiles
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
+from ..wanvideo.errors import InputError
+from ..wanvideo.modules.attention import canonical_mode
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from ..wanvideo.runtime.precision import PRECISIONS
 from . import comfyui
 from .comfyui import io
-from .models import SpeechModel, TextModel, VaeModel, VideoModel, VisionModel
+from .models import HEADERS, SpeechModel, TextModel, VaeModel, VideoModel, VisionModel, check_file
 from .schema import (
     AdapterType,
     BlockSwapType,
     CompileType,
     LoraType,
     TextEncoderType,
+    VramManagementType,
     WanModelType,
     WanVaeType,
     Wav2VecType,
@@ -27,7 +31,7 @@ from .schema import (
     node_schema,
     reject_foreign,
 )
-from .types import Adapter
+from .types import Adapter, VramManagement
 
 # The public values first and in their order, then ours.
 ATTENTION_MODES = [
@@ -98,7 +102,11 @@ class InfiniteTalkModelLoader(io.ComfyNode):
                 CompileType.Input("compile_args", optional=True, tooltip="From InfiniteTalk Torch Compile."),
                 BlockSwapType.Input("block_swap_args", optional=True, tooltip="From InfiniteTalk Block Swap."),
                 LoraType.Input("lora", optional=True, tooltip="From InfiniteTalk LoRA."),
-                foreign("VRAM_MANAGEMENTARGS", "vram_management_args", "Not supported; use InfiniteTalk Block Swap."),
+                VramManagementType.Input(
+                    "vram_management_args",
+                    optional=True,
+                    tooltip="From WanVideo VRAM Management; done by block swap, so give one of the two.",
+                ),
                 foreign("VACEPATH", "extra_model", "VACE is not supported; leave unconnected."),
                 foreign("FANTASYTALKINGMODEL", "fantasytalking_model", "Not supported; leave unconnected."),
                 AdapterType.Input(
@@ -119,6 +127,15 @@ class InfiniteTalkModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, model: str | None = None, attention_mode: str | None = "sdpa") -> None:
+        if attention_mode is not None:
+            canonical_mode(attention_mode)
+        if model is not None:
+            path = comfyui.model_path("dit", model)
+            if path.suffix.lower() in HEADERS:
+                DitFiles(path).close()  # which reads names and shapes, and says what is no such model
+
+    @classmethod
     def execute(
         cls,
         model: str,
@@ -129,11 +146,14 @@ class InfiniteTalkModelLoader(io.ComfyNode):
         compile_args: CompileSettings | None = None,
         block_swap_args: BlockSwap | None = None,
         lora: tuple[LoraSpec, ...] | None = None,
+        vram_management_args: VramManagement | None = None,
         multitalk_model: Adapter | None = None,
         rms_norm_function: str = "default",
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
+        if block_swap_args is not None and vram_management_args is not None:
+            raise InputError("Block swap is asked for twice: disconnect block_swap_args or vram_management_args.")
         loaded = VideoModel.load(
             comfyui.model_path("dit", model),
             adapter=multitalk_model,
@@ -142,7 +162,7 @@ class InfiniteTalkModelLoader(io.ComfyNode):
             attention_mode=attention_mode,
             loras=lora or (),
             compile_settings=compile_args,
-            swap=block_swap_args,
+            swap=block_swap_args or vram_management_args,
             keep_on_device=load_device == "main_device",
         )
         return io.NodeOutput(loaded)
@@ -160,17 +180,22 @@ class InfiniteTalkAdapterLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=comfyui.model_files("dit"),
-                    tooltip="An adapter file of ComfyUI/models/diffusion_models, safetensors or GGUF. With 'infinite' "
-                    "in its name it counts as InfiniteTalk, else as MultiTalk; the video node can overrule that.",
+                    options=comfyui.model_files("adapter"),
+                    tooltip="An adapter file of ComfyUI/models/diffusion_models or models/model_patches, safetensors "
+                    "or GGUF. With 'infinite' in its name it counts as InfiniteTalk, else as MultiTalk; the video node "
+                    "can overrule that.",
                 )
             ],
             outputs=[AdapterType.Output(display_name="model", tooltip="For InfiniteTalk Model Loader.")],
         )
 
     @classmethod
+    def check_early(cls, model: str | None = None) -> None:
+        check_file("adapter", model, "adapter")
+
+    @classmethod
     def execute(cls, model: str) -> Any:
-        return io.NodeOutput(Adapter(comfyui.model_path("dit", model)))
+        return io.NodeOutput(Adapter(comfyui.model_path("adapter", model)))
 
 
 class InfiniteTalkVAELoader(io.ComfyNode):
@@ -208,6 +233,10 @@ class InfiniteTalkVAELoader(io.ComfyNode):
             ],
             outputs=[WanVaeType.Output(display_name="vae", tooltip="The loaded VAE.")],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("vae", model_name, "VAE")
 
     @classmethod
     def execute(
@@ -260,6 +289,10 @@ class InfiniteTalkSmallDecoderLoader(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("small_decoder", model_name, "decoder")
 
     @classmethod
     def execute(cls, model_name: str, precision: str = "fp16", parallel: bool = False) -> Any:
@@ -320,6 +353,10 @@ class InfiniteTalkTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("text_encoder", model_name, "text encoder")
+
+    @classmethod
     def execute(
         cls, model_name: str, precision: str, load_device: str = "offload_device", quantization: str = "disabled"
     ) -> Any:
@@ -353,6 +390,10 @@ class InfiniteTalkClipVisionLoader(io.ComfyNode):
             ],
             outputs=[io.ClipVision.Output(display_name="clip_vision", tooltip="For InfiniteTalk CLIP Vision Encode.")],
         )
+
+    @classmethod
+    def check_early(cls, clip_name: str | None = None) -> None:
+        check_file("clip_vision", clip_name, "CLIP vision model")
 
     @classmethod
     def execute(cls, clip_name: str, precision: str = "fp16") -> Any:
@@ -390,6 +431,10 @@ class InfiniteTalkWav2VecLoader(io.ComfyNode):
             ],
             outputs=_wav2vec_outputs(),
         )
+
+    @classmethod
+    def check_early(cls, model: str | None = None) -> None:
+        check_file("wav2vec", model, "wav2vec2 model")
 
     @classmethod
     def execute(cls, model: str, base_precision: str, load_device: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,12 +23,15 @@ from ..fp8_optimization import quantize_linears
 from ..media.audio import check_samples, load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
+from ..pipeline.attention_policy import ModeOverride
+from ..pipeline.blocks import check_blocks
 from ..pipeline.journal import digest_of_weights
 from ..pipeline.plan import mode_by_name
 from ..pipeline.prompts import encode_pieces, parse_prompt
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
 from ..wanvideo.checkpoints.files import CheckpointFile
 from ..wanvideo.checkpoints.lora import LoraSpec, active_loras, apply_loras, inspect_loras
+from ..wanvideo.checkpoints.state_dict import check_part
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.small_decoder import SmallDecoder
 from ..wanvideo.encoders.text import HUB_TOKENIZER, TextEncoder, load_tokenizer
@@ -38,7 +44,7 @@ from ..wanvideo.runtime.compilation import CompileSettings, check_compiler, chec
 from ..wanvideo.runtime.offload import BlockSwap
 from ..wanvideo.runtime.precision import PRECISIONS
 from . import comfyui
-from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds, checked_audio, checked_image
+from .types import Adapter, ClipEmbeds, SpeechEmbeds, TextEmbeds, VramManagement, checked_audio, checked_image
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +53,23 @@ def _stamp(path: str | Path) -> tuple[str, int, int]:
     """The identity of a file's state: path, size in bytes, time of the last change."""
     status = Path(path).stat()
     return str(path), status.st_size, status.st_mtime_ns
+
+
+HEADERS = (".safetensors", ".gguf")
+"""Endings of files that say in their first bytes what they hold."""
+
+
+def check_file(folder_kind: str, name: str | None, part: str) -> None:
+    """Raise CheckpointError for a file that is gone, and by its header for one of another kind; None is not known yet.
+
+    Args:
+        folder_kind: a row of `comfyui.FOLDERS`. part: one of `state_dict.PARTS`.
+    """
+    if name is None:
+        return
+    path = comfyui.model_path(folder_kind, name)
+    if path.suffix.lower() in HEADERS:
+        check_part(path, part)
 
 
 # --- the video model ---------------------------------------------------------------------------------------------
@@ -87,6 +110,7 @@ class VideoModel:
     compile_settings: CompileSettings | None = None
     loras: tuple[LoraSpec, ...] = ()  # the unmerged ones
     keep_on_device: bool = False
+    overrides: tuple[ModeOverride, ...] = ()
 
     @classmethod
     def load(
@@ -99,14 +123,17 @@ class VideoModel:
         attention_mode: str,
         loras: tuple[LoraSpec, ...] = (),
         compile_settings: CompileSettings | None = None,
-        swap: BlockSwap | None = None,
+        swap: BlockSwap | VramManagement | None = None,
         keep_on_device: bool = False,
     ) -> VideoModel:
         """Read the files, or take the copy that is loaded already."""
         dtype = PRECISIONS[precision]
         attention_mode = canonical_mode(attention_mode)
-        check_with_block_swap(compile_settings, swap)
         shapes = inspect_dit(path, None if adapter is None else adapter.path, quantization)
+        if isinstance(swap, VramManagement):
+            some = swap.share > 0
+            swap = BlockSwap(math.ceil(swap.share * shapes.num_layers), image_embedding=some, text_embedding=some)
+        check_with_block_swap(compile_settings, swap)
         with comfyui.ordinary_tensors():
             check_mode(attention_mode, shapes.num_heads, shapes.head_dim, comfyui.device(), dtype)
         inspect_loras(shapes, loras)
@@ -149,6 +176,20 @@ class VideoModel:
         model = replace(self, loras=tuple(lora for lora in loras if lora.strength != 0))
         model.apply_loras()
         return model
+
+    def with_attention_override(self, mode: str, steps: tuple[int, int], blocks: tuple[int, ...] | None) -> VideoModel:
+        """The same model with another mode of self-attention in some steps and blocks (None: all of them).
+
+        Raises InputError for steps that are none and blocks that the model has not, BackendUnavailableError for a mode
+        that does not run here.
+        """
+        if steps[0] >= steps[1]:
+            raise InputError(f"The steps from {steps[0]} to {steps[1]} are none: set end_step above start_step.")
+        check_blocks(blocks or (), len(self.model.blocks))
+        mode, config = canonical_mode(mode), self.model.config
+        with comfyui.ordinary_tensors():
+            check_mode(mode, config.num_heads, config.head_dim, comfyui.device(), self.model.dtype)
+        return replace(self, overrides=(*self.overrides, ModeOverride(mode, steps, blocks)))
 
     def with_attention_policy(self, policy: str) -> VideoModel:
         return replace(self, attention_policy=policy)
@@ -340,7 +381,13 @@ class TextModel:
 
         Raises InputError when there is neither a text encoder nor a cached result.
         """
-        identity = None if model is None else model.identity
+        return _embeds(
+            positive, negative, lambda prompt: TextModel.encode_text(model, prompt, device=device, cache=cache)
+        )
+
+    @staticmethod
+    def encode_text(model: TextModel | None, text: str, *, device: str, cache: Path | None) -> Tensor:
+        """Features [tokens, text_dim] of one text as it stands; the rest as `encode_prompts`."""
 
         def encode(prompt: str) -> Tensor:
             if model is None:
@@ -349,7 +396,7 @@ class TextModel:
                 )
             return model.encode(prompt, device)
 
-        return _embeds(positive, negative, lambda prompt: _cached(prompt, identity, cache, encode))
+        return _cached(text, None if model is None else model.identity, cache, encode)
 
     @classmethod
     def encode_once(
@@ -475,6 +522,40 @@ COMBINATIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }
 
 
+def check_combination(name: str) -> None:
+    """Raise InputError for a way to combine images that is not run here."""
+    if name not in COMBINATIONS:
+        raise InputError(f"combine_embeds '{name}' is not part of this pack: choose {' or '.join(COMBINATIONS)}.")
+
+
+def _tiles_of(image: Tensor, tiles: int, crop: str) -> list[Tensor]:
+    """`tiles` x `tiles` parts of [1, H, W, C], row by row; of its middle square where `crop` is "center".
+
+    Raises InputError for an image with fewer pixels than that.
+    """
+    height, width = int(image.shape[1]), int(image.shape[2])
+    if crop == "center":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image, height, width = image[:, top : top + side, left : left + side], side, side
+    if min(height, width) < tiles:
+        raise InputError(f"An image of {width} x {height} pixels has no {tiles} x {tiles} tiles: set tiles lower.")
+    rows = image[:, : height // tiles * tiles].chunk(tiles, dim=1)
+    return [part for row in rows for part in row[:, :, : width // tiles * tiles].chunk(tiles, dim=2)]
+
+
+def _joined(parts: list[Tensor], tiles: int) -> Tensor:
+    """Features of tiles [1, 1 + g^2, C] as those of one image: the mean of their first tokens, and their grids side by
+    side, averaged down to g x g. Raises InputError for models whose tokens are no grid."""
+    side = math.isqrt(int(parts[0].shape[1]) - 1)
+    if side**2 + 1 != parts[0].shape[1]:
+        raise InputError(f"This CLIP model has {parts[0].shape[1]} tokens, which are no grid: set tiles to 0.")
+    first = torch.stack([part[:, :1] for part in parts]).mean(0)
+    grids = torch.stack([part[0, 1:].unflatten(0, (side, side)) for part in parts])  # [tiles^2, g, g, C]
+    mosaic = rearrange(grids, "(y x) h w c -> 1 c (y h) (x w)", y=tiles)
+    return torch.cat([first, F.adaptive_avg_pool2d(mosaic, side).flatten(2).transpose(1, 2)], dim=1)
+
+
 def clip_embeds_of(
     clip_vision: Any,
     images: Sequence[tuple[Tensor, float]],
@@ -486,21 +567,31 @@ def clip_embeds_of(
     tile_share: float,
     force_offload: bool,
 ) -> ClipEmbeds:
-    """Features of (image, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION."""
-    if tiles > 0 and tile_share > 0:
-        raise InputError("Tiled CLIP features are not part of this pack: set tiles to 0.")
-    if combine not in COMBINATIONS and len(images) > 1:
-        raise InputError(f"combine_embeds '{combine}' is not part of this pack: choose average, sum or concat.")
+    """Features of (image, strength) pairs, combined; `clip_vision` is ours or a core CLIP_VISION.
 
-    def features(image: Tensor) -> Tensor:
+    Args:
+        tiles: look at this many times this many tiles of each image too; 0 and 1 at the whole alone.
+        tile_share: share of the tiles in the features.
+    """
+    if len(images) > 1:
+        check_combination(combine)
+
+    def features(image: Tensor, crop: str = crop) -> Tensor:
         image = checked_image(image)
         if isinstance(clip_vision, VisionModel):
             return clip_vision.hidden_states(image[:1], crop)
         return comfyui.clip_hidden_states(clip_vision, image[:1], crop).float().cpu()
 
-    embeds = [features(image) * strength for image, strength in images]
+    def tiled(image: Tensor) -> Tensor:
+        whole = features(image)
+        if tiles < 2 or tile_share == 0:
+            return whole
+        parts = _tiles_of(checked_image(image)[:1], tiles, crop)
+        return whole.lerp(_joined([features(part, "disabled") for part in parts], tiles), tile_share)
+
+    embeds = [tiled(image) * strength for image, strength in images]
     positive = embeds[0] if len(embeds) == 1 else COMBINATIONS[combine](embeds)
-    result = ClipEmbeds(positive, None if negative is None else features(negative))
+    result = ClipEmbeds(positive, None if negative is None else tiled(negative))
     if force_offload and isinstance(clip_vision, VisionModel):
         clip_vision.resident.unload()
     return result

@@ -40,7 +40,14 @@ PUBLIC_IDS: dict[str, tuple[str, str]] = {
     "InfiniteTalkSetBlockSwap": ("WanVideoSetBlockSwap", "WanVideo Set BlockSwap"),
     "InfiniteTalkTorchCompile": ("WanVideoTorchCompileSettings", "WanVideo Torch Compile Settings"),
     "InfiniteTalkCfgSchedule": ("CreateCFGScheduleFloatList", "Create CFG Schedule Float List"),
+    "InfiniteTalkEnhanceVideo": ("WanVideoEnhanceAVideo", "WanVideo Enhance-A-Video"),
+    "InfiniteTalkSkipLayers": ("WanVideoSLG", "WanVideo SLG"),
+    "InfiniteTalkEasyCache": ("WanVideoEasyCache", "WanVideo EasyCache"),
+    "InfiniteTalkTeaCache": ("WanVideoTeaCache", "WanVideo TeaCache"),
+    "InfiniteTalkMagCache": ("WanVideoMagCache", "WanVideo MagCache"),
+    "InfiniteTalkNag": ("WanVideoApplyNAG", "WanVideo Apply NAG"),
     "InfiniteTalkTextEncode": ("WanVideoTextEncode", "WanVideo TextEncode"),
+    "InfiniteTalkTextEncodeSingle": ("WanVideoTextEncodeSingle", "WanVideo TextEncodeSingle"),
     "InfiniteTalkTextEncodeCached": ("WanVideoTextEncodeCached", "WanVideo TextEncode Cached"),
     "InfiniteTalkTextEmbedBridge": ("WanVideoTextEmbedBridge", "WanVideo TextEmbed Bridge"),
     "InfiniteTalkSpeech": ("MultiTalkWav2VecEmbeds", "Multi/InfiniteTalk Wav2vec2 Embeds"),
@@ -68,8 +75,11 @@ def taken() -> str | None:
     return f"a pack that was loaded before has the id {public_id}" if comfyui.is_registered(public_id) else None
 
 
-def aliases(nodes: Iterable[Any]) -> list[Any]:
-    """The nodes once more under the wrapper's ids, where those are free; one line in the log says what was chosen."""
+def aliases(nodes: Iterable[Any], saved: Iterable[Any] = ()) -> list[Any]:
+    """The nodes once more under the wrapper's ids, and those that only `saved` workflows need, where the ids are free.
+
+    One line in the log says what was chosen.
+    """
     asked = os.environ.get(SETTING, "").strip()
     reason = taken()
     if asked not in ("", "0", "1"):
@@ -88,7 +98,7 @@ def aliases(nodes: Iterable[Any]) -> list[Any]:
         "(%s).",
         f"{SETTING}=1" if asked == "1" else "it is not installed",
     )
-    return [_alias(node) for node in nodes if node.define_schema().node_id in PUBLIC_IDS]
+    return [*(_alias(node) for node in nodes if node.define_schema().node_id in PUBLIC_IDS), *saved]
 
 
 def _alias(node: Any) -> Any:

@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fp8_optimization import how_linears_run
+from ..media.frame_folder import FrameFolder
 from ..media.masks import latent_masks, speaker_planes
 from ..media.video import OutputFiles, VideoWriter, check_output
-from ..pipeline.attention_policy import SAFER, bind
+from ..pipeline.attention_policy import SAFER, bind, overridden
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
 from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
@@ -25,6 +27,8 @@ from ..pipeline.nonfinite import FallbackModes
 from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
 from ..pipeline.recorder import Recorder
 from ..pipeline.sampling import Schedule, denoise, what_ran
+from ..pipeline.schedulers import SCHEDULERS, make_scheduler
+from ..pipeline.techniques import Technique, fitted
 from ..pipeline.windows import latent_frames, plan_windows
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import count_kernels
@@ -32,7 +36,7 @@ from ..wanvideo.runtime.compilation import compile_limits, described
 from ..wanvideo.runtime.precision import fp16_accumulation
 from . import comfyui
 from .models import VideoModel
-from .types import ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import ClipEmbeds, LongVideo, OneWindow, SigmaLevel, SpeechEmbeds, TextEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,20 @@ INSTEAD = {
 Latent = dict[str, Any]
 
 
+def check_scheduler(name: str) -> None:
+    """Raise InputError for a scheduler that is not run here, naming one that is."""
+    if name in INSTEAD:
+        raise InputError(f"The scheduler {name} is not part of this pack: choose {INSTEAD[name]} instead.")
+    if name not in SCHEDULERS:
+        raise InputError(f"There is no scheduler '{name}': choose one of {', '.join(SCHEDULERS)}.")
+
+
+def check_riflex(index: int) -> None:
+    """Raise InputError where RIFLEx is on."""
+    if index:
+        raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
     """The widgets of the sampler."""
@@ -66,22 +84,28 @@ class SamplerSettings:
     end_step: int = -1
     add_noise: bool = False
     riflex: int = 0
+    techniques: tuple[Technique, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scheduler in INSTEAD:
-            raise InputError(
-                f"The scheduler {self.scheduler} is not part of this pack: choose {INSTEAD[self.scheduler]} instead."
-            )
-        if self.riflex:
-            raise InputError("RIFLEx is not part of this pack: set riflex_freq_index to 0; windows make long videos.")
+        check_scheduler(self.scheduler)
+        check_riflex(self.riflex)
         check_numbers(denoise_strength=self.denoise)
         check_numbers(steps=self.steps, cfg=self.cfg, shift=self.shift, seed=self.seed, sigmas=self.levels)
+        for name in ("start_step", "end_step"):
+            object.__setattr__(self, name, self._step(getattr(self, name)))
         check_numbers(start_step=self.start_step, end_step=self.end_step)
         if self.schedule_steps > BOUNDS["steps"].most:
             raise InputError(
                 f"A denoise_strength of {self.denoise} makes a schedule of {self.schedule_steps:,} steps, of which the "
                 f"last {self.steps} run: set it higher, or fewer steps."
             )
+
+    def _step(self, step: int | SigmaLevel) -> int:
+        """`step`; where it is a `SigmaLevel`, the first one of the steps to run whose sigma is at or below it."""
+        if not isinstance(step, SigmaLevel):
+            return step
+        grid = make_scheduler(self.scheduler, self.schedule_steps, self.shift, self.levels).sigmas
+        return max(0, int((grid > float(step)).sum()) - (self.schedule_steps - self.steps))
 
     @property
     def levels(self) -> list[float] | None:
@@ -97,6 +121,36 @@ class SamplerSettings:
         return self.start_step + self.schedule_steps - self.steps
 
 
+def check_request(
+    what: LongVideo | OneWindow,
+    settings: SamplerSettings,
+    *,
+    text: TextEmbeds | None,
+    speech: SpeechEmbeds | None,
+    start: Latent | None,
+) -> None:
+    """Raise InputError for inputs that are missing or do not fit together, whatever the model."""
+    if text is None:
+        raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
+    _negative(text, settings)
+    if isinstance(what, OneWindow):
+        _only(text.positive)
+        _schedule(settings, speech)
+        _first_latents(start, settings, _shape(what))
+        return
+    if speech is None:
+        raise InputError("There is no speech: connect multitalk_embeds (InfiniteTalk Silence for a silent person).")
+    if settings.end_step != -1:
+        raise InputError("end_step stops within a window, a long video has many: set it to -1.")
+    if what.clip is not None and what.clip.negative is not None:
+        raise InputError(
+            "A negative_image has no effect on long videos: disconnect it (InfiniteTalk CLIP Vision Encode)."
+        )
+    frames_folder(what.output_path)
+    lengths = [len(rows) for rows in speech.speakers] or [speech.num_frames]
+    _plan(_config(what, settings, speech), _source(what, start), lengths, speech)
+
+
 def sample(
     model: VideoModel,
     what: LongVideo | OneWindow,
@@ -107,8 +161,9 @@ def sample(
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
-    if text is None:
-        raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
+    check_request(what, settings, text=text, speech=speech, start=start)
+    assert text is not None
+    settings = replace(settings, techniques=fitted(settings.techniques, model.model.config, model.name))
     begin = time.monotonic()
     with (
         comfyui.ordinary_tensors(),
@@ -117,6 +172,7 @@ def sample(
         compile_limits(model.compile_settings),
     ):
         if isinstance(what, LongVideo):
+            assert speech is not None
             result = _long_video(model, what, settings, text, speech, start)
         else:
             result = _one_window(model, what, settings, text, speech, start)
@@ -127,7 +183,7 @@ def sample(
 
 
 def _policy(model: VideoModel) -> Any:
-    return bind(model.attention_policy, model.attention_mode, len(model.model.blocks))
+    return overridden(bind(model.attention_policy, model.attention_mode, len(model.model.blocks)), model.overrides)
 
 
 class _Reporter:
@@ -175,21 +231,48 @@ def _long_video(
     what: LongVideo,
     settings: SamplerSettings,
     text: TextEmbeds,
-    speech: SpeechEmbeds | None,
+    speech: SpeechEmbeds,
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     """All windows: decoded frames in the LATENT's "video", the last window's latents as its samples."""
-    if speech is None:
-        raise InputError("There is no speech: connect multitalk_embeds (InfiniteTalk Silence for a silent person).")
-    if settings.end_step != -1:
-        raise InputError("end_step stops within a window, a long video has many: set it to -1.")
-    if what.clip is not None and what.clip.negative is not None:
-        raise InputError(
-            "A negative_image has no effect on long videos: disconnect it (InfiniteTalk CLIP Vision Encode)."
-        )
     source = _source(what, start)
     resident = model.weights.resident
-    config = GenerateConfig(
+    mode = model.mode if what.mode == "auto" else what.mode
+    config = replace(
+        _config(what, settings, speech), mode=mode, attention_policy=_policy(model), device=resident.device
+    )
+    features = _features(model, speech)
+    plan = _plan(config, source, [len(rows) for rows in features], speech)
+    conditioning = Conditioning(text.positive, _negative(text, settings), features, _Images(source), text.nag)
+    reporter = _Reporter(resident.device)
+    callbacks = Callbacks(
+        progress=reporter.step,
+        preview=reporter.guess,
+        check_interrupt=comfyui.stop_if_interrupted,
+        stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
+    )
+    clip = None if what.clip is None else _FixedClip(what.clip)
+    windows = partial(generate, model.model, what.vae, clip, conditioning, plan)
+    folder = frames_folder(what.output_path)
+    if folder is not None:
+        result = _write_frames(windows(callbacks, frames_dtype=torch.uint8), folder)
+    elif what.output_path:
+        what_is_made = _described(model, what, conditioning, plan, speech)
+        how = {
+            "torch": torch.__version__,
+            "tiling of the VAE": str(what.tiled),
+            "compilation": described(model.compile_settings),
+        }
+        result = _write(windows, callbacks, what, speech, len(plan.windows), what_is_made, how)
+    else:
+        result = _collect(windows(callbacks), speech)
+    what.vae.unload()
+    return result, result
+
+
+def _config(what: LongVideo, settings: SamplerSettings, speech: SpeechEmbeds) -> GenerateConfig:
+    """All settings that do not depend on the model."""
+    return GenerateConfig(
         width=what.width,
         height=what.height,
         frames=what.frames,
@@ -204,38 +287,17 @@ def _long_video(
         audio_cfg=speech.audio_cfg,
         audio_scale=speech.audio_scale,
         seed=settings.seed,
-        mode=model.mode if what.mode == "auto" else what.mode,
+        mode="infinitetalk" if what.mode == "auto" else what.mode,
         color_correction=0.0 if what.color_match == "disabled" else 1.0,
         color_method="reinhard" if what.color_match == "disabled" else what.color_match,
-        attention_policy=_policy(model),
         tiled_vae=what.tiled,
-        device=resident.device,
+        techniques=settings.techniques,
     )
-    features = _features(model, speech)
-    size = (source.shape[2], source.shape[1])
-    plan = plan_video(config, size, [len(rows) for rows in features], _planes(speech))
-    conditioning = Conditioning(text.positive, _negative(text, settings), features, _Images(source))
-    reporter = _Reporter(resident.device)
-    callbacks = Callbacks(
-        progress=reporter.step,
-        preview=reporter.guess,
-        check_interrupt=comfyui.stop_if_interrupted,
-        stage=_stages(model, model.working_bytes(what.frames, what.height, what.width), what.offload_between),
-    )
-    clip = None if what.clip is None else _FixedClip(what.clip)
-    windows = partial(generate, model.model, what.vae, clip, conditioning, plan)
-    if what.output_path:
-        what_is_made = _described(model, what, conditioning, plan, speech)
-        how = {
-            "torch": torch.__version__,
-            "tiling of the VAE": str(what.tiled),
-            "compilation": described(model.compile_settings),
-        }
-        result = _write(windows, callbacks, what, speech, len(plan.windows), what_is_made, how)
-    else:
-        result = _collect(windows(callbacks), speech)
-    what.vae.unload()
-    return result, result
+
+
+def _plan(config: GenerateConfig, source: Tensor, lengths: Sequence[int], speech: SpeechEmbeds) -> Plan:
+    """The plan of a video from `source` frames [N, H, W, 3] with recordings of these lengths in frames."""
+    return plan_video(config, (source.shape[2], source.shape[1]), lengths, _planes(speech))
 
 
 def _source(what: LongVideo, start: Latent | None) -> Tensor:
@@ -281,6 +343,26 @@ def _collect(windows: Iterator[FinishedWindow], speech: SpeechEmbeds) -> Latent:
     return {"samples": latents.cpu()[None], "video": video, "output_path": ""}
 
 
+def frames_folder(output_path: str) -> Path | None:
+    """The folder of frames that `output_path` names; None: it is empty, or the name of a video by its ending.
+
+    Raises InputError when it leads outside ComfyUI's output folder.
+    """
+    if not output_path:
+        return None
+    path = comfyui.output_path(output_path)
+    return None if path.suffix else path
+
+
+def _write_frames(windows: Iterator[FinishedWindow], folder: Path) -> Latent:
+    """The frames of all windows as images in a folder."""
+    with FrameFolder(folder) as frames:
+        for window in windows:
+            frames.append(window.frames)
+            latents, last = window.latents, window.frames / 255
+    return {"samples": latents.cpu()[None], "video": last, "output_path": str(folder)}
+
+
 def _write(
     windows: Callable[..., Iterator[FinishedWindow]],
     callbacks: Callbacks,
@@ -291,7 +373,7 @@ def _write(
     how: dict[str, str],
 ) -> Latent:
     """The windows appended to a file as they come, behind those of an interrupted run of the same video."""
-    path = comfyui.output_file(what.output_path, ".mp4")
+    path = comfyui.output_path(what.output_path)
     check_output(path)
     sound, rate = (None, None) if speech.audio is None else (speech.audio["waveform"][0], speech.audio["sample_rate"])
     if sound is not None and len(sound) > 2:  # as of a film
@@ -332,8 +414,10 @@ def _described(
         "precision": model.precision,
         "attention mode": model.attention_mode,
         "attention policy": model.attention_policy,
+        "attention overrides": model.overrides,
         "prompt": given.context,
         "negative prompt": given.negative,
+        "normalized attention guidance": given.nag,
         "speech": given.audio,
         "masks": plan.masks,
         "image": [torch.as_tensor(given.source[index]) for index in range(len(given.source))],
@@ -359,19 +443,14 @@ def _one_window(
     start: Latent | None,
 ) -> tuple[Latent, Latent]:
     device = model.weights.resident.device
-    schedule = plan_schedule(
-        settings.scheduler,
-        settings.schedule_steps,
-        settings.shift,
-        sigmas=settings.levels,
-        start_step=settings.first_step,
-        end_step=None if settings.end_step == -1 else settings.end_step,
-        cfg=settings.cfg,
-        audio_cfg=1.0 if speech is None else speech.audio_cfg,
-    )
+    schedule = _schedule(settings, speech)
     generator = torch.Generator("cpu").manual_seed(int(settings.seed))
-    shape = (16, latent_frames(what.num_frames), what.height // 8, what.width // 8)
-    x = _first_latents(start, settings, schedule, torch.randn(shape, generator=generator))
+    noise = torch.randn(_shape(what), generator=generator)
+    x = _first_latents(start, settings, _shape(what))
+    if x is None:
+        x = noise
+    elif settings.add_noise or settings.denoise < 1:
+        x = schedule.scheduler.add_noise(x, noise, schedule.start)
     model.to_device(model.working_bytes(what.num_frames, what.height, what.width))
     reporter = _Reporter(device)
 
@@ -392,19 +471,37 @@ def _one_window(
     return {"samples": x.cpu()[None]}, {"samples": clean.cpu()[None]}
 
 
-def _first_latents(start: Latent | None, settings: SamplerSettings, schedule: Schedule, noise: Tensor) -> Tensor:
-    """Noise, or the latents to start from, noised to the level of the first step where they are clean."""
+def _shape(what: OneWindow) -> tuple[int, int, int, int]:
+    """Of the latents [16, T, h, w]."""
+    return 16, latent_frames(what.num_frames), what.height // 8, what.width // 8
+
+
+def _schedule(settings: SamplerSettings, speech: SpeechEmbeds | None) -> Schedule:
+    return plan_schedule(
+        settings.scheduler,
+        settings.schedule_steps,
+        settings.shift,
+        sigmas=settings.levels,
+        start_step=settings.first_step,
+        end_step=None if settings.end_step == -1 else settings.end_step,
+        cfg=settings.cfg,
+        audio_cfg=1.0 if speech is None else speech.audio_cfg,
+        techniques=settings.techniques,
+    )
+
+
+def _first_latents(start: Latent | None, settings: SamplerSettings, shape: tuple[int, ...]) -> Tensor | None:
+    """The latents to start from, of that shape; None: the window starts from noise."""
     if start is None:
         if settings.first_step > 0:
             raise InputError("Starting behind the first step needs latents to start from: connect samples.")
-        return noise
+        return None
     given = start["samples"][0].float()
-    if given.shape != noise.shape:
+    if tuple(given.shape) != shape:
         raise InputError(
-            f"samples {list(given.shape)} do not have the size of the video {list(noise.shape)}: encode at its size."
+            f"samples {list(given.shape)} do not have the size of the video {list(shape)}: encode at its size."
         )
-    clean = settings.add_noise or settings.denoise < 1
-    return schedule.scheduler.add_noise(given, noise, schedule.start) if clean else given
+    return given
 
 
 def _window_inputs(
@@ -433,6 +530,7 @@ def _window_inputs(
         audio=audio,
         masks=masks,
         audio_scale=audio_scale,
+        nag=None if text.nag is None else replace(text.nag, negative=text.nag.negative.to(device)),
     )
 
 

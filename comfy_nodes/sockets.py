@@ -5,13 +5,26 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ..pipeline.step_cache import StepCache
+from ..pipeline.techniques import EnhanceVideo, SkipLayers
 from ..wanvideo.checkpoints.lora import LoraSpec
 from ..wanvideo.errors import InputError
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import schema
 from .models import SpeechModel, TextModel, VaeModel, VideoModel
-from .types import Adapter, ClipEmbeds, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import (
+    Adapter,
+    ClipEmbeds,
+    ExtraArgs,
+    LongVideo,
+    OneWindow,
+    SamplerArgs,
+    SchedulerChoice,
+    SpeechEmbeds,
+    TextEmbeds,
+    VramManagement,
+)
 
 __all__ = ["CARRIED", "check_objects_of"]
 
@@ -28,16 +41,22 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.LoraType: (LoraSpec, "InfiniteTalk LoRA"),
     schema.BlockSwapType: (BlockSwap, "InfiniteTalk Block Swap"),
     schema.CompileType: (CompileSettings, "InfiniteTalk Torch Compile"),
+    schema.EnhanceVideoType: (EnhanceVideo, "InfiniteTalk Enhance-A-Video"),
+    schema.SkipLayersType: (SkipLayers, "InfiniteTalk Skip Layers"),
+    schema.StepCacheType: (StepCache, "InfiniteTalk EasyCache"),
+    schema.VramManagementType: (VramManagement, "WanVideo VRAM Management"),
+    schema.SchedulerType: (SchedulerChoice, "WanVideo Scheduler v2"),
+    schema.ExtraArgsType: (ExtraArgs, "WanVideoSampler v2 Extra Args"),
+    schema.SamplerArgsType: (SamplerArgs, "WanVideo Sampler Settings"),
 }
 """Socket type -> class of its values (or of their items), and the node of this pack that gives it."""
 
 
 def check_objects_of(node: Any) -> None:
-    """Make `node.execute` reject objects that another pack made, before it runs.
+    """Make `node` reject objects that another pack made, before it runs.
 
     Other packs use the same type names for objects of their own, and ComfyUI connects what has the same name.
     """
-    execute = node.execute.__func__
     carried = {kind.io_type: entry for kind, entry in CARRIED.items()}
 
     @functools.cache
@@ -45,8 +64,7 @@ def check_objects_of(node: Any) -> None:
         found = {socket.id: socket.get_io_type() for socket in node.define_schema().inputs}
         return {name: carried[kind] for name, kind in found.items() if kind in carried}
 
-    @functools.wraps(execute)
-    def checked(cls: Any, **given: Any) -> Any:
+    def check(given: dict[str, Any]) -> None:
         for name, (kind, maker) in expected().items():
             value = given.get(name)
             items = value if isinstance(value, (list, tuple)) and kind is LoraSpec else [value]
@@ -56,6 +74,5 @@ def check_objects_of(node: Any) -> None:
                         f"{name} comes from a node of another pack (a {type(item).__name__}), whose objects this node "
                         f"cannot use: connect {maker} of {schema.CATEGORY}."
                     )
-        return execute(cls, **given)
 
-    node.execute = classmethod(checked)
+    schema.check_before(node, check)

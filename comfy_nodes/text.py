@@ -8,8 +8,8 @@ from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
 from ..wanvideo.errors import InputError
 from . import comfyui
 from .comfyui import io
-from .models import TextModel
-from .schema import TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, reject_foreign
+from .models import TextModel, check_file
+from .schema import UNCONNECTED, TextEmbedsType, TextEncoderType, WanModelType, foreign, node_schema, reject_foreign
 from .types import TextEmbeds
 
 _POSITIVE_TIP = (
@@ -26,6 +26,38 @@ def _prompt(input_id: str, tooltip: str) -> Any:
     return io.String.Input(input_id, default="", multiline=True, tooltip=tooltip)
 
 
+def _check_encoder(use_disk_cache: bool | None, t5: Any) -> None:
+    if t5 is UNCONNECTED and use_disk_cache is False:
+        raise InputError(
+            "There is no text encoder: connect t5 (InfiniteTalk Text Encoder Loader), or turn use_disk_cache on for "
+            "prompts that were encoded before."
+        )
+
+
+def _encoding_options() -> list[Any]:
+    """How the nodes that are given a text encoder use it."""
+    return [
+        TextEncoderType.Input(
+            "t5",
+            optional=True,
+            tooltip="From InfiniteTalk Text Encoder Loader. May be left out for prompts in the disk cache.",
+        ),
+        io.Boolean.Input(
+            "force_offload",
+            default=True,
+            optional=True,
+            tooltip="Move the text encoder to host memory when it is done.",
+        ),
+        WanModelType.Input(
+            "model_to_offload",
+            optional=True,
+            tooltip="A video model to move to host memory first, so that the text encoder has room.",
+        ),
+        io.Boolean.Input("use_disk_cache", default=False, optional=True, tooltip=_DISK_CACHE_TIP),
+        io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=_DEVICE_TIP),
+    ]
+
+
 class InfiniteTalkTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
@@ -38,27 +70,14 @@ class InfiniteTalkTextEncode(io.ComfyNode):
             inputs=[
                 _prompt("positive_prompt", _POSITIVE_TIP),
                 _prompt("negative_prompt", _NEGATIVE_TIP),
-                TextEncoderType.Input(
-                    "t5",
-                    optional=True,
-                    tooltip="From InfiniteTalk Text Encoder Loader. May be left out for prompts in the disk cache.",
-                ),
-                io.Boolean.Input(
-                    "force_offload",
-                    default=True,
-                    optional=True,
-                    tooltip="Move the text encoder to host memory when it is done.",
-                ),
-                WanModelType.Input(
-                    "model_to_offload",
-                    optional=True,
-                    tooltip="A video model to move to host memory first, so that the text encoder has room.",
-                ),
-                io.Boolean.Input("use_disk_cache", default=False, optional=True, tooltip=_DISK_CACHE_TIP),
-                io.Combo.Input("device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=_DEVICE_TIP),
+                *_encoding_options(),
             ],
             outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
         )
+
+    @classmethod
+    def check_early(cls, use_disk_cache: bool | None = False, t5: Any = UNCONNECTED) -> None:
+        _check_encoder(use_disk_cache, t5)
 
     @classmethod
     def execute(
@@ -78,6 +97,45 @@ class InfiniteTalkTextEncode(io.ComfyNode):
         if t5 is not None and force_offload:
             t5.unload()
         return io.NodeOutput(embeds)
+
+
+class InfiniteTalkTextEncodeSingle(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkTextEncodeSingle",
+            "InfiniteTalk Text Encode Single",
+            "Encode one text as it stands, without a negative prompt: for cfg 1, or for InfiniteTalk NAG.",
+            group="text",
+            aliases=["prompt", "single prompt", "单个提示词"],
+            inputs=[
+                _prompt("prompt", "The text. Bars and brackets in it are plain text."),
+                *_encoding_options(),
+            ],
+            outputs=[TextEmbedsType.Output(display_name="text_embeds", tooltip="For InfiniteTalk Sampler.")],
+        )
+
+    @classmethod
+    def check_early(cls, use_disk_cache: bool | None = False, t5: Any = UNCONNECTED) -> None:
+        _check_encoder(use_disk_cache, t5)
+
+    @classmethod
+    def execute(
+        cls,
+        prompt: str,
+        t5: TextModel | None = None,
+        force_offload: bool = True,
+        model_to_offload: Any = None,
+        use_disk_cache: bool = False,
+        device: str = "gpu",
+    ) -> Any:
+        if model_to_offload is not None:
+            model_to_offload.unload()
+        cache = comfyui.cache_folder("prompts") if use_disk_cache else None
+        features = TextModel.encode_text(t5, prompt, device=device, cache=cache)
+        if t5 is not None and force_offload:
+            t5.unload()
+        return io.NodeOutput(TextEmbeds((features,)))
 
 
 class InfiniteTalkTextEncodeCached(io.ComfyNode):
@@ -118,6 +176,10 @@ class InfiniteTalkTextEncodeCached(io.ComfyNode):
                 io.String.Output(display_name="positive_prompt", tooltip="The prompt as it was encoded."),
             ],
         )
+
+    @classmethod
+    def check_early(cls, model_name: str | None = None) -> None:
+        check_file("text_encoder", model_name, "text encoder")
 
     @classmethod
     def execute(

@@ -11,6 +11,7 @@ import torch
 
 from ..pipeline.plan import mode_by_name
 from ..wanvideo.errors import InputError
+from ..wanvideo.modules.techniques import NormalizedAttention
 
 LEVELS = (-0.5, 10.0)
 """What pixels may be: 0 to 1, and what resizing and high dynamic range add; not -1 to 1, and not 0 to 255."""
@@ -62,10 +63,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Prompt embeddings [tokens, text_dim], one for each window; the negative one is used where cfg is not 1."""
+    """Prompt embeddings [tokens, text_dim], one for each window; the negative one is used where cfg is not 1.
+
+    `nag` has another negative one, which is used inside the model.
+    """
 
     positive: tuple[torch.Tensor, ...]
     negative: torch.Tensor | None = None
+    nag: NormalizedAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -116,3 +121,40 @@ class OneWindow:
     num_frames: int
     condition: torch.Tensor | None = None
     clip: ClipEmbeds | None = None
+
+
+class SigmaLevel(float):
+    """A noise level in place of a step: the first step of the schedule whose sigma is at or below it."""
+
+
+@dataclass(frozen=True)
+class VramManagement:
+    """How much of a model's blocks to swap, 0 to 1."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class SchedulerChoice:
+    """The sampler's inputs that a scheduler node holds, by their names."""
+
+    scheduler: str
+    steps: int
+    shift: float
+    start_step: int
+    end_step: int
+    sigmas: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ExtraArgs:
+    """Optional inputs of the sampler, by name."""
+
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SamplerArgs:
+    """All inputs of the sampler, by name."""
+
+    given: Mapping[str, Any]

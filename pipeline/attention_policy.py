@@ -7,7 +7,7 @@ image has few keys, where low precision is slower and less accurate: it stays on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..wanvideo.errors import InputError, plain
@@ -113,6 +113,43 @@ def select(policy: str, chosen: str, *, step: int, steps: int, block: int, block
         if rule.matches(step, steps, block, blocks, role, chosen):
             return mode_for_role(chosen if rule.mode == CHOSEN else rule.mode, role)
     raise AssertionError(f"policy '{policy}' has no rule for {role} in step {step}: its last one must match everything")
+
+
+@dataclass(frozen=True)
+class ModeOverride:
+    """Another mode of self-attention in a part of a run, whatever the policy says there.
+
+    Attributes:
+        mode: an attention mode.
+        steps: half-open range (start, stop) of steps.
+        blocks: indices of blocks; None: all.
+    """
+
+    mode: str
+    steps: tuple[int, int]
+    blocks: tuple[int, ...] | None = None
+
+    def holds(self, step: int, block: int) -> bool:
+        return self.steps[0] <= step < self.steps[1] and (self.blocks is None or block in self.blocks)
+
+
+def overridden(
+    policy: Callable[[int, int], AttentionMode], overrides: Sequence[ModeOverride]
+) -> Callable[[int, int], AttentionMode]:
+    """`policy` with the `overrides` in force; of several that hold, the last."""
+
+    def mode(asked: AttentionMode, step: int, block: int, role: str) -> str:
+        if role == "self":
+            for override in reversed(overrides):
+                if override.holds(step, block):
+                    return override.mode
+        return asked(block, role) if callable(asked) else asked
+
+    def of_step(step: int, steps: int) -> AttentionMode:
+        asked = policy(step, steps)
+        return lambda block, role: mode(asked, step, block, role)
+
+    return of_step if overrides else policy
 
 
 def bind(policy: str, chosen: str, blocks: int) -> Callable[[int, int], AttentionMode]:

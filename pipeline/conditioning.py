@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..media.images import cover_image, load_image
 from ..wanvideo.errors import InputError
+from ..wanvideo.modules.techniques import NormalizedAttention
 from .guidance import Pass
 from .plan import Plan
 from .prompts import piece_of
@@ -84,6 +85,7 @@ class WindowInputs:
         audio: [speakers, frames, 5, layers, hidden]; None leaves the audio layers out.
         masks: [speakers + 1, h, w].
         audio_scale: factor on what the speech adds inside the model.
+        nag: a prompt to move away from inside the text attention, in the passes with the prompt.
     """
 
     context: Tensor
@@ -94,6 +96,7 @@ class WindowInputs:
     audio: Tensor | None = None
     masks: Tensor | None = None
     audio_scale: float = 1.0
+    nag: NormalizedAttention | None = None
 
     def __call__(self, which: Pass) -> ModelInputs:
         audio = self.audio
@@ -101,7 +104,8 @@ class WindowInputs:
             audio = torch.zeros_like(audio[:1])  # one silent speaker, whatever their number
         clip = self.clip if which.prompt or self.negative_clip is None else self.negative_clip
         context = self.context if which.prompt else self.negative
-        return ModelInputs(context, clip, self.y, audio, self.masks, self.audio_scale)
+        nag = self.nag if which.prompt else None
+        return ModelInputs(context, clip, self.y, audio, self.masks, self.audio_scale, nag=nag)
 
 
 def window_audio(speakers: Sequence[Tensor], window: Window, total: int) -> Tensor:
@@ -139,12 +143,14 @@ class Conditioning:
             in length: the longest one counts, the others hold their last row.
         source: the image as the only item, or the frames of a source video; see `load_image` for what they may be.
             A source shorter than the video goes on with its last frame.
+        nag: a prompt to move away from inside the text attention; None: without.
     """
 
     context: Sequence[Tensor]
     negative: Tensor
     audio: Sequence[Tensor]
     source: FrameSource
+    nag: NormalizedAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,7 @@ class WindowConditioner:
         self.device = torch.device(plan.config.device)
         self.context = [piece.to(self.device) for piece in given.context]
         self.negative = given.negative.to(self.device)
+        self.nag = None if given.nag is None else replace(given.nag, negative=given.nag.negative.to(self.device))
         self.masks = plan.masks.to(self.device)
         self.reference = self.image(0)
         self._condition_of: tuple[int, Tensor, Tensor | None] | None = None
@@ -231,6 +238,7 @@ class WindowConditioner:
             audio=self.audio(window).to(self.device),
             masks=self.masks,
             audio_scale=self.plan.config.audio_scale,
+            nag=self.nag,
         )
         front = None
         if motion is not None:
@@ -317,6 +325,8 @@ def _check_conditioning(given: Conditioning, plan: Plan) -> None:
         )
     named = [("speech features", f) for f in given.audio] + [("prompt", piece) for piece in given.context]
     named.append(("negative", given.negative))
+    if given.nag is not None:
+        named.append(("negative (NAG)", given.nag.negative))
     for name, tensor in named:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"The {name} embedding holds NaN or infinite values: check the encoder and its input.")

@@ -160,9 +160,16 @@ def per_step(scale: float | Sequence[float], steps: int, what: str) -> list[floa
 
 
 def cfg_schedule(
-    steps: int, start: float, end: float, interpolation: str, start_percent: float = 0.0, end_percent: float = 1.0
+    steps: int,
+    start: float,
+    end: float,
+    interpolation: str,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    *,
+    outside: float = 1.0,
 ) -> list[float]:
-    """One guidance scale per step: from `start` to `end` within the given part of the run, 1 (none) outside of it.
+    """One guidance scale per step: from `start` to `end` within the given part of the run, `outside` of it 1 (none).
 
     Args:
         interpolation: "linear", "ease_in" (slow at first, t^2) or "ease_out" (slow at last, t (2 - t)).
@@ -176,7 +183,7 @@ def cfg_schedule(
         raise InputError(f"The part from {start_percent} to {end_percent} is none: start below end, within 0 to 1.")
     first = min(int(steps * start_percent), steps - 1)
     last = max(first, int(steps * end_percent) - 1)
-    scales = [1.0] * steps
+    scales = [outside] * steps
     for i in range(first, last + 1):
         t = (i - first) / (last - first) if last > first else 0.0
         eased = {"linear": t, "ease_in": t * t, "ease_out": t * (2 - t)}[interpolation]

@@ -143,6 +143,8 @@ def plan_humo(
         raise InputError("The recording is shorter than a video frame: give a longer one.")
     if config.start_step:
         raise InputError("HuMo begins from noise alone: leave the start step at 0.")
+    if config.techniques:
+        raise InputError("Step caches, Enhance-A-Video and skipped layers were not tried with HuMo: leave them out.")
     total = (frames - 1) // 4 * 4 + 1
     width, height = fit_size(DEFAULT_SIZE, config.width, config.height, DEFAULT_SIZE[0] * DEFAULT_SIZE[1])
     check_window(total + 4 * references, width, height)

@@ -29,9 +29,9 @@ from ..media.video import OutputFiles, VideoFrames, VideoWriter, check_output
 from ..multitalk.wav2vec import Wav2Vec2Features, wav2vec2_files
 from ..multitalk.whisper import WhisperFeatures, whisper_file
 from ..wanvideo.checkpoints.dit import inspect_dit, load_dit
-from ..wanvideo.checkpoints.files import CheckpointFile, Progress
+from ..wanvideo.checkpoints.files import Progress
 from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
-from ..wanvideo.checkpoints.state_dict import kind_of
+from ..wanvideo.checkpoints.state_dict import check_part
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.small_decoder import SmallDecoder, denormalizes
 from ..wanvideo.encoders.text import TextEncoder, text_quantization
@@ -60,6 +60,7 @@ from .plan import HUMO, GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
 from .recorder import Recorder
 from .sampling import what_ran
+from .techniques import fitted
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
 
@@ -78,8 +79,6 @@ FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks", "references")
 
 NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
-
-UNKNOWN_KIND = kind_of(())
 
 SOUND_RATE = 48000
 """Hz. Of the sound of several recordings together."""
@@ -395,7 +394,8 @@ def _plan_talking(job: Job, dit: WanConfig) -> Planned:
     if job.max_frames is not None:
         speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
-    config = replace(job.config, total_frames=max(frames, default=0))
+    techniques = fitted(job.config.techniques, dit, Path(job.files.model).name)
+    config = replace(job.config, total_frames=max(frames, default=0), techniques=techniques)
     return plan_video(config, load_image(source[0]).size, frames, masks or None), source, (), speech
 
 
@@ -482,25 +482,16 @@ def _check_paths(job: Job) -> None:
 
 def _check_kinds_of_files(files: ModelFiles) -> None:
     """Reject a file given in the place of another, by the names of its tensors."""
-    for option, path, kind in (
-        ("VAE", files.vae, "a Wan2.1 VAE"),
-        ("decoder", files.decoder, "a small decoder"),
-        ("text encoder", files.text_encoder, "a T5 text encoder"),
-        ("CLIP vision model", files.clip_vision, "a CLIP vision model"),
-        ("wav2vec2 model", files.wav2vec, "a wav2vec2 model"),
-        ("Whisper model", files.whisper, "a Whisper model"),
-    ):
-        if path is None:
-            continue
-        if option == "wav2vec2 model":
-            path, _, _ = wav2vec2_files(path)  # maybe of a folder
-        elif option == "Whisper model":
-            path = whisper_file(path)
-        with CheckpointFile(path) as file:
-            found = kind_of(file.names)
-        # What is of no known kind is left to the loader, which says what it lacks.
-        if found not in (kind, UNKNOWN_KIND):
-            raise CheckpointError(f"{path}, given as the {option}, is {found}, not {kind}.")
+    check_part(files.vae, "VAE")
+    if files.decoder is not None:
+        check_part(files.decoder, "decoder")
+    check_part(files.text_encoder, "text encoder")
+    if files.clip_vision is not None:
+        check_part(files.clip_vision, "CLIP vision model")
+    if files.wav2vec is not None:
+        check_part(wav2vec2_files(files.wav2vec)[0], "wav2vec2 model")  # maybe of a folder
+    if files.whisper is not None:
+        check_part(whisper_file(files.whisper), "Whisper model")
 
 
 def _check_encoders(files: ModelFiles) -> None:

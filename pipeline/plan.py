@@ -21,6 +21,7 @@ from .guidance import guide, per_step
 from .nonfinite import AttentionPolicy
 from .sampling import Schedule
 from .schedulers import make_scheduler
+from .techniques import Technique, check_techniques
 from .windows import Window, plan_windows
 
 __all__ = ["HUMO", "MODES", "GenerateConfig", "Mode", "Plan", "mode_by_name", "plan_schedule", "plan_video"]
@@ -84,6 +85,7 @@ class GenerateConfig:
         color_method: how, one of `COLOR_METHODS`.
         attention_policy: mode of the attention kernels, or (step, steps) -> mode. None: the model's own.
         tiled_vae: encode and decode in tiles, for small GPUs.
+        techniques: what else changes the passes of a step, see `techniques`.
         device: where latents live and the model is called.
     """
 
@@ -112,6 +114,7 @@ class GenerateConfig:
     color_method: str = "reinhard"
     attention_policy: AttentionPolicy | None = None
     tiled_vae: bool = False
+    techniques: tuple[Technique, ...] = ()
     device: str | torch.device = "cpu"
 
 
@@ -178,6 +181,7 @@ def plan_video(
         audio_cfg=config.audio_cfg,
         guidance=config.guidance,
         apg=(config.apg_momentum, config.apg_norm_threshold) if config.use_apg else None,
+        techniques=config.techniques,
     )
     return Plan(config, MODES[config.mode], width, height, total, tuple(windows), schedule, len(speech), planes)
 
@@ -194,6 +198,7 @@ def plan_schedule(
     audio_cfg: float | Sequence[float] = 1.0,
     guidance: str = "additive",
     apg: tuple[float, float] | None = None,
+    techniques: tuple[Technique, ...] = (),
 ) -> Schedule:
     """The steps of a window with the guidance of each; arguments as in `GenerateConfig`.
 
@@ -210,4 +215,5 @@ def plan_schedule(
     scales = zip(per_step(cfg, len(grid), "cfg"), per_step(audio_cfg, len(grid), "audio cfg"), strict=True)
     formulas = tuple(guide(text, audio, guidance, projected=apg is not None) for text, audio in scales)
     end = len(grid) if end_step is None else min(end_step, len(grid))
-    return Schedule(grid, formulas, start_step, end, apg)
+    check_techniques(techniques, formulas)
+    return Schedule(grid, formulas, start_step, end, apg, techniques)

@@ -15,6 +15,7 @@ where the scheduler needs it, and one of the overwrite's.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,12 +27,17 @@ from torch import Tensor
 from ..fp8_optimization import listed
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import KernelCounts
+from ..wanvideo.modules.techniques import NormalizedAttention
 from .guidance import Formula, Pass, Projection
 from .kept_keys import KeptKeys
 from .nonfinite import FallbackModes, NonFinite, check_finite
 from .schedulers import Scheduler
+from .techniques import Technique, cache_of, forward_options
 
 __all__ = ["ModelInputs", "Overwrite", "Schedule", "denoise", "draw", "what_ran"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class ModelInputs:
         audio_scale: factor on what the speech adds inside the model.
         humo_audio: windows of speech features [T, 8, groups, C] for HuMo's audio layers, in place of `audio`.
         overwrite: frames that this pass alone sees in place of x's.
+        nag: a prompt to move away from inside the text attention.
     """
 
     context: Tensor
@@ -85,6 +92,7 @@ class ModelInputs:
     audio_scale: float = 1.0
     humo_audio: Tensor | None = None
     overwrite: Overwrite | None = None
+    nag: NormalizedAttention | None = None
 
     def speech(self) -> dict[str, Any]:
         """Keyword arguments of the model that concern the speech, besides `audio` and `masks`."""
@@ -102,6 +110,7 @@ class Schedule:
         formulas: guidance of each of its steps.
         start, end: the steps that are run, [start, end).
         apg: (momentum, norm threshold) of adaptive projected guidance; None: without.
+        techniques: what else changes the passes, see `techniques`.
 
     Raises InputError where no step is left to run.
     """
@@ -111,6 +120,7 @@ class Schedule:
     start: int
     end: int
     apg: tuple[float, float] | None = None
+    techniques: tuple[Technique, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.steps:
@@ -161,6 +171,8 @@ def denoise(
     def attempt() -> tuple[Tensor, Tensor]:
         scheduler = copy.copy(schedule.scheduler)  # multistep solvers begin a history
         projection = None if schedule.apg is None else Projection(*schedule.apg)
+        cache = cache_of(schedule.techniques)
+        reuse = None if cache is None else cache.begin(model, schedule.steps)
         latents = clean = x
         if overwrite is not None:
             latents = overwrite.at_step(latents, schedule.start, scheduler, generator)
@@ -171,19 +183,29 @@ def denoise(
                 if check_interrupt is not None:
                     check_interrupt()
                 given = inputs_of(which)
-                velocity = model(
-                    noisy if given.overwrite is None else given.overwrite.put(noisy),
-                    t,
-                    given.context,
-                    given.clip,
-                    given.y,
-                    given.audio,
-                    given.masks,
-                    **given.speech(),
-                    attention_mode=modes.mode(step),
-                    **keys.of_forward(given.context, given.clip),
-                )
-                return velocity[0]
+                changes = forward_options(schedule.techniques, which, step, schedule.steps)
+                if given.nag is not None:
+                    changes["nag"] = given.nag
+                seen = noisy if given.overwrite is None else given.overwrite.put(noisy)
+
+                def compute(**more: Any) -> Tensor:
+                    velocity = model(
+                        seen,
+                        t,
+                        given.context,
+                        given.clip,
+                        given.y,
+                        given.audio,
+                        given.masks,
+                        **given.speech(),
+                        attention_mode=modes.mode(step),
+                        **keys.of_forward(given.context, given.clip),
+                        **changes,
+                        **more,
+                    )
+                    return velocity[0]
+
+                return compute() if reuse is None else reuse.velocity(which, step, seen, t, compute)
 
             formula = schedule.formulas[step]
             velocity = formula.velocity(evaluate, projection)
@@ -199,6 +221,8 @@ def denoise(
                 latents = overwrite.at_step(latents, step + 1, scheduler, generator)
             if report is not None:
                 report(step, clean)
+        if reuse is not None:
+            logger.info("%sstep cache: %d of %d passes were not computed", place, reuse.reused, reuse.passes)
         return latents, clean
 
     return modes.retry(attempt, generator, place)

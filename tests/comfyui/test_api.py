@@ -18,12 +18,8 @@ pytestmark = pytest.mark.comfyui
 
 ROOT = workflows.ROOT
 PUBLIC: dict[str, Any] = json.loads((ROOT / "tests/data/nodes.json").read_text())
-TEXTS = {
-    language: json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
-    for language in ("en", "zh")
-}
-OWN = set(TEXTS["en"])
-"""The nodes under their own ids; the wrapper's are aliases, whose English texts are in their schemas alone."""
+OWN = set(json.loads((ROOT / "locales/en/nodeDefs.json").read_text()))
+"""Ids of this pack's own, which are the ones that it translates into English."""
 
 
 @pytest.fixture
@@ -135,17 +131,51 @@ def test_a_value_that_is_no_choice_is_rejected_on_its_node(server: Server, promp
         ("InfiniteTalkModelLoader", {"attention_mode": "radial_sage_attention"}, "choose sageattn_3_fp8"),
         ("InfiniteTalkModelLoader", {"model": make_workflows.TINY["adapter"]}, "is an InfiniteTalk adapter"),
         ("InfiniteTalkSampler", {"scheduler": "deis"}, "choose dpm"),
+        ("InfiniteTalkLongVideo", {"frame_window_size": 16}, "4n + 1"),
     ],
 )
-def test_wrong_input_is_answered_on_the_node_that_has_it(
+def test_what_widgets_tell_is_answered_when_run_is_pressed(
     server: Server, prompt, class_type: str, change: dict[str, Any], words: str
 ) -> None:
     node = node_of(prompt, class_type)
     prompt[node]["inputs"].update(change)
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400
+    assert list(answer["node_errors"]) == [node]
+    assert all(words in error["details"] for error in answer["node_errors"][node]["errors"])
+
+
+@pytest.mark.parametrize(
+    ("change", "gone", "words"),
+    [
+        ({}, "text_embeds", "connect text_embeds"),
+        ({}, "multitalk_embeds", "connect multitalk_embeds"),
+        ({"start_step": 9}, "samples", "leaves none of"),
+    ],
+)
+def test_what_does_not_fit_is_answered_before_the_model_is_read(
+    server: Server, prompt, change: dict[str, Any], gone: str, words: str
+) -> None:
+    sampler, loader = node_of(prompt, "InfiniteTalkSampler"), node_of(prompt, "InfiniteTalkModelLoader")
+    prompt[sampler]["inputs"] = {k: v for k, v in {**prompt[sampler]["inputs"], **change}.items() if k != gone}
+    prompt[loader]["inputs"]["base_precision"] = "fp16_fast"  # as no other test has it, so that it is not kept
     entry = server.run(prompt)
     (error,) = messages(entry, "execution_error")
-    assert error["node_id"] == node
+    assert error["node_id"] == sampler
     assert words in error["exception_message"]
+    assert loader not in error["executed"]
+
+
+def test_public_nodes_that_nothing_needs_do_not_disturb(server: Server, prompt) -> None:
+    info = server.get("/object_info")
+    for number, name in enumerate(PUBLIC):
+        given = {}
+        for key, entry in info[name]["input"].get("required", {}).items():
+            values = combo_values(entry)
+            if values or "default" in entry[1]:
+                given[key] = entry[1].get("default", (values or [None])[0])
+        prompt[str(1000 + number)] = {"class_type": name, "inputs": given}
+    assert server.run(prompt)["status"]["status_str"] == "success"
 
 
 def test_interruption_ends_within_a_step_and_the_next_run_works(server: Server, prompt) -> None:
@@ -170,9 +200,8 @@ def test_documents_and_translations_are_delivered(server: Server) -> None:
             assert status == 200, page
             assert len(body) > 100
     translations = server.get("/i18n")
-    for language, texts in TEXTS.items():
-        assert set(texts) <= set(translations[language]["nodeDefs"])
-    assert set(PUBLIC) | OWN <= set(TEXTS["zh"])
+    assert set(translations["en"]["nodeDefs"]) >= OWN
+    assert set(translations["zh"]["nodeDefs"]) >= OWN | set(PUBLIC)
 
 
 def test_workflows_are_offered_as_templates(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Coroutine, Iterator
 from fractions import Fraction
@@ -25,6 +26,10 @@ class NodeError(Exception):
         self.node_id, self.class_type, self.error = node_id, class_type, error
 
 
+class Rejected(Exception):
+    """What a node says of its widgets before anything runs."""
+
+
 class Host:
     """Our nodes, core nodes, and the outputs of nodes whose inputs have not changed since."""
 
@@ -34,18 +39,60 @@ class Host:
         self.core = CoreNodes(base)
         self.cache: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         self.executed: list[str] = []
+        self.shown: list[str] = []  # what ComfyUI shows of the last rejection
 
     @property
     def management(self) -> comfy_stubs.Management:
         return sys.modules["comfy.model_management"]  # type: ignore[return-value]
 
-    def run(self, prompt: Prompt) -> dict[str, tuple[Any, ...]]:
-        """Execute all nodes; the outputs by node id. Raises NodeError."""
+    def run(self, prompt: Prompt, wanted: str | None = None) -> dict[str, tuple[Any, ...]]:
+        """Execute `wanted` and what it needs, or all nodes; the outputs by node id. Raises NodeError.
+
+        Like ComfyUI it first asks all of them whether they accept their widgets, and then makes lazy inputs last.
+        """
         self.executed = []
+        ends = [wanted] if wanted is not None else _ends(prompt)
+        for node_id in _in_order(prompt, ends):
+            self._validate(node_id, prompt[node_id])
         outputs: dict[str, tuple[Any, ...]] = {}
-        for node_id in _in_order(prompt):
-            outputs[node_id] = self._run_node(node_id, prompt[node_id], outputs)
+        for node_id in ends:
+            self._make(node_id, prompt, outputs)
         return outputs
+
+    def _validate(self, node_id: str, node: dict[str, Any]) -> None:
+        """What `validate_inputs` says: of linked inputs it is given None. Nothing is shown where none that it names is
+        there."""
+        cls = self.nodes.get(node["class_type"])
+        if cls is None or not hasattr(cls, "validate_inputs"):
+            return
+        names = inspect.getfullargspec(cls.validate_inputs).args[1:]
+        assert names, "ComfyUI asks only where inputs are named"
+        given = {k: None if _is_link(v) else v for k, v in node["inputs"].items() if k in names}
+        answer = cls.validate_inputs(**given)
+        self.shown = [] if answer is True else [f"{name} - {answer}" for name in given]
+        if self.shown:
+            raise NodeError(node_id, node["class_type"], Rejected(answer))
+
+    def _make(self, node_id: str, prompt: Prompt, outputs: dict[str, tuple[Any, ...]]) -> None:
+        if node_id in outputs:
+            return
+        node = prompt[node_id]
+        cls = self.nodes.get(node["class_type"])
+        links = {k: v for k, v in node["inputs"].items() if _is_link(v)}
+        lazy = {} if cls is None else {i.id: i for i in cls.GET_SCHEMA().inputs if i.options.get("lazy")}
+        for name, (source, _) in links.items():
+            if name not in lazy:
+                self._make(source, prompt, outputs)
+        later = [name for name in links if name in lazy]
+        if later and cls is not None:
+            given = {k: outputs[v[0]][v[1]] if k in links and k not in later else v for k, v in node["inputs"].items()}
+            try:
+                later = cls.check_lazy_status(**{k: None if k in later else v for k, v in given.items()})
+            except Exception as error:
+                raise NodeError(node_id, node["class_type"], error) from error
+        for name in later:
+            self._make(links[name][0], prompt, outputs)
+        outputs[node_id] = self._run_node(node_id, node, outputs)
 
     def _run_node(self, node_id: str, node: dict[str, Any], outputs: dict[str, tuple[Any, ...]]) -> tuple[Any, ...]:
         given = {k: outputs[v[0]][v[1]] if _is_link(v) else v for k, v in node["inputs"].items()}
@@ -82,7 +129,13 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
-def _in_order(prompt: Prompt) -> list[str]:
+def _ends(prompt: Prompt) -> list[str]:
+    """Nodes whose outputs nobody takes."""
+    taken = {value[0] for node in prompt.values() for value in node["inputs"].values() if _is_link(value)}
+    return [node_id for node_id in prompt if node_id not in taken]
+
+
+def _in_order(prompt: Prompt, ends: list[str]) -> list[str]:
     order: list[str] = []
 
     def visit(node_id: str) -> None:
@@ -93,7 +146,7 @@ def _in_order(prompt: Prompt) -> list[str]:
                 visit(value[0])
         order.append(node_id)
 
-    for node_id in prompt:
+    for node_id in ends:
         visit(node_id)
     return order
 

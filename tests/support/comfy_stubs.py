@@ -85,6 +85,10 @@ class ComfyNode:
         raise NotImplementedError
 
     @classmethod
+    def check_lazy_status(cls, **inputs: Any) -> list[str]:
+        return [name for name, value in inputs.items() if value is None]
+
+    @classmethod
     def GET_SCHEMA(cls) -> Schema:
         schema = cls.define_schema()
         ids = [i.id for i in schema.inputs]
@@ -128,7 +132,16 @@ def _io() -> types.ModuleType:
 def _folder_paths(base: Path) -> types.ModuleType:
     module = types.ModuleType("folder_paths")
     suffixes = {".safetensors", ".pth", ".pt", ".bin"}
-    kinds = ("diffusion_models", "vae", "vae_approx", "text_encoders", "clip_vision", "loras", "audio_encoders")
+    kinds = (
+        "diffusion_models",
+        "model_patches",
+        "vae",
+        "vae_approx",
+        "text_encoders",
+        "clip_vision",
+        "loras",
+        "audio_encoders",
+    )
     folders = {kind: ([str(base / "models" / kind)], suffixes) for kind in kinds}
     folders["custom_nodes"] = ([str(base / "custom_nodes")], set())
 

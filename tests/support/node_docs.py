@@ -69,6 +69,11 @@ def own_ids() -> dict[str, str]:
         return {public_id: own for own, (public_id, _) in PUBLIC_IDS.items()}
 
 
+def is_ours(node_id: str) -> bool:
+    """Whether the id is this pack's own, and not the wrapper's."""
+    return node_id.startswith("InfiniteTalk")
+
+
 def with_aliases(texts: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     """Translations of all nodes: those of our ids, and copies of them for the wrapper's.
 
@@ -129,7 +134,7 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    own = {node_id: schema for node_id, schema in node_schemas().items() if node_id not in own_ids()}
+    own = {node_id: schema for node_id, schema in node_schemas().items() if is_ours(node_id)}
     texts = json.dumps(english(own), indent=2, ensure_ascii=False) + "\n"
     (LOCALES / "en").mkdir(parents=True, exist_ok=True)
     (LOCALES / "en/nodeDefs.json").write_text(texts, encoding="utf-8")

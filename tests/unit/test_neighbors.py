@@ -108,3 +108,17 @@ def test_missing_nodes_are_replaced_where_comfyui_can(tmp_path: Path, monkeypatc
 def run(coroutine: Any) -> None:
     with pytest.raises(StopIteration):
         coroutine.send(None)
+
+
+def test_the_folder_of_speech_models_is_added_to_those_that_others_name(tmp_path: Path) -> None:
+    """Another pack, or extra_model_paths.yaml, may have registered the kind before."""
+    with hosted(tmp_path):
+        from wanvideo_infinitetalk.comfy_nodes import comfyui as host_module
+
+        known = sys.modules["folder_paths"].folder_names_and_paths
+        own = str(tmp_path / "models/wav2vec2")
+        assert known["wav2vec2"][0] == [own]
+        known["wav2vec2"] = (["/elsewhere"], {".safetensors"})
+        for _ in range(2):
+            host_module.register_folders()
+            assert known["wav2vec2"][0] == ["/elsewhere", own]

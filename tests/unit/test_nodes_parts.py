@@ -247,6 +247,22 @@ def test_a_folder_in_the_models_folder_is_taken_instead_of_a_download(host: Host
     assert outputs["1"][0].features.layers == 2
 
 
+@pytest.mark.parametrize("kind", ["wav2vec2", "audio_encoders"])
+@pytest.mark.parametrize("name", ["wav2vec2-base-960h", "facebook/wav2vec2-base-960h"])
+def test_all_folders_of_speech_models_are_searched(host: Host, tmp_path, monkeypatch, kind: str, name: str) -> None:
+    import shutil
+    import sys
+
+    known = sys.modules["folder_paths"].folder_names_and_paths
+    folders, endings = known[kind]
+    monkeypatch.setitem(known, kind, ([*folders, str(tmp_path)], endings))
+    shutil.copytree(host.base / "tiny/wav2vec2-tiny", tmp_path / name)
+    inputs = {"model": "facebook/wav2vec2-base-960h", "base_precision": "fp32", "load_device": "main_device"}
+    host.cache.clear()
+    outputs = host.run({"1": {"class_type": "InfiniteTalkWav2VecDownloader", "inputs": inputs}})
+    assert outputs["1"][0].features.layers == 2
+
+
 # --- text
 
 
@@ -392,6 +408,34 @@ def test_images_are_combined(host: Host, clip) -> None:
     assert not torch.allclose(look(host, clip, crop="disabled").positive, one)
 
 
+@pytest.mark.parametrize("crop", ["center", "disabled"])
+def test_tiles_are_looked_at_one_by_one(host: Host, clip, crop: str) -> None:
+    image = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(3))
+    whole = look(host, clip, image_1=image, crop=crop).positive
+    seen = image[:, :, 10:50] if crop == "center" else image
+    height, width = seen.shape[1] // 2, seen.shape[2] // 2
+    parts = [
+        look(host, clip, image_1=seen[:, y : y + height, x : x + width], crop="disabled").positive[0]
+        for y in (0, height)
+        for x in (0, width)
+    ]
+    # The 16 x 16 tokens of each tile become 8 x 8 of the whole: means of 2 x 2.
+    grid = torch.zeros(16, 16, parts[0].shape[-1])
+    for n, part in enumerate(parts):
+        tokens = part[1:].unflatten(0, (8, 2, 8, 2)).mean((1, 3))
+        grid[n // 2 * 8 : n // 2 * 8 + 8, n % 2 * 8 : n % 2 * 8 + 8] = tokens
+    tiles = torch.cat([torch.stack(parts)[:, 0].mean(0, keepdim=True), grid.flatten(0, 1)])[None]
+    for share in (1.0, 0.25, 0.0):
+        found = look(host, clip, image_1=image, crop=crop, tiles=2, ratio=share, strength_1=2.0).positive
+        torch.testing.assert_close(found, 2 * (share * tiles + (1 - share) * whole), atol=1e-4, rtol=1e-4)
+    assert look(host, clip, image_1=image, negative_image=image, crop=crop, tiles=2).negative is not None
+
+
+def test_an_image_without_as_many_tiles_is_rejected(host: Host, clip) -> None:
+    with pytest.raises(InputError, match="no 16 x 16 tiles"):
+        look(host, clip, image_1=torch.rand(1, 8, 40, 3), tiles=16)
+
+
 def test_a_core_clip_vision_model_is_asked_for_its_penultimate_states(host: Host) -> None:
     class Core:
         def encode_image(self, image: torch.Tensor, crop: str) -> Any:
@@ -402,7 +446,7 @@ def test_a_core_clip_vision_model_is_asked_for_its_penultimate_states(host: Host
     assert torch.equal(embeds.positive, torch.full((1, 257, 1280), 0.25))
 
 
-@pytest.mark.parametrize("change", [{"tiles": 4}, {"combine_embeds": "batch", "image_2": torch.rand(1, 8, 8, 3)}])
+@pytest.mark.parametrize("change", [{"combine_embeds": "batch", "image_2": torch.rand(1, 8, 8, 3)}])
 def test_what_clip_does_not_do_is_said(host: Host, clip, change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="not part of this pack"):
         look(host, clip, **change)
@@ -579,6 +623,7 @@ def test_fp16_fast_accumulates_in_fp16_while_it_runs_only(host: Host, monkeypatc
     monkeypatch.setattr(
         sampling, "_one_window", lambda *given: seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
     )
+    monkeypatch.setattr(sampling, "check_request", lambda *given, **inputs: None)
     loader = {"model": TINY["dit"], "quantization": "disabled", "load_device": "offload_device"}
     (model,) = run(host, "InfiniteTalkModelLoader", **loader, base_precision=precision)
     settings = sampling.SamplerSettings(steps=1, cfg=1.0, shift=5.0, seed=0, scheduler="euler")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from support import make_workflows, tiny_comfy, workflows
 from support.comfy_host import Host, NodeError, hosted
@@ -193,31 +194,20 @@ def test_quantized_models_run_with_loras(host: Host, prompt, quantization: str) 
     assert torch.isfinite(host.run(prompt)[sampler][0]["samples"]).all()
 
 
+# Beside these, what is said before anything runs, or before the model is read, is in test_nodes_early.py.
 WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
-    "a mode of others": (
-        "InfiniteTalkModelLoader",
-        {"attention_mode": "radial_sage_attention"},
-        BackendUnavailableError,
-        "choose sageattn_3_fp8",
-    ),
     "a mode whose package is missing": (
         "InfiniteTalkModelLoader",
         {"attention_mode": "flash_attn_3"},
         BackendUnavailableError,
         "flash_attn_3",
     ),
-    "an adapter as model": (
-        "InfiniteTalkModelLoader",
-        {"model": make_workflows.TINY["adapter"]},
-        CheckpointError,
-        "is an InfiniteTalk adapter",
+    "frames outside of the output folder": (
+        "InfiniteTalkLongVideo",
+        {"output_path": "../elsewhere"},
+        InputError,
+        "leads outside",
     ),
-    "a scheduler of others": ("InfiniteTalkSampler", {"scheduler": "rcm"}, InputError, "choose lcm"),
-    "riflex": ("InfiniteTalkSampler", {"riflex_freq_index": 6}, InputError, "riflex_freq_index to 0"),
-    "no step left": ("InfiniteTalkSampler", {"start_step": 5}, InputError, "start step"),
-    "an end step": ("InfiniteTalkSampler", {"end_step": 1}, InputError, "end_step"),
-    "a window of 16": ("InfiniteTalkLongVideo", {"frame_window_size": 16}, InputError, "4n \\+ 1"),
-    "no room for new frames": ("InfiniteTalkLongVideo", {"motion_frame": 33}, InputError, "no room"),
 }
 
 
@@ -230,13 +220,6 @@ def test_wrong_input_is_answered_on_the_node_that_has_it(host: Host, prompt, cas
     assert isinstance(caught.value.error, error)
     assert caught.value.class_type == class_type
     assert "\n" not in str(caught.value.error)
-
-
-@pytest.mark.parametrize("missing", ["text_embeds", "multitalk_embeds"])
-def test_what_is_not_connected_is_named(host: Host, prompt, missing: str) -> None:
-    del prompt[node_of(prompt, "InfiniteTalkSampler")]["inputs"][missing]
-    with pytest.raises(NodeError, match=f"connect {missing}"):
-        host.run(prompt)
 
 
 def test_a_silent_person(host: Host, prompt) -> None:
@@ -254,7 +237,7 @@ def test_finished_windows_go_to_the_file(host: Host, prompt, monkeypatch: pytest
     monkeypatch.setattr(sampling, "Journal", lambda *given: how.append(given[2]) or journal(*given))
     long, images = node_of(prompt, "InfiniteTalkLongVideo"), node_of(prompt, "InfiniteTalkImagesFromSamples")
     expected = host.run(prompt)[images][0]
-    prompt[long]["inputs"]["output_path"] = "long/talk"
+    prompt[long]["inputs"]["output_path"] = "long/talk.mp4"
     frames, path = host.run(prompt)[images]
     assert path == str((host.base / "output/long/talk.mp4").resolve())
     assert streams_of(Path(path))[0] == 25
@@ -272,14 +255,57 @@ def test_finished_windows_go_to_the_file(host: Host, prompt, monkeypatch: pytest
         host.run(prompt)
 
 
+def test_frames_go_into_a_folder(host: Host, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, images = node_of(prompt, "InfiniteTalkLongVideo"), node_of(prompt, "InfiniteTalkImagesFromSamples")
+    expected = host.run(prompt)[images][0]
+    prompt[long]["inputs"]["output_path"] = " long/frames "
+    folder = host.base / "output/long/frames"
+    folder.mkdir(parents=True)
+    for left_over in ("frame_000099.png", "mine.png"):
+        (folder / left_over).write_bytes(b"")
+    frames, path = host.run(prompt)[images]
+    assert path == str(folder.resolve())
+    written = sorted(folder.iterdir())
+    assert [file.name for file in written] == [*(f"frame_{n:06}.png" for n in range(25)), "mine.png"]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in written[:25]])
+    assert float((pixels / 255 - expected).abs().max()) <= 0.51 / 255
+    assert torch.equal(frames, pixels[17:] / 255)  # the last window
+    # What is not finished lies beside it, and what was there stays.
+    decode = long_video._decode
+
+    def interrupted(*given: Any) -> torch.Tensor:
+        if given[3].index == 1:
+            raise InterruptProcessingException
+        return decode(*given)
+
+    prompt[node_of(prompt, "InfiniteTalkSampler")]["inputs"]["seed"] += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(long_video, "_decode", interrupted)
+        with pytest.raises(NodeError):
+            host.run(prompt)
+    assert len(list((folder.parent / "frames.partial").iterdir())) == 17
+    assert np.array_equal(np.asarray(Image.open(written[12])), pixels[12].numpy())
+    host.run(prompt)
+    assert not (folder.parent / "frames.partial").exists()
+    assert not np.array_equal(np.asarray(Image.open(written[12])), pixels[12].numpy())
+
+
+@pytest.mark.parametrize(("name", "words"), [("talk.avi", r"end in \.mp4"), ("taken", "Name another folder")])
+def test_an_output_path_that_is_neither(host: Host, prompt, name: str, words: str) -> None:
+    (host.base / "output/taken").write_bytes(b"a file")
+    prompt[node_of(prompt, "InfiniteTalkLongVideo")]["inputs"]["output_path"] = name
+    with pytest.raises(NodeError, match=words):
+        host.run(prompt)
+
+
 def test_an_interrupted_video_in_a_file_is_gone_on_with(
     host: Host, prompt, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     long, images = node_of(prompt, "InfiniteTalkLongVideo"), node_of(prompt, "InfiniteTalkImagesFromSamples")
     sampler = node_of(prompt, "InfiniteTalkSampler")
-    prompt[long]["inputs"]["output_path"] = "long/whole"
+    prompt[long]["inputs"]["output_path"] = "long/whole.mp4"
     frames, whole = host.run(prompt)[images]
-    prompt[long]["inputs"]["output_path"] = "long/stopped"
+    prompt[long]["inputs"]["output_path"] = "long/stopped.mp4"
     decode, made = long_video._decode, []
 
     def interrupted(*given: Any) -> torch.Tensor:
@@ -300,7 +326,7 @@ def test_an_interrupted_video_in_a_file_is_gone_on_with(
     assert torch.equal(again, frames)
     assert Path(path).read_bytes() == Path(whole).read_bytes()
     # Another seed is another video: nothing of the stopped one goes into it.
-    prompt[long]["inputs"]["output_path"] = "long/other"
+    prompt[long]["inputs"]["output_path"] = "long/other.mp4"
     with monkeypatch.context() as patch:
         patch.setattr(long_video, "_decode", interrupted)
         with pytest.raises(NodeError):
@@ -480,6 +506,18 @@ def test_the_cached_text_encoder_gives_the_same_embeds(host: Host, prompt) -> No
     torch.testing.assert_close(embeds.positive[0], outputs[text][0].positive[0])
     torch.testing.assert_close(negative.positive[0], outputs[text][0].negative)
     assert words == shared["positive_prompt"]
+
+
+def test_comfyuis_own_adapter_is_found_where_comfyui_has_it(host: Host, prompt) -> None:
+    sampler, adapter = node_of(prompt, "InfiniteTalkSampler"), node_of(prompt, "InfiniteTalkAdapterLoader")
+    expected = host.run(prompt)[sampler][0]["samples"]
+    models = host.base / "models"
+    (models / "model_patches").mkdir(exist_ok=True)
+    (models / "model_patches/infinitetalk-patch.safetensors").write_bytes(
+        (models / "diffusion_models" / make_workflows.TINY["adapter"]).read_bytes()
+    )
+    prompt[adapter]["inputs"]["model"] = "infinitetalk-patch.safetensors"
+    assert torch.equal(host.run(prompt)[sampler][0]["samples"], expected)
 
 
 def test_a_missing_file_is_named(host: Host) -> None:

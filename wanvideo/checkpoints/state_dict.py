@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, some
 from ..kernels.layout import ALIGNMENT
-from .files import Stored, own_memory
+from .files import CheckpointFile, Stored, own_memory
 from .reading import json_object
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "PARTS",
     "bare_names",
     "check_complete",
     "check_heads",
+    "check_part",
     "check_shape",
     "diffusers_name",
     "fill_module",
@@ -70,6 +73,29 @@ def kind_of(names: Iterable[str]) -> str:
         if any(mark in name for name in names):
             return kind
     return "a file of unknown kind"
+
+
+PARTS = {
+    "adapter": "an InfiniteTalk adapter",
+    "VAE": "a Wan2.1 VAE",
+    "decoder": "a small decoder",
+    "text encoder": "a T5 text encoder",
+    "CLIP vision model": "a CLIP vision model",
+    "wav2vec2 model": "a wav2vec2 model",
+    "Whisper model": "a Whisper model",
+}
+"""What a file is given as -> what `kind_of` calls it."""
+
+
+def check_part(path: str | Path, part: str) -> None:
+    """Raise CheckpointError for a file that is given as another part, by the names of its tensors.
+
+    What is of no known kind is left to the loader, which says what it lacks.
+    """
+    with CheckpointFile(path) as file:
+        found = kind_of(file.names)
+    if found not in (PARTS[part], kind_of(())):
+        raise CheckpointError(f"{path}, given as the {part}, is {found}, not {PARTS[part]}.")
 
 
 MAX_LAYERS = 1000

@@ -10,7 +10,7 @@ nothing in a forward waits for the GPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from .elementwise import (
     qk_norm_rope,
 )
 from .humo import AudioCrossAttentionWrapper, HuMoAudioProjModel, WanHuMoCrossAttention
+from .techniques import BlockResidual, NormalizedAttention, cross_frame_gain, normalized_guidance
 
 __all__ = [
     "AudioConfig",
@@ -200,6 +201,8 @@ class Conditions(NamedTuple):
     humo_audio_scale: float
     text_keys: KeysValues | None = None
     image_keys: KeysValues | None = None
+    enhance: float | None = None
+    nag: NormalizedAttention | None = None  # with embedded tokens [B, text_len, C]
 
 
 class BlockModes(NamedTuple):
@@ -250,6 +253,7 @@ class WanSelfAttention(_Projections):
         speaker_masks: torch.Tensor | None = None,
         *,
         attention_mode: str = "sdpa",
+        enhance: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, L, C] -> the attended tokens [B, L, C], and with masks [n+1, H*W] the reference map [n+1, L]."""
         q, k = qk_norm_rope(
@@ -260,6 +264,8 @@ class WanSelfAttention(_Projections):
         if speaker_masks is not None:
             reference_map = get_attn_map_with_target(q, k, grid, speaker_masks)
         out = attention(q, k, v, attention_mode=attention_mode)
+        if enhance is not None:
+            out = (out * cross_frame_gain(q, k, grid, enhance)).to(out.dtype)
         return self.o(out.flatten(2)), reference_map
 
 
@@ -287,11 +293,17 @@ class WanCrossAttention(_Projections):
         image_mode: str = "sdpa",
         text_keys: KeysValues | None = None,
         image_keys: KeysValues | None = None,
+        nag: NormalizedAttention | None = None,
     ) -> torch.Tensor:
         """x [B, L, C], text [B, text_len, C], clip [B, 257, C] or None -> [B, L, C]"""
         q = self._heads(self.norm_q(self.q(x)))
         k, v = self._keys_values(text_keys, lambda: (self.norm_k(self.k(text)), self.v(text)))
-        out = attention(q, k, v, attention_mode=text_mode).flatten(2)
+        out = attention(q, k, v, attention_mode=text_mode)
+        if nag is not None:
+            k, v = self._heads(self.norm_k(self.k(nag.negative))), self._heads(self.v(nag.negative))
+            away = attention(q, k, v, attention_mode=text_mode)
+            out = normalized_guidance(out, away, nag.scale, nag.tau, nag.alpha)
+        out = out.flatten(2)
         if clip is None:
             return self.o(out)
         k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
@@ -345,7 +357,12 @@ class WanBlock(nn.Module):
         device = x.device
         normed = modulated_norm(x, shift1, scale1, self.eps, rows=self.self_attn.reads_rows(device))
         attended, reference_map = self.self_attn(
-            normed, given.grid, given.rotation, given.speaker_masks, attention_mode=modes.self_attention
+            normed,
+            given.grid,
+            given.rotation,
+            given.speaker_masks,
+            attention_mode=modes.self_attention,
+            enhance=given.enhance,
         )
 
         norm, rows = self.norm3, self.cross_attn.reads_rows(device)
@@ -358,6 +375,7 @@ class WanBlock(nn.Module):
             image_mode=modes.image,
             text_keys=given.text_keys,
             image_keys=given.image_keys,
+            nag=given.nag,
         )
         factor = 1.0  # what is to be added to x: branch * factor
 
@@ -514,6 +532,10 @@ class WanModel(nn.Module):
         humo_audio_scale: float = 1.0,
         text_keys: KeysValues | None = None,
         image_keys: KeysValues | None = None,
+        enhance: float | None = None,
+        nag: NormalizedAttention | None = None,
+        skip_blocks: Collection[int] = (),
+        residual: BlockResidual | None = None,
     ) -> torch.Tensor:
         """One forward.
 
@@ -535,6 +557,10 @@ class WanModel(nn.Module):
             humo_audio_scale: factor on what HuMo's audio layers add.
             text_keys, image_keys: what was computed of this very `context` and `clip_fea` before, with these weights;
                 filled by the first forward that is given them.
+            enhance: weight of Enhance-A-Video in the self-attention of all blocks; None: without.
+            nag: a prompt to move away from in the text attention of all blocks.
+            skip_blocks: indices of blocks that are left out.
+            residual: is given what the blocks add to the tokens; or has it, and stands in place of running them.
 
         Returns:
             The velocity [B, out_dim, T, h, w], of x's dtype.
@@ -561,11 +587,20 @@ class WanModel(nn.Module):
             humo_audio_scale=humo_audio_scale,
             text_keys=text_keys,
             image_keys=image_keys,
+            enhance=enhance,
+            nag=None if nag is None else dataclasses.replace(nag, negative=self.embed_text(nag.negative, batch)),
         )
         mode = self.attention_mode if attention_mode is None else attention_mode
         tokens = self.patch_embedding(latents)  # [B, L, C]
-        for index, block in enumerate(self.blocks):
-            tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
+        if residual is not None and residual.reuse and residual.value is not None:
+            tokens = tokens + residual.value.to(tokens)
+        else:
+            embedded = None if residual is None else tokens
+            for index, block in enumerate(self.blocks):
+                if index not in skip_blocks:
+                    tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
+            if residual is not None and embedded is not None:
+                residual.value = tokens - embedded
         return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
 
     def run_block(
