@@ -7,6 +7,7 @@ from typing import Any
 from .comfy_nodes import (
     audio,
     comfyui,
+    humo,
     images,
     kernels,
     latents,
@@ -33,6 +34,7 @@ NODES: list[Any] = [
     loaders.InfiniteTalkClipVisionLoader,
     loaders.InfiniteTalkWav2VecLoader,
     loaders.InfiniteTalkWav2VecDownloader,
+    humo.InfiniteTalkWhisperLoader,
     options.InfiniteTalkLora,
     options.InfiniteTalkLoras,
     options.InfiniteTalkSetLoras,
@@ -60,6 +62,7 @@ NODES: list[Any] = [
     images.InfiniteTalkLongVideo,
     images.InfiniteTalkImageToVideo,
     images.InfiniteTalkEmptyVideo,
+    humo.InfiniteTalkHuMo,
     latents.InfiniteTalkEncode,
     latents.InfiniteTalkDecode,
     latents.InfiniteTalkImagesFromSamples,

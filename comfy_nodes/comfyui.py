@@ -62,6 +62,7 @@ FOLDERS = {
     "clip": ("clip_vision", "text_encoders"),
     "loras": ("loras",),
     "wav2vec": ("wav2vec2", "audio_encoders"),
+    "whisper": ("audio_encoders",),
 }
 
 

@@ -53,7 +53,7 @@ HUB_WAV2VEC = ["TencentGameMate/chinese-wav2vec2-base", "facebook/wav2vec2-base-
 _LOAD_DEVICE_TIP = "main_device: keep it on the GPU. offload_device: keep it in host memory until it is needed."
 
 
-def _load_device(default: str, **options: Any) -> Any:
+def load_device_input(default: str, **options: Any) -> Any:
     return io.Combo.Input(
         "load_device", options=["main_device", "offload_device"], default=default, tooltip=_LOAD_DEVICE_TIP, **options
     )
@@ -90,7 +90,7 @@ class InfiniteTalkModelLoader(io.ComfyNode):
                     "their own format. fp8: half the memory. scaled: with a scale per layer. fast: also multiply in "
                     "fp8. fp4_scaled: NVFP4, a quarter of the memory.",
                 ),
-                _load_device("offload_device"),
+                load_device_input("offload_device"),
                 io.Combo.Input(
                     "attention_mode",
                     options=ATTENTION_MODES,
@@ -340,7 +340,7 @@ class InfiniteTalkTextEncoderLoader(io.ComfyNode):
                 io.Combo.Input(
                     "precision", options=["fp32", "bf16"], default="bf16", tooltip="What the encoder computes in."
                 ),
-                _load_device("offload_device", optional=True),
+                load_device_input("offload_device", optional=True),
                 io.Combo.Input(
                     "quantization",
                     options=list(TEXT_QUANTIZATIONS),
@@ -427,7 +427,7 @@ class InfiniteTalkWav2VecLoader(io.ComfyNode):
                     "safetensors file, or the weights inside a Hugging Face folder.",
                 ),
                 _wav2vec_precision(),
-                _load_device("main_device"),
+                load_device_input("main_device"),
             ],
             outputs=_wav2vec_outputs(),
         )
@@ -457,7 +457,7 @@ class InfiniteTalkWav2VecDownloader(io.ComfyNode):
                     tooltip="InfiniteTalk and MultiTalk were trained with chinese-wav2vec2-base.",
                 ),
                 _wav2vec_precision(),
-                _load_device("main_device"),
+                load_device_input("main_device"),
             ],
             outputs=_wav2vec_outputs(),
         )

@@ -23,6 +23,7 @@ from ..fp8_optimization import quantize_linears
 from ..media.audio import check_samples, load_speech, normalize_loudness
 from ..media.mixing import add_noise_floor, arrange, mix, smooth_transients
 from ..multitalk.wav2vec import FOLDER_NAMES, SAMPLE_RATE, Wav2Vec2Features
+from ..multitalk.whisper import WhisperFeatures
 from ..pipeline.attention_policy import ModeOverride
 from ..pipeline.blocks import check_blocks
 from ..pipeline.journal import digest_of_weights
@@ -656,6 +657,32 @@ class SpeechModel:
     def _features(self, line: Any, frames: int, fps: float) -> Tensor:
         comfyui.stop_if_interrupted()
         return self.features(line, frames, fps)
+
+
+@dataclass(frozen=True)
+class WhisperModel:
+    """WHISPERMODEL. It moves by itself and not under ComfyUI's memory management, like `SpeechModel`."""
+
+    features: WhisperFeatures = field(repr=False)
+    keep_on_device: bool = True
+
+    @classmethod
+    def load(cls, path: Path, precision: str, *, keep_on_device: bool) -> WhisperModel:
+        dtype = PRECISIONS[precision]
+        if comfyui.device().type == "cpu" and dtype == torch.float16:
+            dtype = torch.float32
+        with comfyui.ordinary_tensors():
+            return cls(WhisperFeatures.load(path, dtype), keep_on_device)
+
+    def embed(self, audio: dict[str, Any]) -> Tensor:
+        """Features [frames, groups, width] of an AUDIO, as loud as it is; 25 frames a second."""
+        waveform = load_speech(*_samples(audio), target_lufs=None)
+        with comfyui.ordinary_tensors():
+            self.features.to(comfyui.device())
+            rows = self.features(waveform)
+            if not self.keep_on_device:
+                self.features.to("cpu")
+        return rows
 
 
 def _samples(audio: dict[str, Any]) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 from . import comfyui
@@ -57,6 +58,8 @@ PUBLIC_IDS: dict[str, tuple[str, str]] = {
     "InfiniteTalkLongVideo": ("WanVideoImageToVideoMultiTalk", "WanVideo Long I2V Multi/InfiniteTalk"),
     "InfiniteTalkImageToVideo": ("WanVideoImageToVideoEncode", "WanVideo ImageToVideo Encode"),
     "InfiniteTalkEmptyVideo": ("WanVideoEmptyEmbeds", "WanVideo Empty Embeds"),
+    "InfiniteTalkWhisperLoader": ("WhisperModelLoader", "Whisper Model Loader"),
+    "InfiniteTalkHuMo": ("HuMoEmbeds", "HuMo Embeds"),
     "InfiniteTalkEncode": ("WanVideoEncode", "WanVideo Encode"),
     "InfiniteTalkDecode": ("WanVideoDecode", "WanVideo Decode"),
     "InfiniteTalkImagesFromSamples": ("WanVideoPassImagesFromSamples", "WanVideo Pass Images From Samples"),
@@ -102,13 +105,22 @@ def aliases(nodes: Iterable[Any], saved: Iterable[Any] = ()) -> list[Any]:
 
 
 def _alias(node: Any) -> Any:
-    """The same class under the wrapper's id and name."""
+    """The same class under the wrapper's id and name, without the inputs that its `PUBLIC` states."""
     public_id, display_name = PUBLIC_IDS[node.define_schema().node_id]
+    fixed = getattr(node, "PUBLIC", {})
 
     def define_schema(cls: Any) -> Any:
         schema = node.define_schema()
         schema.node_id, schema.display_name = public_id, display_name
         schema.category = f"{CATEGORY}/ids of WanVideoWrapper"
+        schema.inputs = [entry for entry in schema.inputs if entry.id not in fixed]
         return schema
 
-    return type(public_id, (node,), {"define_schema": classmethod(define_schema), "__module__": node.__module__})
+    @wraps(node.execute.__func__)
+    def execute(cls: Any, **inputs: Any) -> Any:
+        return node.execute(**inputs, **fixed)
+
+    members = {"define_schema": classmethod(define_schema), "__module__": node.__module__}
+    if fixed:
+        members["execute"] = classmethod(execute)
+    return type(public_id, (node,), members)

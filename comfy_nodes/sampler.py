@@ -23,7 +23,7 @@ from .schema import (
     node_schema,
     reject_foreign,
 )
-from .types import LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
+from .types import HuMoVideo, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
 # The public values in their order; `SamplerSettings` names what to choose for those that we do not run.
 SCHEDULERS = [
@@ -273,7 +273,7 @@ class InfiniteTalkSampler(io.ComfyNode):
     def execute(
         cls,
         model: VideoModel,
-        image_embeds: LongVideo | OneWindow,
+        image_embeds: LongVideo | OneWindow | HuMoVideo,
         steps: int,
         cfg: float | list[float],
         shift: float,

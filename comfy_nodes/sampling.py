@@ -21,6 +21,7 @@ from ..media.video import OutputFiles, VideoWriter, check_output
 from ..pipeline.attention_policy import SAFER, bind, overridden
 from ..pipeline.bounds import BOUNDS, check_numbers
 from ..pipeline.conditioning import Conditioning, WindowInputs, window_audio, with_silence
+from ..pipeline.humo import HuMoConditioner, References, plan_humo
 from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
@@ -36,7 +37,7 @@ from ..wanvideo.runtime.compilation import compile_limits, described
 from ..wanvideo.runtime.precision import fp16_accumulation
 from . import comfyui
 from .models import VideoModel
-from .types import ClipEmbeds, LongVideo, OneWindow, SigmaLevel, SpeechEmbeds, TextEmbeds
+from .types import ClipEmbeds, HuMoVideo, LongVideo, OneWindow, SigmaLevel, SpeechEmbeds, TextEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ INSTEAD = {
     "rcm": "lcm",
     "vibt_unipc": "unipc",
 }
+
+GUIDANCE_OF_HUMO = {"official": "those of its release", "wrapper": "those of ComfyUI-WanVideoWrapper"}
 
 Latent = dict[str, Any]
 
@@ -122,7 +125,7 @@ class SamplerSettings:
 
 
 def check_request(
-    what: LongVideo | OneWindow,
+    what: LongVideo | OneWindow | HuMoVideo,
     settings: SamplerSettings,
     *,
     text: TextEmbeds | None,
@@ -133,6 +136,16 @@ def check_request(
     if text is None:
         raise InputError("There is no prompt: connect text_embeds (InfiniteTalk Text Encode).")
     _negative(text, settings)
+    if isinstance(what, HuMoVideo):
+        _only(text.positive)
+        if speech is not None:
+            raise InputError("HuMo hears the speech of InfiniteTalk HuMo: disconnect multitalk_embeds.")
+        if start is not None or settings.first_step > 0 or settings.end_step != -1:
+            raise InputError(
+                "HuMo begins from noise and runs all steps: disconnect samples, and leave the steps whole."
+            )
+        _humo_plan(what, settings, channels=True)
+        return
     if isinstance(what, OneWindow):
         _only(text.positive)
         _schedule(settings, speech)
@@ -153,7 +166,7 @@ def check_request(
 
 def sample(
     model: VideoModel,
-    what: LongVideo | OneWindow,
+    what: LongVideo | OneWindow | HuMoVideo,
     settings: SamplerSettings,
     *,
     text: TextEmbeds | None,
@@ -163,6 +176,8 @@ def sample(
     """(samples, denoised samples), both LATENT. Raises InputError for inputs that do not fit together."""
     check_request(what, settings, text=text, speech=speech, start=start)
     assert text is not None
+    if model.model.config.humo is not None and not isinstance(what, HuMoVideo):
+        raise InputError(f"{model.name} is HuMo: connect InfiniteTalk HuMo as image_embeds, or load another model.")
     settings = replace(settings, techniques=fitted(settings.techniques, model.model.config, model.name))
     begin = time.monotonic()
     with (
@@ -174,6 +189,8 @@ def sample(
         if isinstance(what, LongVideo):
             assert speech is not None
             result = _long_video(model, what, settings, text, speech, start)
+        elif isinstance(what, HuMoVideo):
+            result = _humo(model, what, settings, text)
         else:
             result = _one_window(model, what, settings, text, speech, start)
     linears = how_linears_run(model.model.blocks, comfyui.device())
@@ -532,6 +549,66 @@ def _window_inputs(
         audio_scale=audio_scale,
         nag=None if text.nag is None else replace(text.nag, negative=text.nag.negative.to(device)),
     )
+
+
+# --- HuMo --------------------------------------------------------------------------------------------------------
+
+
+def _humo_plan(what: HuMoVideo, settings: SamplerSettings, *, channels: bool) -> Plan:
+    config = GenerateConfig(
+        width=what.width,
+        height=what.height,
+        steps=settings.steps,
+        shift=settings.shift,
+        scheduler=settings.scheduler,
+        sigmas=settings.levels,
+        cfg=settings.cfg,
+        audio_cfg=what.audio_cfg,
+        audio_scale=what.audio_scale,
+        seed=settings.seed,
+        tiled_vae=what.tiled,
+        techniques=settings.techniques,
+    )
+    return plan_humo(config, what.frames, len(what.images), channels=channels, formula=what.guidance, heard=what.span)
+
+
+def _humo(model: VideoModel, what: HuMoVideo, settings: SamplerSettings, text: TextEmbeds) -> tuple[Latent, Latent]:
+    config = model.model.config
+    if config.humo is None:
+        raise InputError(f"{model.name} is not HuMo: load a HuMo model, or connect InfiniteTalk Long Video.")
+    channels = config.in_dim > config.out_dim
+    if channels and what.vae is None:
+        raise InputError("The 17B model of HuMo needs the VAE for its condition: connect vae of InfiniteTalk HuMo.")
+    device = model.weights.resident.device
+    plan = _humo_plan(what, settings, channels=channels)
+    plan = replace(plan, config=replace(plan.config, device=device, attention_policy=_policy(model)))
+    logger.info("HuMo's guidance and noise levels are %s", GUIDANCE_OF_HUMO[what.guidance])
+    given = References(_only(text.positive), _negative(text, settings), what.audio, what.images)
+    features = (config.humo.blocks, config.humo.channels)
+    conditioner = HuMoConditioner(what.vae, given, plan, Callbacks().stage, channels=channels, features=features)
+    condition = conditioner(plan.windows[0], None)
+    generator = torch.Generator("cpu").manual_seed(int(settings.seed))
+    x = torch.randn(condition.shape, generator=generator)
+    model.to_device(model.working_bytes(what.frames + 4 * condition.behind, what.height, what.width))
+    reporter = _Reporter(device)
+    steps = plan.schedule.steps
+    kept = condition.shape[1] - condition.behind
+
+    def report(step: int, clean: Tensor) -> None:
+        reporter.guess(clean[:, :kept], 0, step)
+        reporter.step(0, 1, step + 1, steps)
+
+    x, clean = denoise(
+        model.model,
+        plan.schedule,
+        x.to(device),
+        condition.inputs,
+        generator=generator,
+        modes=FallbackModes(model.model, _policy(model), SAFER, steps, device),
+        report=report,
+        check_interrupt=comfyui.stop_if_interrupted,
+    )
+    return {"samples": x[:, :kept].cpu()[None]}, {"samples": clean[:, :kept].cpu()[None]}
 
 
 # --- both --------------------------------------------------------------------------------------------------------

@@ -807,35 +807,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
         lambda: [_socket("WANVIDIMAGE_EMBEDS", "embeds_1"), _socket("WANVIDIMAGE_EMBEDS", "embeds_2")],
         (("WANVIDIMAGE_EMBEDS", "image_embeds"),),
     ),
-    "WhisperModelLoader": Unsupported(
-        "Whisper Model Loader",
-        "the speech of HuMo models (InfiniteTalk takes wav2vec2: InfiniteTalk Wav2Vec2 Loader)",
-        lambda: [
-            _combo("model", []),
-            _combo("base_precision", ["fp32", "bf16", "fp16"], "fp16"),
-            _combo("load_device", ["main_device", "offload_device"], "main_device"),
-        ],
-        (("WHISPERMODEL", "whisper_model"),),
-    ),
-    "HuMoEmbeds": Unsupported(
-        "HuMo Embeds",
-        "HuMo models (use InfiniteTalk Long Video with InfiniteTalk Speech)",
-        lambda: [
-            _int("num_frames", 81, -1, 10000, 1),
-            _int("width", 832, 64, 4096, 16),
-            _int("height", 480, 64, 4096, 16),
-            _float("audio_scale", 1.0, 100.0),
-            _float("audio_cfg_scale", 1.0, 100.0),
-            _float("audio_start_percent", 0.0, 1.0),
-            _float("audio_end_percent", 1.0, 1.0),
-            _socket("WHISPERMODEL", "whisper_model", optional=True),
-            _socket("WANVAE", "vae", optional=True),
-            _socket("IMAGE", "reference_images", optional=True),
-            _socket("AUDIO", "audio", optional=True),
-            _flag("tiled_vae", False, optional=True),
-        ],
-        (("WANVIDIMAGE_EMBEDS", "image_embeds"),),
-    ),
 }
 """The wrapper's id -> what stands in its place."""
 

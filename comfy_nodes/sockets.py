@@ -12,11 +12,12 @@ from ..wanvideo.errors import InputError
 from ..wanvideo.runtime.compilation import CompileSettings
 from ..wanvideo.runtime.offload import BlockSwap
 from . import schema
-from .models import SpeechModel, TextModel, VaeModel, VideoModel
+from .models import SpeechModel, TextModel, VaeModel, VideoModel, WhisperModel
 from .types import (
     Adapter,
     ClipEmbeds,
     ExtraArgs,
+    HuMoVideo,
     LongVideo,
     OneWindow,
     SamplerArgs,
@@ -33,10 +34,11 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.WanVaeType: (VaeModel, "InfiniteTalk VAE Loader"),
     schema.AdapterType: (Adapter, "InfiniteTalk Adapter Loader"),
     schema.Wav2VecType: (SpeechModel, "InfiniteTalk Wav2Vec2 Loader"),
+    schema.WhisperType: (WhisperModel, "InfiniteTalk Whisper Loader"),
     schema.TextEncoderType: (TextModel, "InfiniteTalk Text Encoder Loader"),
     schema.TextEmbedsType: (TextEmbeds, "InfiniteTalk Text Encode"),
     schema.ClipEmbedsType: (ClipEmbeds, "InfiniteTalk CLIP Vision Encode"),
-    schema.ImageEmbedsType: ((LongVideo, OneWindow), "InfiniteTalk Long Video"),
+    schema.ImageEmbedsType: ((LongVideo, OneWindow, HuMoVideo), "InfiniteTalk Long Video"),
     schema.SpeechEmbedsType: (SpeechEmbeds, "InfiniteTalk Speech"),
     schema.LoraType: (LoraSpec, "InfiniteTalk LoRA"),
     schema.BlockSwapType: (BlockSwap, "InfiniteTalk Block Swap"),

@@ -123,6 +123,23 @@ class OneWindow:
     clip: ClipEmbeds | None = None
 
 
+@dataclass(frozen=True)
+class HuMoVideo:
+    """What InfiniteTalk HuMo states about the video; the sampler encodes the images for the model that it is given."""
+
+    vae: Any  # VaeModel, or None
+    width: int
+    height: int
+    frames: int
+    images: tuple[torch.Tensor, ...]  # [3, height, width] in [-1, 1]
+    audio: torch.Tensor | None  # [rows, groups, width], 25 rows a second
+    audio_scale: float
+    audio_cfg: float
+    span: tuple[float, float]  # part of the steps in which the speech is heard
+    tiled: bool
+    guidance: str  # one of `humo.FORMULAS`
+
+
 class SigmaLevel(float):
     """A noise level in place of a step: the first step of the schedule whose sigma is at or below it."""
 

@@ -114,6 +114,16 @@ def _wrapper(
     )
 
 
+def _unheard(formula: Formula) -> Formula:
+    """The same with silence in place of the speech; terms of which nothing is left are dropped."""
+
+    def silent(which: Pass) -> Pass:
+        return replace(which, speech=False)
+
+    terms = [replace(term, plus=silent(term.plus), minus=silent(term.minus)) for term in formula.terms]
+    return Formula(silent(formula.base), tuple(term for term in terms if term.plus != term.minus))
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
@@ -124,7 +134,13 @@ def official_sigmas(steps: int, shift: float) -> list[float]:
 
 
 def plan_humo(
-    config: GenerateConfig, frames: int, references: int, *, channels: bool, formula: str = "official"
+    config: GenerateConfig,
+    frames: int,
+    references: int,
+    *,
+    channels: bool,
+    formula: str = "official",
+    heard: tuple[float, float] = (0.0, 1.0),
 ) -> Plan:
     """The plan of one window of `frames` video frames, fewer where that is not 4n + 1.
 
@@ -132,7 +148,8 @@ def plan_humo(
         config: a step whose cfg is 1 has no negative pass: it takes one pass, or two where its audio_cfg is not 1.
             `image_cfg` is read where there are references and no condition channels.
         references: number of reference images.
-        channels: see `guide_humo`.
+        channels, formula: see `guide_humo`; `formula` decides the noise levels of `unipc`, too.
+        heard: part of the steps outside of which every pass is without speech.
 
     Raises InputError for settings that do not fit.
     """
@@ -149,7 +166,7 @@ def plan_humo(
     width, height = fit_size(DEFAULT_SIZE, config.width, config.height, DEFAULT_SIZE[0] * DEFAULT_SIZE[1])
     check_window(total + 4 * references, width, height)
     sigmas = config.sigmas
-    if config.scheduler == "unipc" and sigmas is None:
+    if config.scheduler == "unipc" and sigmas is None and formula == "official":
         sigmas = official_sigmas(config.steps, config.shift)
     grid = make_scheduler(config.scheduler, config.steps, config.shift, sigmas)
     scales = zip(
@@ -167,10 +184,13 @@ def plan_humo(
             text, audio, config.image_cfg, t, channels=channels, references=references > 0, formula=formula
         )
 
-    formulas = tuple(of_step(*scale) for scale in scales)
+    formulas = [of_step(*scale) for scale in scales]
+    for step in range(len(grid)):
+        if not heard[0] <= step / len(grid) <= heard[1]:
+            formulas[step] = _unheard(formulas[step])
     # There is no image whose colors the video should have.
     config = replace(config, frames=total, total_frames=total, motion_frames=1, mode=HUMO, color_correction=0.0)
-    schedule = Schedule(grid, formulas, 0, len(grid))
+    schedule = Schedule(grid, tuple(formulas), 0, len(grid))
     window = Window(0, 0, total, 0, total, is_last=True)
     return Plan(config, MODES[HUMO], width, height, total, (window,), schedule, 1, torch.zeros(0, 0, 0))
 

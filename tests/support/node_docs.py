@@ -86,7 +86,8 @@ def with_aliases(texts: dict[str, Any], schemas: dict[str, Any]) -> dict[str, An
         if node_id not in own:
             return texts[node_id]
         found = texts[own[node_id]]
-        return {**found, "display_name": found["display_name"].replace("InfiniteTalk", "WanVideo")}
+        inputs = {i.id: found["inputs"][i.id] for i in schemas[node_id].inputs}
+        return {**found, "display_name": found["display_name"].replace("InfiniteTalk", "WanVideo"), "inputs": inputs}
 
     return {node_id: of(node_id) for node_id in schemas}
 
