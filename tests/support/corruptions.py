@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
+from wanvideo_infinitetalk.multitalk.whisper import WhisperFeatures
 from wanvideo_infinitetalk.wanvideo.checkpoints.dit import load_dit
 from wanvideo_infinitetalk.wanvideo.encoders.clip import ClipVision
 from wanvideo_infinitetalk.wanvideo.encoders.small_decoder import SmallDecoder
@@ -33,7 +34,7 @@ from wanvideo_infinitetalk.wanvideo.errors import CheckpointError, InputError
 State = dict[str, Tensor]
 Load = Callable[[Path], Mapping[str, Tensor]]
 
-ROLES = ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file", "decoder")
+ROLES = ("model", "adapter", "vae", "text_encoder", "clip_vision", "wav2vec_file", "decoder", "humo", "whisper")
 """Files of a `TinySet`."""
 
 
@@ -47,6 +48,8 @@ def loaders_of(tiny_set: TinySet) -> dict[str, Load]:
         "clip_vision": lambda path: ClipVision.load(path).model.state_dict(),
         "wav2vec_file": lambda path: Wav2Vec2Features.load(path).model.state_dict(),
         "decoder": lambda path: SmallDecoder.load(path).model.state_dict(),
+        "humo": lambda path: load_dit(path).state_dict(),
+        "whisper": lambda path: WhisperFeatures.load(path).model.state_dict(),
     }
 
 
