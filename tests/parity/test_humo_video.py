@@ -43,13 +43,14 @@ def pictures(item: Golden, count: int) -> list[torch.Tensor]:
     return [pad_image(Image.fromarray(item.inputs[f"picture{n}_u8"].numpy()), width, height) for n in range(count)]
 
 
-def conditioner(item: Golden, case: dict, images: list[torch.Tensor], steps: int, **settings) -> HuMoConditioner:
+def conditioner(
+    item: Golden, case: dict, images: list[torch.Tensor], steps: int, *, formula: str = "official", **settings
+) -> HuMoConditioner:
     width, height = item.config["size"]
     channels = case["model"] == "17B"
-    config = GenerateConfig(
-        width=width, height=height, steps=steps, shift=5.0, scheduler="unipc", color_correction=0.0, **settings
-    )
-    plan = plan_humo(config, item.config["frames"], len(images), channels=channels)
+    settings = {"scheduler": "unipc", **settings}
+    config = GenerateConfig(width=width, height=height, steps=steps, shift=5.0, color_correction=0.0, **settings)
+    plan = plan_humo(config, item.config["frames"], len(images), channels=channels, formula=formula)
     context = item.inputs.get("context", torch.zeros(1, 1))
     negative = item.inputs.get("context_null", torch.zeros(1, 1))
     audio = item.inputs["audio_features"]
@@ -211,3 +212,34 @@ def test_from_noise_to_video(golden, monkeypatch: pytest.MonkeyPatch, model: str
         assert relative_error(window.latents, item.outputs[f"{name}.latents"][-1][:, :frames]) <= LOOP, name
         video = window.frames.permute(3, 0, 1, 2) * 2 - 1
         assert float((video[:, :, ::8, ::8] - item.outputs[f"{name}.video"]).abs().max()) <= 2e-4, name
+
+
+def test_whole_runs_by_the_wrappers_formula(golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = golden("humo_loop").float()
+    cases = {name: case for name, case in item.config["cases"].items() if name.startswith("wrapper")}
+    assert cases
+    for name, case in cases.items():
+        of_size = item.config["cases"][f"{case['model'].replace('.', '_')}.tia_one"]
+        given = conditioner(
+            item,
+            of_size,
+            pictures(item, 1),
+            len(case["cfg"]),
+            formula="wrapper",
+            cfg=case["cfg"],
+            audio_cfg=case["audio_cfg_scale"],
+            scheduler=case["scheduler"],
+        )
+        schedule = given.plan.schedule
+        assert schedule.scheduler.sigmas.tolist() == pytest.approx(item.outputs[f"{name}.sigmas"].tolist(), abs=1e-6)
+        assert schedule.scheduler.timesteps.tolist() == pytest.approx(case["timesteps"], abs=1e-3), name
+        noise = item.inputs["17B.tia_one.noise"]
+        draws = iter(
+            [noise, *item.inputs.get(f"{name}.step_noise", []), noise]
+        )  # nothing is added behind the last step
+        for module in ("long_video", "sampling"):
+            monkeypatch.setattr(f"wanvideo_infinitetalk.pipeline.{module}.draw", lambda *_, draws=draws: next(draws))
+        network = _model(item, 36 if case["model"] == "17B" else 16)
+        (window,) = generate_windows(network, given.vae, given, given.plan, Callbacks(), {})
+        wanted = item.outputs[f"{name}.latents"][-1][:, : window.latents.shape[1]]
+        assert relative_error(window.latents, wanted) <= LOOP, name
