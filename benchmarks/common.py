@@ -115,11 +115,15 @@ def random_inputs(config: WanConfig, grid: tuple[int, int, int], device: torch.d
         "t": torch.tensor([700.0], device=device),
         "context": random(config.text_len, config.text_dim),
         "y": random(1, config.in_dim - config.out_dim, *latents),
-        "clip_fea": random(1, 257, config.clip_dim),
     }
+    if config.model_type == "i2v":
+        given["clip_fea"] = random(1, 257, config.clip_dim)
     if config.audio is not None:
         a = config.audio
         given["audio"] = random(1, a.vae_scale * (frames - 1) + 1, a.audio_window, a.blocks, a.channels)
+    if config.humo is not None:
+        h = config.humo
+        given["humo_audio"] = random(frames, h.seq_len, h.blocks, h.channels)
     return given
 
 

@@ -1,6 +1,6 @@
-"""One forward of the 14B model: each way to compute it, side by side, and where the time of the fastest goes.
+"""One forward of InfiniteTalk or HuMo: each way to compute it, side by side, and where the time of the fastest goes.
 
-    python -m benchmarks.forward [--compiled] [--rounds N] [--json F]
+    python -m benchmarks.forward [--model humo-17b] [--compiled] [--rounds N] [--json F]
 
 Random weights, the same for every variant before they are quantized; the error is that of the predicted velocity
 against 16-bit SDPA. Run from the root of the repository.
@@ -13,11 +13,12 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from wanvideo_infinitetalk.wanvideo.linear.base import relative_l2
-from wanvideo_infinitetalk.wanvideo.modules.model import WanModel
+from wanvideo_infinitetalk.wanvideo.modules.model import HuMoConfig, WanConfig, WanModel
 from wanvideo_infinitetalk.wanvideo.runtime.compilation import CompileSettings, compile_model
 
 from .common import (
@@ -74,9 +75,16 @@ def profiled(call: Callable[[], object]) -> dict[str, float]:
     return spent
 
 
-def models(report: Report, compiled: bool) -> dict[str, WanModel]:
+def humo(config: WanConfig) -> WanConfig:
+    """The same width and depth with HuMo's layers, which reads references in condition channels and no CLIP tokens."""
+    return replace(config, model_type="t2v", audio=None, humo=HuMoConfig())
+
+
+MODELS: dict[str, Callable[[WanConfig], WanConfig]] = {"infinitetalk": lambda config: config, "humo-17b": humo}
+
+
+def models(report: Report, config: WanConfig, compiled: bool) -> dict[str, WanModel]:
     """Name of a variant -> its model. Variants of one quantization share the weights."""
-    config = SMALL if report.small else PUBLIC_14B
     dtype = torch.float32 if report.device.type == "cpu" else torch.bfloat16
     made: dict[str, WanModel] = {}
     by_quantization: dict[str, WanModel] = {}
@@ -96,14 +104,16 @@ def models(report: Report, compiled: bool) -> dict[str, WanModel]:
 
 def main() -> int:
     options = parser(__doc__)
+    options.add_argument("--model", choices=MODELS, default="infinitetalk", help="whose shapes (%(default)s)")
     options.add_argument("--compiled", action="store_true", help="the last variant once more, compiled (minutes)")
     options.add_argument("--rounds", type=int, default=3, help="timed calls of each variant (%(default)s)")
     arguments = options.parse_args()
     report = Report("forward", "One forward", choose_device(arguments.small), arguments.small)
     device = report.device
     with torch.inference_mode():
-        variants = models(report, arguments.compiled)
-        config, grid = next(iter(variants.values())).config, SMALL_GRID if arguments.small else PUBLIC_GRID
+        config = MODELS[arguments.model](SMALL if arguments.small else PUBLIC_14B)
+        variants = models(report, config, arguments.compiled)
+        grid = SMALL_GRID if arguments.small else PUBLIC_GRID
         torch.manual_seed(SEED)
         given = random_inputs(config, grid, device)
         calls = {
@@ -135,7 +145,7 @@ def main() -> int:
             for name in calls
         ]
         tokens = grid[0] * grid[1] * grid[2]
-        report.table(f"{config.num_layers} layers of {config.dim}, {tokens} tokens: medians", rows)
+        report.table(f"{arguments.model}: {config.num_layers} layers of {config.dim}, {tokens} tokens: medians", rows)
         if device.type == "cuda":
             name = ", ".join(VARIANTS[-1])
             spent = profiled(calls[name])
