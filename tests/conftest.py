@@ -18,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("INFINITETALK_TRIAL", "off")
 
 from support.goldens import Golden, load_golden
+from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
 
 DEFAULT_GOLDENS = Path(__file__).parent / "data" / "goldens"
 
@@ -71,6 +72,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
+    """A complete set of random weights; tests read it and write elsewhere."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"), random=True)
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from support import tiny_comfy
 from support.comfy_server import Server
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory):
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_set: TinySet):
     folder = os.environ.get("COMFYUI")
     if not folder:
         pytest.skip("needs a ComfyUI: set COMFYUI to its folder (and COMFYUI_PYTHON to its Python)")
@@ -20,6 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
         pytest.fail(f"COMFYUI={folder} holds no main.py")
     base = tmp_path_factory.mktemp("comfyui")
     tiny_comfy.fill(base)
+    tiny_comfy.fill_humo(base, tiny_set)
     server = Server(Path(folder), os.environ.get("COMFYUI_PYTHON", sys.executable), base)
     yield server
     server.close()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import make_workflows, workflows
+from support import make_workflows, tiny_comfy, workflows
 from support.comfy_server import PACK, Server, messages, saved_files
 from support.tiny_comfy import link_preset, node_of, shrink
 from support.video import streams_of
+from wanvideo_infinitetalk.cli.tiny_models import TinySet
 
 pytestmark = pytest.mark.comfyui
 
@@ -84,6 +85,24 @@ def test_example_workflow_ends_in_a_video_with_sound(server: Server, tmp_path: P
     frames, shown, sound = streams_of(server.download(file, tmp_path))
     assert frames == 25
     assert sound == pytest.approx(shown, abs=0.07)
+
+
+def test_humo_under_the_wrappers_ids(server: Server, tiny_set: TinySet, tmp_path: Path) -> None:
+    prompt = tiny_comfy.humo_prompt(tiny_set)
+    tiles = {"enable_vae_tiling": False, "tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128}
+    decode = {"vae": ["vae", 0], "samples": ["sampler", 0], **tiles}
+    saved = {"video": ["video", 0], "filename_prefix": "humo", "format": "auto", "codec": "auto"}
+    nodes = {
+        "decode": ("WanVideoDecode", decode),
+        "video": ("CreateVideo", {"images": ["decode", 0], "audio": ["audio", 0], "fps": 25.0}),
+        "save": ("SaveVideo", saved),
+    }
+    prompt |= {node_id: {"class_type": kind, "inputs": inputs} for node_id, (kind, inputs) in nodes.items()}
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", messages(entry, "execution_error")
+    (file,) = saved_files(entry, "save")
+    assert streams_of(server.download(file, tmp_path))[0] == 5
+    assert "HuMo's guidance and noise levels are those of ComfyUI-WanVideoWrapper" in server.log
 
 
 def test_a_preset_is_linked_to_the_widgets(server: Server, prompt) -> None:

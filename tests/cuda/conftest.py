@@ -8,7 +8,6 @@ from importlib import metadata
 
 import pytest
 import torch
-from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
 from wanvideo_infinitetalk.wanvideo.kernels.selftest import environment
 
 FAULTING = ("test_contract_truth", "test_raw_calls")
@@ -42,9 +41,3 @@ def _no_cuda_error() -> Iterator[None]:
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@pytest.fixture(scope="session")
-def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
-    """A complete set of random weights; tests read it and write elsewhere."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"), random=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from safetensors.torch import save_file
 from wanvideo_infinitetalk.cli.tiny_models import TinySet, make_tiny
@@ -91,6 +92,79 @@ def _source_video(path: Path, frames: int = 30) -> None:
             frame = av.VideoFrame.from_ndarray(np.roll(person, i, axis=1), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+# Files of a `TinySet` -> the folder of ComfyUI's models.
+HUMO_FOLDERS = {
+    "humo": "diffusion_models",
+    "humo_small": "diffusion_models",
+    "model": "diffusion_models",
+    "vae": "vae",
+    "text_encoder": "text_encoders",
+    "whisper": "audio_encoders",
+    "wav2vec_file": "audio_encoders",
+}
+
+
+def humo_name(path: Path) -> str:
+    """Of a file of the random set, whose names are those of the set that talks."""
+    return f"random-{path.name}"
+
+
+def fill_humo(base: Path, tiny: TinySet) -> None:
+    """Write HuMo's models, which are in the random set alone, and its inputs below `base`."""
+    for kind, name in HUMO_FOLDERS.items():
+        source, folder = getattr(tiny, kind), base / "models" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / humo_name(source))
+    (base / "input").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "assets/portrait.png", base / "input/portrait.png")
+    samples = torch.randn(11_500, generator=torch.Generator().manual_seed(0)) * 0.1  # 17 frames
+    soundfile.write(base / "input/humo.wav", samples.numpy(), 16_000)
+
+
+def humo_prompt(tiny: TinySet) -> dict[str, Any]:
+    """A workflow of the wrapper's ids, to the latents of 5 frames: 17B, a reference image, speech."""
+    texts = {"positive_prompt": "a man", "negative_prompt": "bad", "t5": ["t5", 0]}
+    humo = {
+        "num_frames": 5,
+        "width": 80,
+        "height": 64,
+        "audio_scale": 1.0,
+        "audio_cfg_scale": 5.5,
+        "audio_start_percent": 0.0,
+        "audio_end_percent": 1.0,
+        "vae": ["vae", 0],
+        "whisper_model": ["whisper", 0],
+        "reference_images": ["image", 0],
+        "audio": ["audio", 0],
+    }
+    sampler = {
+        "steps": 2,
+        "cfg": 5.0,
+        "shift": 5.0,
+        "seed": 1,
+        "force_offload": True,
+        "scheduler": "unipc",
+        "riflex_freq_index": 0,
+        "model": ["model", 0],
+        "image_embeds": ["humo", 0],
+        "text_embeds": ["text", 0],
+    }
+    loader = {"base_precision": "fp32", "quantization": "disabled", "load_device": "offload_device"}
+    whisper = {"model": humo_name(tiny.whisper), "base_precision": "fp32", "load_device": "main_device"}
+    nodes = {
+        "model": ("WanVideoModelLoader", {"model": humo_name(tiny.humo), "attention_mode": "sdpa", **loader}),
+        "vae": ("WanVideoVAELoader", {"model_name": humo_name(tiny.vae), "precision": "fp32"}),
+        "t5": ("LoadWanVideoT5TextEncoder", {"model_name": humo_name(tiny.text_encoder), "precision": "fp32"}),
+        "text": ("WanVideoTextEncode", texts),
+        "whisper": ("WhisperModelLoader", whisper),
+        "image": ("LoadImage", {"image": "portrait.png"}),
+        "audio": ("LoadAudio", {"audio": "humo.wav"}),
+        "humo": ("HuMoEmbeds", humo),
+        "sampler": ("WanVideoSampler", sampler),
+    }
+    return {node_id: {"class_type": kind, "inputs": inputs} for node_id, (kind, inputs) in nodes.items()}
 
 
 def shrink(

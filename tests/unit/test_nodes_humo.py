@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import soundfile
 import torch
 from support import tiny_comfy
 from support.comfy_host import Host, NodeError, hosted
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 
-MODELS = {
-    "humo": "diffusion_models",
-    "humo_small": "diffusion_models",
-    "model": "diffusion_models",
-    "vae": "vae",
-    "text_encoder": "text_encoders",
-    "whisper": "audio_encoders",
-    "wav2vec_file": "audio_encoders",
-}
-
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory, tiny_set: TinySet):
     base = tmp_path_factory.mktemp("comfy")
-    for kind, folder in MODELS.items():
-        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(getattr(tiny_set, kind), base / "models" / folder)
-    (base / "input").mkdir()
-    shutil.copy(tiny_comfy.ROOT / "assets/portrait.png", base / "input")
-    samples = torch.randn(11_500, generator=torch.Generator().manual_seed(0)) * 0.1
-    soundfile.write(base / "input/speech.wav", samples.numpy(), 16_000)
+    tiny_comfy.fill_humo(base, tiny_set)
     with hosted(base) as host:
         yield host
-
-
-HUMO = {
-    "num_frames": 5,
-    "width": 80,
-    "height": 64,
-    "audio_scale": 1.0,
-    "audio_cfg_scale": 5.5,
-    "audio_start_percent": 0.0,
-    "audio_end_percent": 1.0,
-    "vae": ["vae", 0],
-    "whisper_model": ["whisper", 0],
-}
-LOADER = {"base_precision": "fp32", "quantization": "disabled", "load_device": "offload_device"}
-SAMPLER = {"steps": 2, "cfg": 5.0, "shift": 5.0, "seed": 1, "force_offload": True, "scheduler": "unipc"}
 
 
 @pytest.fixture
 def prompt(tiny_set: TinySet) -> dict[str, Any]:
     """A workflow of the wrapper's ids."""
-    texts = {"model_name": tiny_set.text_encoder.name, "precision": "fp32"}
-    whisper = {"model": tiny_set.whisper.name, "base_precision": "fp32", "load_device": "main_device"}
-    links = {"model": ["model", 0], "image_embeds": ["humo", 0], "text_embeds": ["text", 0]}
-    nodes = {
-        "model": ("WanVideoModelLoader", {"model": tiny_set.humo.name, "attention_mode": "sdpa", **LOADER}),
-        "vae": ("WanVideoVAELoader", {"model_name": tiny_set.vae.name, "precision": "fp32"}),
-        "t5": ("LoadWanVideoT5TextEncoder", texts),
-        "text": ("WanVideoTextEncode", {"positive_prompt": "a man", "negative_prompt": "bad", "t5": ["t5", 0]}),
-        "whisper": ("WhisperModelLoader", whisper),
-        "image": ("LoadImage", {"image": "portrait.png"}),
-        "audio": ("LoadAudio", {"audio": "speech.wav"}),
-        "humo": ("HuMoEmbeds", {**HUMO, "reference_images": ["image", 0], "audio": ["audio", 0]}),
-        "sampler": ("WanVideoSampler", {**SAMPLER, "riflex_freq_index": 0, **links}),
-    }
-    return {node_id: {"class_type": kind, "inputs": inputs} for node_id, (kind, inputs) in nodes.items()}
+    return tiny_comfy.humo_prompt(tiny_set)
 
 
 def latents(host: Host, prompt: dict[str, Any]) -> torch.Tensor:
@@ -82,7 +35,7 @@ def latents(host: Host, prompt: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("small", [False, True])
 def test_speech_and_images_decide_what_is_made(host: Host, prompt, tiny_set: TinySet, small: bool) -> None:
     if small:
-        prompt["model"]["inputs"]["model"] = tiny_set.humo_small.name
+        prompt["model"]["inputs"]["model"] = tiny_comfy.humo_name(tiny_set.humo_small)
     whole = latents(host, prompt)
     assert whole.shape == (1, 16, 2, 8, 10)  # the references, which lie behind the video, are cut off
     seen = [whole]
@@ -122,7 +75,7 @@ def test_the_latents_are_those_of_the_command(
     )
     job = Job(
         files=tiny_set.humo_files(),
-        audio=(host.base / "input/speech.wav",),
+        audio=(host.base / "input/humo.wav",),
         references=(host.base / "input/portrait.png",),
         out=tmp_path / "v.mp4",
         prompt="a man",
@@ -173,7 +126,7 @@ def test_what_does_not_fit_is_said(host: Host, prompt, tiny_set: TinySet, case: 
         if value is None:
             del inputs[name]
         else:
-            inputs[name] = getattr(tiny_set, value).name if name == "model" else value
+            inputs[name] = tiny_comfy.humo_name(getattr(tiny_set, value)) if name == "model" else value
     tiles = {"enable_vae_tiling": False, "tile_x": 272, "tile_y": 272, "tile_stride_x": 144, "tile_stride_y": 128}
     prompt["latents"] = {"class_type": "WanVideoEncode", "inputs": {"vae": ["vae", 0], "image": ["image", 0], **tiles}}
     with pytest.raises(NodeError) as caught:
