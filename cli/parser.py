@@ -26,7 +26,7 @@ from .. import __version__
 from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
 
 if TYPE_CHECKING:
-    from ..pipeline.make_video import Job
+    from ..pipeline.make_video import Events, Job, ModelFiles
     from ..wanvideo.checkpoints.lora import LoraSpec
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="go on after the last finished window of a run that was interrupted",
     )
 
+    _add_files(parser)
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("model files")
     for option, required, text in (
         ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF)"),
@@ -117,6 +124,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="a LoRA with its strength (1), as in style.safetensors:0.8; may be given several times",
     )
 
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size and length")
     _add_config(
         size,
@@ -126,8 +135,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         ("--motion-frames", "frames that a window begins with, of the one before, 4n + 1 (%(default)s)"),
     )
     _add_number(size, "--max-frames", "stop after so many frames, 25 per second; default: the whole recording")
-    _add_sampling(parser)
-    _add_machine(parser)
 
 
 def _lora(given: str) -> LoraSpec:
@@ -275,12 +282,20 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _run_generate(args: argparse.Namespace) -> None:
     from ..media.mixing import in_order
-    from ..pipeline.make_video import ModelFiles
+    from ..pipeline.presets import build_job, stated_defaults
 
     audio = in_order(
         {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
     )
-    files = ModelFiles(
+    settings = _settings(args) | {"files": _model_files(args), "audio": tuple(audio)}
+    job = build_job(settings, args.preset, stated_defaults(args.model))
+    _run_job(job, again="; the same command with --resume goes on from there")
+
+
+def _model_files(args: argparse.Namespace) -> ModelFiles:
+    from ..pipeline.make_video import ModelFiles
+
+    return ModelFiles(
         model=args.model,
         adapter=args.adapter,
         vae=args.vae,
@@ -290,14 +305,12 @@ def _run_generate(args: argparse.Namespace) -> None:
         wav2vec=args.wav2vec,
         tokenizer=args.tokenizer,
     )
-    _run_job(_job(args, files, audio), again="; the same command with --resume goes on from there")
 
 
-def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
-    """The job of the options that are given; those that are not (None) are left to presets and defaults."""
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the job that options give; those that are not given (None) are left to presets and defaults."""
     from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
-    from ..pipeline.presets import build_job, stated_defaults
     from ..wanvideo.runtime.compilation import CompileSettings
     from ..wanvideo.runtime.precision import PRECISIONS
 
@@ -309,13 +322,11 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
         settings["fp16_accumulation"] = args.base_precision == "fp16_fast"
     if args.compile is not None:
         settings["compile_settings"] = CompileSettings(mode=args.compile)
-    settings |= {"files": files, "audio": audio}
-    settings = {
-        name: tuple(value) if name in ("audio", "masks", "loras") else value
+    return {
+        name: tuple(value) if name in ("masks", "loras") else value
         for name, value in settings.items()
-        if name in known
+        if name in known and name != "audio"
     }
-    return build_job(settings, args.preset, stated_defaults(args.model))
 
 
 def _run_job(job: Job, again: str = "") -> None:
@@ -335,6 +346,55 @@ def _run_job(job: Job, again: str = "") -> None:
             raise _stopped(stop, kept) from None
     logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
     _say(f"video: {result.path}")
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "jobs",
+        type=Path,
+        metavar="JOBS.jsonl",
+        help='a job on each line: {"image": "a.png", "audio": "a.wav", '
+        '"out": "a.mp4", "steps": 8}; paths start from this file\'s folder',
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep videos that are there, and go on with those that were begun"
+    )
+    _add_files(parser)
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _run_batch(args: argparse.Namespace) -> None:
+    from ..service.batch import Line, read_jobs, run_jobs
+    from .terminal import ProgressBar
+
+    base = _settings(args) | {"files": _model_files(args), "preset": args.preset}
+    lines = read_jobs(args.jobs, {name: value for name, value in base.items() if name != "resume"})
+    failed = []
+    with ProgressBar() as bar:
+
+        def follow(line: Line) -> Events:
+            logger.info("Line %d of %s: %s", line.number, args.jobs, line.job.out)
+            return bar.events
+
+        try:
+            for line, made in run_jobs(lines, follow, resume=args.resume):
+                if isinstance(made, InfiniteTalkError):
+                    failed.append(str(line.number))
+                    logger.error("Line %d of %s failed: %s", line.number, args.jobs, made)
+                else:
+                    _say(f"video: {line.job.out}")
+        except KeyboardInterrupt as stop:
+            raise _stopped(stop, "the same command with --resume goes on from there") from None
+    if failed:
+        raise InfiniteTalkError(
+            f"{len(failed)} of {len(lines)} jobs failed: line{'s' * (len(failed) > 1)} "
+            f"{', '.join(failed)} of {args.jobs}; the log says why."
+        )
 
 
 # -------------------------------------------------------------------------------------------------- make-tiny and demo
@@ -421,6 +481,7 @@ def _run_doctor(args: argparse.Namespace) -> None:
 
 COMMANDS = (
     Command("generate", "make a talking video from an image and a recording", _add_generate, _run_generate),
+    Command("batch", "make many videos, with models that stay loaded", _add_batch, _run_batch),
     Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
     Command("doctor", "try every attention mode and quantization on this machine", _add_doctor, _run_doctor),
     Command("make-tiny", "write the demo's tiny models, in the public formats", _add_make_tiny, _run_make_tiny),
@@ -458,7 +519,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser(argv).parse_args(argv)
     try:
         with _signals_as_interrupts():
-            _log_to_stderr(args.verbose)
+            from .terminal import log_to_stderr  # imports torch
+
+            log_to_stderr(args.verbose)
             args.run(args)
     except InfiniteTalkError as error:
         return _end(str(error), EXIT_USER_ERROR, args.verbose)
@@ -538,11 +601,3 @@ def _end(sentence: str, code: int, with_traceback: bool) -> int:
         logger.exception("What went wrong:")
     print(f"infinitetalk: {sentence}", file=sys.stderr)
     return code
-
-
-def _log_to_stderr(verbose: bool) -> None:
-    from .terminal import log_handler
-
-    package = logging.getLogger(__package__.rpartition(".")[0])
-    package.handlers = [log_handler(verbose)]
-    package.setLevel(logging.DEBUG if verbose else logging.INFO)

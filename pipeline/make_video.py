@@ -53,6 +53,7 @@ from .attention_policy import bind
 from .bounds import check_numbers, shown
 from .conditioning import Conditioning, FrameSource
 from .journal import Journal, describe, describe_config
+from .loaded_models import LoadedModels
 from .long_video import Callbacks, generate
 from .plan import GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
@@ -200,8 +201,12 @@ class Events:
     check_interrupt: Callable[[], None] = lambda: None
 
 
-def make_video(job: Job, events: Events | None = None) -> Result:
+def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | None = None) -> Result:
     """Make the video of `job` with its sound.
+
+    Args:
+        loaded: models of the jobs before, which are reused where they are the same, and afterwards those of this one.
+            None: everything is loaded, and let go.
 
     Finished windows are in `OutputFiles.of(job.out).partial`, playable, while later ones are made, and stay there when
     one of those fails or is interrupted.
@@ -211,6 +216,7 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         InfiniteTalkError: while it runs, or when the file cannot be written.
     """
     events = events or Events()
+    loaded = loaded or LoadedModels()
     begin = time.monotonic()
 
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
@@ -232,15 +238,16 @@ def make_video(job: Job, events: Events | None = None) -> Result:
             return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, GuardStats(), {}, {})
 
         # 2. Encode the conditions.
+        loaded.begin(_loaded_as(job, checked))
         audio = _speech_features(job, checked, events)
-        context, negative = _encode_prompts(job, checked, events)
+        context, negative = loaded.get("prompts", lambda: _encode_prompts(job, checked, events))
         events.stage("Loading the image encoder and the VAE")
-        clip = ClipVision.load(job.files.clip_vision, dtype=dtype, device=device)
-        vae = WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device)
-        decoder = vae if job.files.decoder is None else SmallDecoder.load(job.files.decoder, dtype=dtype, device=device)
+        clip = loaded.get("image encoder", lambda: ClipVision.load(job.files.clip_vision, dtype=dtype, device=device))
+        vae = loaded.get("VAE", lambda: _load_vae(job, checked))
+        decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
 
         # 3. Load the model.
-        model = _load_model(job, checked, events)
+        model = loaded.get("model", lambda: _load_model(job, checked, events))
         _check_widths(checked.dit, context, audio)
 
         # 4. Generate; each window is written while the next one is made.
@@ -527,6 +534,60 @@ def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
+
+
+FILES_OF_MODELS = frozenset(entry.name for entry in fields(ModelFiles))
+"""Fields of a `ModelFiles`: their strings are paths."""
+
+
+def _loaded_as(job: Job, checked: Checked) -> dict[str, dict[str, str]]:
+    """Part of `LoadedModels` -> all that decides what it is.
+
+    Speech and text encoder are none of them: they are used once a job, and beside the DiT there may be no room.
+    """
+    files = job.files
+    place = {"device": str(checked.device), "dtype": str(checked.dtype)}
+
+    def of(**values: object) -> dict[str, str]:
+        parts = dict(place)
+        for name, value in values.items():
+            parts |= describe(name, value, files=name in FILES_OF_MODELS)
+        return parts
+
+    parts = {
+        "prompts": of(
+            text_encoder=files.text_encoder,
+            tokenizer=files.tokenizer,
+            quantization=job.text_encoder_quantization,
+            text_encoder_device=checked.text_encoder_device,
+            prompt=job.prompt,
+            negative=job.negative,
+        ),
+        "image encoder": of(clip_vision=files.clip_vision),
+        "VAE": of(vae=files.vae),
+        "model": of(
+            model=files.model,
+            adapter=files.adapter,
+            loras=job.loras,
+            quantization=job.quantization,
+            attention_mode=job.attention_mode,
+            blocks_to_swap=job.blocks_to_swap,
+            compile_settings=job.compile_settings,
+        ),
+    }
+    if files.decoder is not None:  # the name of its file decides, too
+        parts["decoder"] = of(decoder=files.decoder, raw=denormalizes(files.decoder))
+    return parts
+
+
+def _load_vae(job: Job, checked: Checked) -> WanVAE:
+    dtype = torch.bfloat16 if checked.dtype == torch.float16 else checked.dtype
+    return WanVAE.load(job.files.vae, dtype=dtype, device=checked.device)
+
+
+def _load_decoder(job: Job, checked: Checked) -> SmallDecoder:
+    assert job.files.decoder is not None
+    return SmallDecoder.load(job.files.decoder, dtype=checked.dtype, device=checked.device)
 
 
 def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]:
