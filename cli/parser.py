@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
-from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
+from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError, InputError
 
 if TYPE_CHECKING:
     from ..pipeline.make_video import Events, Job, ModelFiles
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+NEEDED_FILES = ("model", "vae", "text_encoder", "clip_vision", "wav2vec")
+"""Model files without which there is no video."""
 
 
 class Stopped(Exception):
@@ -101,19 +104,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    files = parser.add_argument_group("model files")
-    for option, required, text in (
-        ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF)"),
-        ("--adapter", False, "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
-        ("--vae", True, "Wan2.1 VAE"),
-        ("--decoder", False, "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
-        ("--text-encoder", True, "UMT5-XXL encoder"),
-        ("--clip-vision", True, "CLIP ViT-H vision model"),
-        ("--wav2vec", True, "chinese-wav2vec2-base, a folder or a file"),
-        ("--tokenizer", False, "folder, file or owner/name of the UMT5 tokenizer, where the text encoder carries none"),
+def _add_files(parser: argparse.ArgumentParser, needed: bool = True) -> None:
+    files = parser.add_argument_group("model files" if needed else "model files; without --model, the tiny ones")
+    for option, text in (
+        ("--model", "Wan2.1 I2V 14B (safetensors or GGUF)"),
+        ("--adapter", "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
+        ("--vae", "Wan2.1 VAE"),
+        ("--decoder", "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
+        ("--text-encoder", "UMT5-XXL encoder"),
+        ("--clip-vision", "CLIP ViT-H vision model"),
+        ("--wav2vec", "chinese-wav2vec2-base, a folder or a file"),
+        ("--tokenizer", "folder, file or owner/name of the UMT5 tokenizer, where the text encoder carries none"),
     ):
         kind = str if option == "--tokenizer" else Path
+        required = needed and option.removeprefix("--").replace("-", "_") in NEEDED_FILES
         files.add_argument(option, type=kind, required=required, metavar="F", help=text)
     files.add_argument(
         "--lora",
@@ -397,6 +401,54 @@ def _run_batch(args: argparse.Namespace) -> None:
         )
 
 
+# --------------------------------------------------------------------------------------------------------------- serve
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where queue, uploads and videos are kept")
+    network = parser.add_argument_group("service")
+    network.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen to (%(default)s)")
+    network.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (%(default)s)")
+    network.add_argument(
+        "--tokens", type=Path, metavar="F", help="file with NAME TOKEN of a client on each line; needed for other hosts"
+    )
+    network.add_argument(
+        "--retries", type=int, default=1, metavar="N", help="deaths of a worker that a job survives (%(default)s)"
+    )
+    _add_files(parser, needed=False)
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _run_serve(args: argparse.Namespace) -> None:
+    from ..service.server import check_packages, serve
+
+    check_packages()
+    given = {name: getattr(args, name) for name in NEEDED_FILES}
+    if not any(given.values()):
+        from .tiny_models import make_tiny
+
+        files = make_tiny(args.folder / "tiny-models").model_files
+        logger.info("No models are given: the tiny ones make drawn faces speak, and show that everything works here.")
+    elif all(given.values()):
+        files = _model_files(args)
+    else:
+        missing = [f"--{name.replace('_', '-')}" for name, path in given.items() if path is None]
+        raise InputError(f"Model files are missing: give {', '.join(missing)} too, or none for the tiny models.")
+    serve(
+        args.folder,
+        _settings(args) | {"files": files, "preset": args.preset},
+        host=args.host,
+        port=args.port,
+        tokens=args.tokens,
+        device=args.device or "auto",
+        retries=args.retries,
+        verbose=args.verbose,
+        started=lambda address: _say(f"service: {address}"),
+    )
+
+
 # -------------------------------------------------------------------------------------------------- make-tiny and demo
 
 
@@ -482,6 +534,9 @@ def _run_doctor(args: argparse.Namespace) -> None:
 COMMANDS = (
     Command("generate", "make a talking video from an image and a recording", _add_generate, _run_generate),
     Command("batch", "make many videos, with models that stay loaded", _add_batch, _run_batch),
+    Command(
+        "serve", "make videos for clients: a queue, workers with loaded models, an HTTP API", _add_serve, _run_serve
+    ),
     Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
     Command("doctor", "try every attention mode and quantization on this machine", _add_doctor, _run_doctor),
     Command("make-tiny", "write the demo's tiny models, in the public formats", _add_make_tiny, _run_make_tiny),

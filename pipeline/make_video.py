@@ -221,9 +221,7 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
 
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
-    mode, quantization = canonical_mode(job.attention_mode), Quantization.parse(job.quantization).name
-    text = text_quantization(job.text_encoder_quantization).name
-    job = replace(job, attention_mode=mode, quantization=quantization, text_encoder_quantization=text)
+    job = named(job)
     checked = check(job)
     device, dtype, plan = checked.device, checked.dtype, checked.plan
 
@@ -335,6 +333,16 @@ class Checked:
     speech: Sequence[np.ndarray]
     prompt: Sequence[Piece]
     plan: Plan
+
+
+def named(job: Job) -> Job:
+    """The job with its attention mode and quantizations under their own names. Raises InputError for unknown ones."""
+    return replace(
+        job,
+        attention_mode=canonical_mode(job.attention_mode),
+        quantization=Quantization.parse(job.quantization).name,
+        text_encoder_quantization=text_quantization(job.text_encoder_quantization).name,
+    )
 
 
 def check(job: Job) -> Checked:

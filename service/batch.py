@@ -12,8 +12,8 @@ from ..media.video import OutputFiles
 from ..pipeline.bounds import shown
 from ..pipeline.loaded_models import LoadedModels
 from ..pipeline.make_video import Events, Job, Result
-from ..wanvideo.errors import InfiniteTalkError, InputError, nearest
-from .settings import SETTINGS, build, check_settings, read_json
+from ..wanvideo.errors import InfiniteTalkError, InputError
+from .settings import build, read_json, settings_of
 from .worker import make_reusing
 
 __all__ = ["FILES", "Line", "read_jobs", "run_jobs"]
@@ -65,10 +65,7 @@ def read_jobs(path: str | Path, base: Mapping[str, Any]) -> list[Line]:
 
 
 def _job(given: Mapping[str, Any], folder: Path, base: Mapping[str, Any]) -> Job:
-    settings = {name: value for name, value in given.items() if name not in FILES}
-    for name in settings.keys() - SETTINGS.keys():
-        raise InputError(f"there is no field {shown(name)}{nearest(name, [*FILES, *SETTINGS])}.")
-    check_settings(settings)
+    settings = settings_of(given, FILES)
     for name in ("audio", "out"):
         if name not in given:
             raise InputError(f'"{name}" is missing: give {"a recording" if name == "audio" else "the video to write"}.')

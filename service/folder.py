@@ -42,7 +42,7 @@ class ServiceFolder:
     @classmethod
     def make(cls, path: str | Path) -> ServiceFolder:
         """Raises InputError where the folder cannot be made."""
-        folder = Path(path).expanduser().absolute()
+        folder = Path(path).expanduser().resolve()
         try:
             (folder / "clients").mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -184,6 +184,13 @@ class Queue:
             database.execute("UPDATE jobs SET cancelling = 1 WHERE id = ? AND state = 'running'", (id,))
         return self.get(id)
 
+    def delete(self, id: str) -> bool:
+        """Forget a job that has ended; False for any other."""
+        with self._transaction() as database:
+            ended = f"({', '.join('?' * len(ENDED))})"
+            changed = database.execute(f"DELETE FROM jobs WHERE id = ? AND state IN {ended}", (id, *ENDED)).rowcount
+        return changed == 1
+
     # --- workers
 
     def claim(self, slot: int) -> Record | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..fp8_optimization import QUANTIZATIONS
@@ -24,7 +24,7 @@ from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
 from ..wanvideo.errors import InputError, nearest
 from ..wanvideo.modules.attention import ATTENTION_MODES
 
-__all__ = ["SETTINGS", "build", "check_settings", "read_json", "schema"]
+__all__ = ["SETTINGS", "build", "read_json", "schema", "settings_of"]
 
 NOT_SETTINGS = {
     *("image", "video", "masks", "loras"),  # files
@@ -78,11 +78,15 @@ def read_json(text: str | bytes, what: str) -> dict[str, Any]:
     return found
 
 
-def check_settings(given: Mapping[str, Any]) -> None:
-    """Raise InputError for the first setting that does not exist, or whose value is not of its type and bounds."""
-    for name, value in given.items():
+def settings_of(given: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """What is given but the fields `files`, which the caller reads.
+
+    Raises InputError for the first field that does not exist, or whose value is not of its type and bounds.
+    """
+    settings = {name: value for name, value in given.items() if name not in files}
+    for name, value in settings.items():
         if name not in SETTINGS:
-            raise InputError(f"There is no setting {shown(name)}{nearest(name, SETTINGS)}.")
+            raise InputError(f"There is no field {shown(name)}{nearest(name, [*files, *SETTINGS])}.")
         if name in BOUNDS:
             check_numbers(**{name: value})
         elif isinstance(SETTINGS[name], bool):
@@ -90,6 +94,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
                 raise InputError(f"{name} {shown(value)} cannot be used: give true or false.")
         elif not isinstance(value, str) or len(value) > MOST_CHARACTERS:
             raise InputError(f"{name} {shown(value)} cannot be used: give a text of up to {MOST_CHARACTERS:,} letters.")
+    return settings
 
 
 def schema() -> dict[str, Any]:
