@@ -415,6 +415,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--retries", type=int, default=1, metavar="N", help="deaths of a worker that a job survives (%(default)s)"
     )
+    network.add_argument("--page", action="store_true", help="show a page for browsers, too (Gradio)")
     _add_files(parser, needed=False)
     _add_size(parser)
     _add_sampling(parser)
@@ -424,7 +425,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _run_serve(args: argparse.Namespace) -> None:
     from ..service.server import check_packages, serve
 
-    check_packages()
+    check_packages("web" if args.page else "serve")
     given = {name: getattr(args, name) for name in NEEDED_FILES}
     if not any(given.values()):
         from .tiny_models import make_tiny
@@ -444,6 +445,7 @@ def _run_serve(args: argparse.Namespace) -> None:
         tokens=args.tokens,
         device=args.device or "auto",
         retries=args.retries,
+        page=args.page,
         verbose=args.verbose,
         started=lambda address: _say(f"service: {address}"),
     )

@@ -7,15 +7,11 @@ from 400 to 499 and {"detail": "one sentence"}.
 import asyncio
 import logging
 import multiprocessing
-import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -35,85 +31,46 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from ..cli.doctor import examine
-from ..media.audio import read_audio
-from ..media.images import load_image
-from ..media.masks import load_mask
-from ..media.video import VideoFrames
-from ..pipeline.bounds import shown
-from ..pipeline.make_video import check, choose_device, named
+from ..pipeline.make_video import choose_device
 from ..pipeline.presets import PRESETS
-from ..wanvideo.errors import InfiniteTalkError, InputError
+from ..wanvideo.errors import InfiniteTalkError
 from .access import Access, is_loopback
-from .folder import ServiceFolder, new_id
 from .queue import ENDED, PRIORITIES, Queue, Record
-from .settings import read_json, schema, settings_of
+from .requests import LONGEST, Requests, TooManyError
+from .settings import read_json, schema
 from .workers import Workers
 
-__all__ = ["Limits", "create_app"]
+__all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
 
 TICK = 0.25
 """Seconds between two looks at a job whose progress is followed."""
 
+Kind = Literal["image", "mask", "audio", "video"]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
-
-LONGEST = 7 * 24 * 3600.0
-"""Seconds that a time limit may have."""
-
-KINDS: dict[str, Callable[[Path], object]] = {
-    "image": load_image,
-    "mask": load_mask,
-    "audio": read_audio,
-    "video": lambda path: VideoFrames(path)[0],
-}
-"""Kind of an upload -> its reader, which raises InputError for what it cannot read."""
+Token = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one client may ask for: bytes of an upload and of all of them, bytes of a request, jobs that wait."""
-
-    upload: int = 512 * 2**20
-    uploads: int = 20 * 2**30
-    request: int = 2**20
-    waiting: int = 100
-
-
-def create_app(
-    folder: ServiceFolder,
-    base: Mapping[str, Any],
-    workers: Workers,
-    access: Access | None = None,
-    limits: Limits | None = None,
-) -> FastAPI:
+def create_app(requests: Requests, workers: Workers, access: Access | None = None) -> FastAPI:
     """The API of a service.
 
     Args:
-        base: the service's own settings, see `settings.build`.
         workers: who makes the jobs.
         access: None: everybody on this machine is one client, and requests for other hosts are rejected.
     """
-    access, limits = access or Access(), limits or Limits()
-    queue = folder.queue()
-    checking = threading.Semaphore(2)  # inputs are decoded whole: so many at a time bound the memory
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        queue.close()
-
+    access = access or Access()
+    queue, view = requests.queue, requests.view
     app = FastAPI(
         title="InfiniteTalk",
         version=__version__,
         description="An image and a recording of speech become a talking video.",
-        lifespan=lifespan,
     )
     app.add_middleware(SameSite, local=not access.tokens)
-    _answer_errors(app, folder, base)
+    _answer_errors(app, requests)
 
-    def client_of(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> str:
-        client = access.client(None if given is None else given.credentials)
+    def client_of(token: Token) -> str:
+        client = access.client(None if token is None else token.credentials)
         if client is None:
             headers = {"WWW-Authenticate": "Bearer"}
             raise HTTPException(401, "This needs a token: send the header Authorization: Bearer TOKEN.", headers)
@@ -122,43 +79,34 @@ def create_app(
     Client = Annotated[str, Depends(client_of)]
 
     def job_of(id: str, client: Client) -> Record:
-        return _owned(queue, id, client)
+        job = requests.owned(id, client)
+        if job is None:
+            raise HTTPException(404, "There is no such job of yours.")
+        return job
 
     Job = Annotated[Record, Depends(job_of)]
-    view = partial(_view, folder, queue, base)
 
     # --- uploads
 
     @app.post("/api/uploads/{kind}", status_code=201, openapi_extra={"requestBody": BYTES})
-    async def upload(kind: Literal["image", "mask", "audio", "video"], request: Request, client: Client) -> Any:
+    async def upload(kind: Kind, request: Request, client: Client) -> Any:
         """Send a file, as it is, as the body of the request; its id stands for it in jobs."""
-        uploads, id = folder.uploads(client), new_id()
-        path = folder.upload(client, id)
-        uploads.mkdir(parents=True, exist_ok=True)
-        used = sum(file.stat().st_size for file in uploads.iterdir())
-        most = min(limits.upload, limits.uploads - used)
-        sentence = (
-            f"An upload may have {limits.upload:,} bytes, and all of a client {limits.uploads:,}: send a smaller "
-        )
-        sentence += "file, or delete what is no longer needed."
+        id, path = requests.new_upload(client)
         try:
+            room = requests.room(client)
             with path.open("xb") as file:
-                size = await _receive(request, most, sentence, file.write)
-            await run_in_threadpool(readable, kind, path)
+                size = await _receive(request, room, requests.too_large, file.write)
+            await run_in_threadpool(requests.read, kind, path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         return {"id": id, "kind": kind, "bytes": size}
 
-    def readable(kind: str, path: Path) -> None:
-        with checking:
-            KINDS[kind](path)
-
     @app.delete("/api/uploads/{id}", status_code=204)
     def delete_upload(id: str, client: Client) -> None:
         """Delete a file; jobs that name it and have not ended fail."""
         try:
-            folder.upload(client, id).unlink()
+            requests.folder.upload(client, id).unlink()
         except (KeyError, FileNotFoundError):
             raise HTTPException(404, "There is no such upload of yours.") from None
 
@@ -167,29 +115,9 @@ def create_app(
     @app.post("/api/jobs", status_code=201, openapi_extra={"requestBody": JOB})
     async def submit(request: Request, client: Client) -> Any:
         """Have a video made: files by the ids of their uploads, and settings."""
-        body = bytearray()
-        await _receive(request, limits.request, f"A job may have {limits.request:,} bytes.", body.extend)
-        return view(await run_in_threadpool(accept, bytes(body), client))
-
-    def accept(body: bytes, client: str) -> Record:
-        given = read_json(body, "The job")
-        priority, limit = _orders(given)
-        wanted = _checked_request(given, folder, client)
-        if queue.counts(client)["queued"] >= limits.waiting:
-            raise HTTPException(429, f"{limits.waiting} of your jobs wait already: send more when some have begun.")
-        id = new_id()
-        output = folder.output(client, id)
-        try:
-            job = named(folder.job_of(id, client, wanted, base))
-            with checking:
-                # Whether the attention mode runs there, the worker's GPU says.
-                check(
-                    replace(job, device="cpu", text_encoder_device="cpu", attention_mode="sdpa", compile_settings=None)
-                )
-        except InfiniteTalkError:
-            shutil.rmtree(output.video.parent, ignore_errors=True)
-            raise
-        return queue.add(id, client, wanted, priority, limit)
+        body, most = bytearray(), requests.limits.request
+        await _receive(request, most, f"A job may have {most:,} bytes.", body.extend)
+        return view(await run_in_threadpool(requests.accept, read_json(bytes(body), "The job"), client))
 
     @app.get("/api/jobs")
     def jobs(client: Client, state: State | None = None, last: int = 100) -> list[dict[str, Any]]:
@@ -209,9 +137,8 @@ def create_app(
     @app.delete("/api/jobs/{id}", status_code=204)
     def delete(job: Job) -> None:
         """Delete a job that has ended, and its video."""
-        if not queue.delete(job.id):
+        if not requests.delete(job):
             raise HTTPException(409, f"The job is {job.state}: cancel it first.")
-        shutil.rmtree(folder.output(job.client, job.id).video.parent, ignore_errors=True)
 
     @app.get("/api/jobs/{id}/events", response_class=EventSourceResponse)
     async def events(job: Job) -> AsyncIterator[ServerSentEvent]:
@@ -231,14 +158,17 @@ def create_app(
             await asyncio.sleep(TICK)
 
     @app.get("/api/jobs/{id}/video", response_class=FileResponse)
-    def video(job: Job) -> FileResponse:
-        """The video; while it is made, the windows that are finished, a fragmented MP4 that grows. Takes ranges."""
-        files = folder.output(job.client, job.id)
-        for path in (files.video, files.partial):
-            if path.is_file():
-                headers = {"Cache-Control": "private" if path is files.video else "no-store"}
-                return FileResponse(path, media_type="video/mp4", headers=headers)
-        raise HTTPException(404, f"The job is {job.state}, and no window of it is finished.")
+    def video(id: str, token: Token, ticket: str = "") -> FileResponse:
+        """The video; while it is made, the windows that are finished, a fragmented MP4 that grows. Takes ranges.
+
+        The address in a job's `video` holds a ticket, with which players need no token.
+        """
+        job = requests.by_ticket(id, ticket) or job_of(id, client_of(token))
+        path = requests.video(job)
+        if path is None:
+            raise HTTPException(404, f"The job is {job.state}, and no window of it is finished.")
+        kept = "private" if job.state == "done" else "no-store"
+        return FileResponse(path, media_type="video/mp4", headers={"Cache-Control": kept})
 
     # --- the service
 
@@ -252,7 +182,7 @@ def create_app(
         """What runs on this machine: every attention mode and quantization, tried once while the service lives."""
         return examined()
 
-    examined = _Once(partial(_examine, str(workers.devices[0])))
+    examined = app.state.doctor = _Once(partial(_examine, str(workers.devices[0])))
     registry = CollectorRegistry()
     registry.register(_Counts(queue, workers))
     ProcessCollector(registry=registry)
@@ -350,98 +280,15 @@ async def _receive(request: Request, most: int, sentence: str, take: Callable[[b
     return size
 
 
-def _orders(given: dict[str, Any]) -> tuple[int, float | None]:
-    """Take priority and time limit out of a job."""
-    priority, limit = given.pop("priority", 0), given.pop("time_limit", None)
-    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in PRIORITIES:
-        least, most = PRIORITIES[0], PRIORITIES[-1]
-        raise InputError(f"priority {shown(priority)} cannot be used: give a whole number from {least} to {most}.")
-    if limit is not None and (
-        isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= LONGEST
-    ):
-        raise InputError(f"time_limit {shown(limit)} cannot be used: give seconds above 0 and up to {LONGEST:,.0f}.")
-    return priority, limit
-
-
-def _checked_request(given: Mapping[str, Any], folder: ServiceFolder, client: str) -> dict[str, Any]:
-    """A job whose settings are of their types and whose files are uploads of its client."""
-    settings = settings_of(given, FILES)
-    if not given.get("audio"):
-        raise InputError('"audio" is missing: give a list with the upload of each speaker\'s recording.')
-    for name, several in FILES.items():
-        value = given.get(name)
-        if value is None:
-            continue
-        ids = value if several else [value]
-        if not isinstance(ids, list) or len(ids) > 4:
-            raise InputError(f"{name} {shown(value)} cannot be used: give a list of up to four uploads.")
-        for id in ids:
-            if not isinstance(id, str) or not _exists(folder, client, id):
-                raise InputError(f"{name} {shown(id)} is no upload of yours: send the file first.")
-        settings[name] = value
-    return settings
-
-
-FILES = {"image": False, "video": False, "audio": True, "masks": True}
-"""Fields that name uploads -> whether they are lists."""
-
-
-def _exists(folder: ServiceFolder, client: str, id: str) -> bool:
-    try:
-        return folder.upload(client, id).is_file()
-    except KeyError:
-        return False
-
-
-def _owned(queue: Queue, id: str, client: str) -> Record:
-    try:
-        job = queue.get(id)
-    except (KeyError, UnicodeEncodeError):
-        job = None
-    if job is None or job.client != client:
-        raise HTTPException(404, "There is no such job of yours.")
-    return job
-
-
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
-def _view(folder: ServiceFolder, queue: Queue, base: Mapping[str, Any], job: Record) -> dict[str, Any]:
-    """A job as its client sees it."""
-    return {
-        "id": job.id,
-        "state": job.state,
-        "priority": job.priority,
-        "time_limit": job.time_limit,
-        "created": job.created,
-        "started": job.started,
-        "ended": job.ended,
-        "cancelling": job.cancelling,
-        "ahead": queue.ahead(job) if job.state == "queued" else 0,
-        "progress": vars(job.progress),
-        "error": None if job.error is None else _without_paths(job.error, folder, base),
-        "result": job.result,
-        "request": job.request,
-    }
-
-
-def _without_paths(sentence: str, folder: ServiceFolder, base: Mapping[str, Any]) -> str:
-    """A sentence without the folders of this machine: uploads stay as their ids, models as their names."""
-    for part in ("uploads", "jobs"):
-        for client in (folder.path / "clients").iterdir():
-            sentence = sentence.replace(f"{client / part}/", "")
-    for model in (*vars(base["files"]).values(), *(lora.path for lora in base.get("loras", ()))):
-        if model is not None:
-            sentence = sentence.replace(str(model), Path(model).name)
-    return sentence
-
-
-def _answer_errors(app: FastAPI, folder: ServiceFolder, base: Mapping[str, Any]) -> None:
+def _answer_errors(app: FastAPI, requests: Requests) -> None:
     """Let each rejection be one sentence."""
 
     @app.exception_handler(InfiniteTalkError)
     async def rejected(request: Request, error: InfiniteTalkError) -> JSONResponse:
-        return _rejection(422, _without_paths(str(error), folder, base))
+        return _rejection(429 if isinstance(error, TooManyError) else 422, requests.without_paths(str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

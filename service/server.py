@@ -20,16 +20,19 @@ __all__ = ["PACKAGES", "check_packages", "serve"]
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
-"""Modules that a service needs beyond the library -> the packages that bring them; the extra [serve]."""
+PACKAGES = {
+    "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
+    "web": {"gradio": "gradio"},
+}
+"""Extra -> modules that it adds to the library, and the packages that bring them."""
 
 PATIENCE = 3
 """Seconds that requests get to end when the service does: those that follow a job never would."""
 
 
-def check_packages(packages: Mapping[str, str] = PACKAGES, extra: str = "serve") -> None:
-    """Raise InfiniteTalkError with the command that installs what is missing."""
-    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+def check_packages(extra: str) -> None:
+    """Raise InfiniteTalkError with the command that installs what is missing of an extra."""
+    missing = [package for module, package in PACKAGES[extra].items() if importlib.util.find_spec(module) is None]
     if missing:
         raise InfiniteTalkError(
             f"This needs packages that are not installed ({', '.join(missing)}): in the folder of this repository, run "
@@ -46,6 +49,7 @@ def serve(
     tokens: str | Path | None = None,
     device: str = "auto",
     retries: int = 1,
+    page: bool = False,
     verbose: bool = False,
     started: Callable[[str], None] = lambda address: None,
 ) -> None:
@@ -58,15 +62,19 @@ def serve(
         tokens: a file with NAME TOKEN on each line; None: without, for this machine alone.
         device: "auto" is one worker for each GPU.
         retries: how many workers may die while they run a job, before it fails.
+        page: show the page, too.
         started: called with the address when requests are taken.
 
     Raises InfiniteTalkError for packages that are missing, and InputError for a host without tokens that other machines
     reach, for an address that is taken, and for a folder that another service uses.
     """
-    check_packages()
+    check_packages("serve")
+    if page:
+        check_packages("web")
     import uvicorn
 
     from .api import create_app
+    from .requests import Requests
 
     access = Access() if tokens is None else Access.from_file(tokens)
     if not access.tokens and not is_loopback(host):
@@ -74,7 +82,12 @@ def serve(
     devices = devices_of(device)
     place = ServiceFolder.make(folder)
     with _listening(host, port) as listener, Workers(place, base, devices, retries=retries, verbose=verbose) as workers:
-        app = create_app(place, base, workers, access)
+        requests = Requests(place, base)
+        app = create_app(requests, workers, access)
+        if page:
+            from .page import add_page
+
+            add_page(app, requests, access)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s serves %s with %s.", address, place.path, ", ".join(devices))

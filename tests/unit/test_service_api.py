@@ -30,9 +30,10 @@ from wanvideo_infinitetalk.pipeline.loaded_models import LoadedModels
 from wanvideo_infinitetalk.service import api as api_module
 from wanvideo_infinitetalk.service import server, worker
 from wanvideo_infinitetalk.service.access import Access, is_loopback
-from wanvideo_infinitetalk.service.api import KINDS, Limits, create_app
+from wanvideo_infinitetalk.service.api import create_app
 from wanvideo_infinitetalk.service.folder import ServiceFolder
 from wanvideo_infinitetalk.service.queue import Progress, Queue
+from wanvideo_infinitetalk.service.requests import KINDS, Limits, Requests
 from wanvideo_infinitetalk.service.settings import SETTINGS as FIELDS
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
@@ -70,13 +71,14 @@ class Api:
 
 
 @contextlib.contextmanager
-def served(tiny: TinySet, tmp_path: Path, **more) -> Iterator[Api]:
+def served(tiny: TinySet, tmp_path: Path, access: Access | None = None, limits: Limits | None = None) -> Iterator[Api]:
     folder, base = ServiceFolder.make(tmp_path / "service"), base_of(tiny)
     (tmp_path / "inputs").mkdir()
     inputs = write_inputs(tmp_path / "inputs")
-    app = create_app(folder, base, NO_WORKERS, **more)
-    with TestClient(app, base_url="http://127.0.0.1:8000") as http:
-        yield Api(http, folder, folder.queue(), base, inputs)
+    requests = Requests(folder, base, limits)
+    with TestClient(create_app(requests, NO_WORKERS, access), base_url="http://127.0.0.1:8000") as http:
+        yield Api(http, folder, requests.queue, base, inputs)
+    requests.queue.close()
 
 
 @pytest.fixture
@@ -118,6 +120,9 @@ def test_a_video_is_given_in_ranges_while_it_grows_and_when_it_is_whole(api: Api
     files = api.folder.output("local", job["id"])
     for path, kept in ((files.partial, "no-store"), (files.video, "private")):
         path.write_bytes(bytes(range(100)))
+        if path is files.video:
+            api.queue.claim(0)
+            api.queue.end(job["id"], 0, "done")
         whole = api.http.get(address)
         assert (whole.content, whole.headers["cache-control"]) == (bytes(range(100)), kept)
         part = api.http.get(address, headers={"Range": "bytes=10-19"})
@@ -223,6 +228,11 @@ def test_clients_need_their_token_and_see_their_own_alone(tiny_set: TinySet, tmp
         api.http.headers["Authorization"] = f"Bearer {ALICE}"
         job = api.submit()
         api.folder.output("alice", job["id"]).partial.write_bytes(b"video")
+        link = api.http.get(f"/api/jobs/{job['id']}").json()["video"]
+        nobody = {"Authorization": ""}
+        assert api.http.get(link, headers=nobody).content == b"video", "a player sends no token"
+        rejected(api.http.get(f"{link}0", headers=nobody), 401)
+        rejected(api.http.get(link.replace("/video", ""), headers=nobody), 401)
         for method, address in (
             ("GET", ""),
             ("GET", "/video"),
@@ -403,8 +413,7 @@ def test_what_the_command_cannot_do_is_a_sentence(tmp_path: Path, monkeypatch, c
     assert "give --vae, --text-encoder, --clip-vision, --wav2vec too" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--device", "cpu", "--port", "99999"]) == 2
     assert "port 99999, cannot be listened to" in capsys.readouterr().err
-    monkeypatch.setattr(server, "PACKAGES", {"no_such_module": "no-such-package"})
-    monkeypatch.setattr(server.check_packages, "__defaults__", (server.PACKAGES, "serve"))
+    monkeypatch.setitem(server.PACKAGES, "serve", {"no_such_module": "no-such-package"})
     assert main(["serve", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "(no-such-package)" in error
