@@ -143,18 +143,14 @@ def create_app(requests: Requests, workers: Workers, access: Access | None = Non
     @app.get("/api/jobs/{id}/events", response_class=EventSourceResponse)
     async def events(job: Job) -> AsyncIterator[ServerSentEvent]:
         """The job as server-sent events: at once, after each change, and when it has ended, which is the last one."""
-        told = None
-        while True:
-            try:
-                job = queue.get(job.id)  # a look-up by its key, which never waits for who writes
-            except KeyError:  # deleted
+        told: dict[str, Any] = {}
+        while told.get("state") not in ENDED:
+            now = await run_in_threadpool(requests.owned, job.id, job.client)
+            if now is None:  # deleted
                 return
-            now = view(job)
-            if now != told:
-                yield ServerSentEvent(data=now, event=job.state)
-                told = now
-            if job.state in ENDED:
-                return
+            if (seen := await run_in_threadpool(view, now)) != told:
+                yield ServerSentEvent(data=seen, event=now.state)
+                told = seen
             await asyncio.sleep(TICK)
 
     @app.get("/api/jobs/{id}/video", response_class=FileResponse)

@@ -219,7 +219,7 @@ class Queue:
         assert state in ENDED
         with self._transaction() as database:
             changed = database.execute(
-                "UPDATE jobs SET state = ?, slot = NULL, ended = ?, error = ?, result = ? "
+                "UPDATE jobs SET state = ?, slot = NULL, cancelling = 0, ended = ?, error = ?, result = ? "
                 "WHERE id = ? AND state = 'running' AND slot = ?",
                 (state, time.time(), error, json.dumps(result or {}), id, slot),
             ).rowcount
@@ -249,7 +249,7 @@ class Queue:
                 state, error = "failed", f"Its worker died {crashes} times; the log of the service says more."
             with self._transaction() as database:
                 database.execute(
-                    "UPDATE jobs SET state = ?, slot = NULL, crashes = ?, error = ?, ended = ? "
+                    "UPDATE jobs SET state = ?, slot = NULL, cancelling = 0, crashes = ?, error = ?, ended = ? "
                     "WHERE number = ? AND state = 'running' AND slot = ?",
                     (state, crashes, error, None if state == "queued" else time.time(), job.number, slot),
                 )

@@ -88,7 +88,7 @@ def run(queue: Queue, record: Record, slot: int, job: Job, loaded: LoadedModels)
         queue.end(record.id, slot, "done", result={"frames": len(frames), "width": width, "height": height})
         return
     try:
-        made = make_reusing(replace(job, resume=True), Follower(queue, record, slot).events, loaded)
+        made = _made(job, Follower(queue, record, slot).events, loaded)
     except Stopped as stopped:
         queue.end(record.id, slot, stopped.state, error=stopped.error)
     except InfiniteTalkError as error:
@@ -107,22 +107,34 @@ def run(queue: Queue, record: Record, slot: int, job: Job, loaded: LoadedModels)
         queue.end(record.id, slot, "done", result=result)
 
 
+def _made(job: Job, events: Events, loaded: LoadedModels) -> Result:
+    """The video of a job, behind the windows that are there; all of it where those are of other settings.
+
+    The service may have been started with other models since.
+    """
+    try:
+        return make_reusing(replace(job, resume=True), events, loaded)
+    except InputError as error:
+        if not OutputFiles.of(job.out).journal.exists():
+            raise
+        logger.info("Beginning anew: %s", error)
+    return make_reusing(job, events, loaded)
+
+
 def make_reusing(job: Job, events: Events, loaded: LoadedModels) -> Result:
-    """`make_video`, once more where it may have failed for what was there before: loaded models, or finished windows.
+    """`make_video`, and where it fails beside models of other jobs, once more without: memory may suffice for it alone.
 
     Raises what `make_video` raises.
     """
     try:
         return make_video(job, events, loaded)
     except InfiniteTalkError as error:
-        others = isinstance(error, InputError) and job.resume and OutputFiles.of(job.out).journal.exists()
-        # Memory may suffice for the job alone; what is wrong with inputs or files stays wrong.
-        crowded = type(error) is InfiniteTalkError and bool(loaded.reused)
-        if not (others or crowded):
+        # Its kinds say what is wrong with inputs, files or the machine, and stays wrong.
+        if type(error) is not InfiniteTalkError or not loaded.reused:
             raise
         loaded.clear()
-        logger.info("Once more, with nothing left from before: %s", error)
-    return make_video(replace(job, resume=crowded), events, loaded)
+        logger.info("Once more, with nothing loaded before: %s", error)
+    return make_video(replace(job, resume=True), events, loaded)
 
 
 class Follower:
