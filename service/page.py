@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from importlib import resources
 from importlib.resources import as_file
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
+import gradio.processing_utils
 import numpy as np
 from fastapi import FastAPI
 from PIL import Image
@@ -130,6 +131,7 @@ def add_page(app: FastAPI, requests: Requests, access: Access) -> None:
     Files that browsers send to it are kept in the service's folder until they are a day old. Where there are tokens, a
     client logs in by name and token.
     """
+    gradio.processing_utils.async_ssrf_protected_get = _no_address
     temporary = requests.folder.path / "page"
     temporary.mkdir(exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
@@ -150,6 +152,11 @@ def add_page(app: FastAPI, requests: Requests, access: Access) -> None:
         i18n=TEXTS,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from the network
     )
+
+
+async def _no_address(url: str) -> NoReturn:
+    """In the place of Gradio's download: it takes the address of a file for the file, from whoever sends one."""
+    raise gr.Error("Only files are taken: addresses are not opened.", print_exception=False)
 
 
 class Page:

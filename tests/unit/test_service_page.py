@@ -129,6 +129,36 @@ def test_the_page_is_served_and_asks_for_a_login_where_there_are_tokens(requests
                 assert http.get("/config").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["http://192.0.2.1/x.png", "https://[2001:db8::1]/x.png", "/etc/passwd", "{service}/jobs.sqlite", "../x"]
+)
+def test_addresses_and_paths_sent_to_the_page_are_not_opened(path: str, requests: Requests, monkeypatch) -> None:
+    """As a client that is no browser can send them; the addresses are reserved for documentation."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[web]'")
+    from fastapi.testclient import TestClient
+    from wanvideo_infinitetalk.service.api import create_app
+    from wanvideo_infinitetalk.service.page import add_page
+
+    app = create_app(requests, SimpleNamespace(devices=["cpu"], alive=1, restarts=0))
+    add_page(app, requests, Access())
+    monkeypatch.setattr(gradio.processing_utils.sh, "get", None)
+    path = path.format(service=requests.folder.path)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as http:
+        config = http.get("/config").json()
+        make = next(one for one in config["dependencies"] if one["api_name"] == "make")
+        types = {one["id"]: one["type"] for one in config["components"]}
+        image = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+        data = [image if types[id] == "image" else None for id in make["inputs"]]
+        begun = http.post("/gradio_api/call/make", json={"data": data})
+        assert begun.status_code == 200, begun.text
+        answer = http.get(f"/gradio_api/call/make/{begun.json()['event_id']}").text
+    assert "event: error" in answer
+    if path.startswith("http"):
+        assert "addresses are not opened" in answer
+    assert requests.queue.jobs() == []
+    assert not [file for file in (requests.folder.path / "page").rglob("*") if file.is_file()]
+
+
 def test_every_text_is_in_both_languages() -> None:
     pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[web]'")
     from wanvideo_infinitetalk.service.page import CHINESE, ENGLISH
