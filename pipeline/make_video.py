@@ -75,7 +75,7 @@ FPS = 25
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks")
 """Fields of a `Job` where a string is a path."""
 
-NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
+NOT_WHAT = ("out", "comment", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 UNKNOWN_KIND = kind_of(())
@@ -129,6 +129,7 @@ class Job:
         compile_settings: how the model is compiled by torch.compile, which may change the last bits; None: not at all.
         resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
             must be the same; devices, blocks_to_swap, compile_settings and tiled_vae may differ.
+        comment: a text that the video file carries in its metadata.
     """
 
     files: ModelFiles
@@ -154,6 +155,7 @@ class Job:
     blocks_to_swap: int = 0
     compile_settings: CompileSettings | None = None
     resume: bool = False
+    comment: str = ""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,8 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
         sound, rate = _sound(job.audio, job.one_after_the_other)
-        writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
+        written = None if start is None else start.written
+        writer = VideoWriter(job.out, FPS, sound, rate, written=written, comment=job.comment)
         if start is not None and start.state.windows == len(plan.windows):
             writer.close()  # it ended while the video was put in place
             seconds = time.monotonic() - begin

@@ -10,6 +10,7 @@ All names are made here, of names and ids of one strict form: nothing that a cli
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from ..media.video import OutputFiles
 from ..pipeline.make_video import Job
 from ..wanvideo.errors import InputError
 from .queue import Queue, Record
-from .settings import build
+from .settings import SETTINGS, build
 
 __all__ = ["CLIENT", "ServiceFolder", "new_id"]
 
@@ -72,15 +73,16 @@ class ServiceFolder:
         return self.job_of(record.id, record.client, record.request, base)
 
     def job_of(self, id: str, client: str, request: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
-        """The job of a request, whose files are ids of the client's uploads."""
+        """The job of a request, whose files are ids of the client's uploads; its video carries the settings as JSON."""
         given = dict(request)
+        comment = json.dumps({name: value for name, value in request.items() if name in SETTINGS}, ensure_ascii=False)
         for name in ("image", "video"):
             if name in given:
                 given[name] = self.upload(client, given[name])
         for name in ("audio", "masks"):
             if name in given:
                 given[name] = tuple(self.upload(client, one) for one in given[name])
-        return build(base, given | {"out": self.output(client, id).video})
+        return build(base, given | {"out": self.output(client, id).video, "comment": comment})
 
     def _of(self, client: str) -> Path:
         if not CLIENT.fullmatch(client):

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import httpx
 import pytest
 from fastapi.testclient import TestClient
@@ -112,6 +113,8 @@ def test_image_and_recording_become_a_video(api: Api) -> None:
     assert video.headers["content-type"] == "video/mp4"
     (api.folder.path.parent / "got.mp4").write_bytes(video.content)
     assert len(VideoFrames(api.folder.path.parent / "got.mp4")) == FRAMES
+    with av.open(str(api.folder.path.parent / "got.mp4")) as container:
+        assert json.loads(container.metadata["comment"]) == SETTINGS | {"prompt": "a face – 脸"}
 
 
 def test_a_video_is_given_in_ranges_while_it_grows_and_when_it_is_whole(api: Api) -> None:
