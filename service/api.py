@@ -91,7 +91,7 @@ def create_app(requests: Requests, workers: Workers, access: Access | None = Non
     @app.post("/api/uploads/{kind}", status_code=201, openapi_extra={"requestBody": BYTES})
     async def upload(kind: Kind, request: Request, client: Client) -> Any:
         """Send a file, as it is, as the body of the request; its id stands for it in jobs."""
-        id, path = requests.new_upload(client)
+        id, path = requests.new_upload(client, kind)
         try:
             room = requests.room(client)
             with path.open("xb") as file:
@@ -105,10 +105,8 @@ def create_app(requests: Requests, workers: Workers, access: Access | None = Non
     @app.delete("/api/uploads/{id}", status_code=204)
     def delete_upload(id: str, client: Client) -> None:
         """Delete a file; jobs that name it and have not ended fail."""
-        try:
-            requests.folder.upload(client, id).unlink()
-        except (KeyError, FileNotFoundError):
-            raise HTTPException(404, "There is no such upload of yours.") from None
+        if not requests.delete_upload(client, id):
+            raise HTTPException(404, "There is no such upload of yours.")
 
     # --- jobs
 

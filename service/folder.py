@@ -2,7 +2,7 @@
 
     jobs.sqlite                          the queue
     service.lock, worker-N.lock          held while these processes live
-    clients/NAME/uploads/ID              what a client sent
+    clients/NAME/uploads/KIND/ID         what a client sent
     clients/NAME/jobs/ID/video.mp4       what was made of it
 
 All names are made here, of names and ids of one strict form: nothing that a client sends becomes part of a path.
@@ -24,7 +24,10 @@ from ..wanvideo.errors import InputError
 from .queue import Queue, Record
 from .settings import SETTINGS, build
 
-__all__ = ["CLIENT", "ServiceFolder", "new_id"]
+__all__ = ["CLIENT", "FILES", "ServiceFolder", "new_id"]
+
+FILES = {"image": "image", "video": "video", "audio": "audio", "masks": "mask"}
+"""Field of a request -> the kind of the uploads that it names; the last two are lists."""
 
 CLIENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 ID = re.compile(r"[0-9a-f]{32}")
@@ -60,9 +63,9 @@ class ServiceFolder:
     def uploads(self, client: str) -> Path:
         return self._of(client) / "uploads"
 
-    def upload(self, client: str, id: str) -> Path:
-        """Raises KeyError for what is no id."""
-        return self.uploads(client) / _checked(id)
+    def upload(self, client: str, kind: str, id: str) -> Path:
+        """Of this kind, one of `requests.KINDS`. Raises KeyError for what is no id."""
+        return self.uploads(client) / kind / _checked(id)
 
     def output(self, client: str, id: str) -> OutputFiles:
         """The video of a job. Raises KeyError for what is no id."""
@@ -76,12 +79,11 @@ class ServiceFolder:
         """The job of a request, whose files are ids of the client's uploads; its video carries the settings as JSON."""
         given = dict(request)
         comment = json.dumps({name: value for name, value in request.items() if name in SETTINGS}, ensure_ascii=False)
-        for name in ("image", "video"):
-            if name in given:
-                given[name] = self.upload(client, given[name])
-        for name in ("audio", "masks"):
-            if name in given:
-                given[name] = tuple(self.upload(client, one) for one in given[name])
+        for name, kind in FILES.items():
+            if isinstance(ids := given.get(name), str):
+                given[name] = self.upload(client, kind, ids)
+            elif ids is not None:
+                given[name] = tuple(self.upload(client, kind, id) for id in ids)
         return build(base, given | {"out": self.output(client, id).video, "comment": comment})
 
     def _of(self, client: str) -> Path:

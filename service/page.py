@@ -300,9 +300,9 @@ class Page:
         values["prompt"] = "\n".join(part.strip() for part in (wanted.get("prompt") or "").split("|"))
         with self._rejections():
             if "image" in wanted:
-                values["image"] = np.asarray(load_image(folder.upload(job.client, wanted["image"])))
+                values["image"] = np.asarray(load_image(folder.upload(job.client, "image", wanted["image"])))
             for number, id in enumerate(wanted["audio"], 1):
-                samples, rate = read_audio(folder.upload(job.client, id))
+                samples, rate = read_audio(folder.upload(job.client, "audio", id))
                 values[f"audio {number}"] = (rate, (samples.clip(-1, 1) * 32767).astype(np.int16))
         return [values.get(name) for name in self.fields]
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,25 @@ from ..media.video import VideoFrames
 from ..pipeline.bounds import shown
 from ..pipeline.make_video import check, named
 from ..wanvideo.errors import InfiniteTalkError, InputError
-from .folder import ServiceFolder, new_id
+from .folder import FILES, ServiceFolder, new_id
 from .queue import PRIORITIES, Queue, Record
 from .settings import settings_of
 
-__all__ = ["FILES", "KINDS", "LONGEST", "Limits", "Requests", "TooManyError"]
+__all__ = ["KINDS", "LONGEST", "Limits", "Requests", "TooManyError"]
 
 LONGEST = 7 * 24 * 3600.0
 """Seconds that a time limit may have."""
 
+LONGEST_RECORDING = 3600.0
+"""Seconds. A compressed file may hold weeks of silence, which memory does not."""
+
 KINDS: dict[str, Callable[[Path], object]] = {
     "image": load_image,
     "mask": load_mask,
-    "audio": read_audio,
+    "audio": partial(read_audio, most=LONGEST_RECORDING),
     "video": lambda path: VideoFrames(path)[0],
 }
 """Kind of an upload -> its reader, which raises InputError for what it cannot read."""
-
-FILES = {"image": False, "video": False, "audio": True, "masks": True}
-"""Fields that name uploads -> whether they are lists."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,17 @@ class Requests:
 
     # --- uploads
 
-    def new_upload(self, client: str) -> tuple[str, Path]:
+    def new_upload(self, client: str, kind: str) -> tuple[str, Path]:
         """The id of a new upload, and the file to write."""
         id = new_id()
-        path = self.folder.upload(client, id)
+        path = self.folder.upload(client, kind, id)
         path.parent.mkdir(parents=True, exist_ok=True)
         return id, path
 
     def room(self, client: str) -> int:
         """Bytes that the next upload of a client may have."""
         uploads = self.folder.uploads(client)
-        used = sum(file.stat().st_size for file in uploads.iterdir()) if uploads.is_dir() else 0
+        used = sum(file.stat().st_size for file in uploads.glob("*/*"))
         return min(self.limits.upload, self.limits.uploads - used)
 
     @property
@@ -102,7 +104,7 @@ class Requests:
         """The id of a copy of a file. Raises InputError for one that is too large, or not of its kind."""
         if path.stat().st_size > self.room(client):
             raise TooManyError(self.too_large)
-        id, upload = self.new_upload(client)
+        id, upload = self.new_upload(client, kind)
         try:
             shutil.copyfile(path, upload)
             self.read(kind, upload)
@@ -110,6 +112,13 @@ class Requests:
             upload.unlink(missing_ok=True)
             raise
         return id
+
+    def delete_upload(self, client: str, id: str) -> bool:
+        """Whether there was one to delete."""
+        found = self._find(client, id, KINDS)
+        if found is not None:
+            found.unlink(missing_ok=True)
+        return found is not None
 
     # --- jobs
 
@@ -180,9 +189,8 @@ class Requests:
 
     def without_paths(self, sentence: str) -> str:
         """A sentence without the folders of this machine: uploads stay as their ids, models as their names."""
-        for part in ("uploads", "jobs"):
-            for client in (self.folder.path / "clients").iterdir():
-                sentence = sentence.replace(f"{client / part}/", "")
+        clients = re.escape(str(self.folder.path / "clients"))
+        sentence = re.sub(rf"{clients}[/\\][^/\\]+[/\\](uploads[/\\][a-z]+|jobs)[/\\]", "", sentence)
         for model in (*vars(self.base["files"]).values(), *(lora.path for lora in self.base.get("loras", ()))):
             if model is not None:
                 sentence = sentence.replace(str(model), Path(model).name)
@@ -193,24 +201,27 @@ class Requests:
         settings = settings_of(given, FILES)
         if not given.get("audio"):
             raise InputError('"audio" is missing: give a list with the upload of each speaker\'s recording.')
-        for name, several in FILES.items():
+        for name, kind in FILES.items():
             value = given.get(name)
             if value is None:
                 continue
-            ids = value if several else [value]
+            ids = value if name in ("audio", "masks") else [value]
             if not isinstance(ids, list) or len(ids) > 4:
                 raise InputError(f"{name} {shown(value)} cannot be used: give a list of up to four uploads.")
             for id in ids:
-                if not isinstance(id, str) or not self._exists(client, id):
-                    raise InputError(f"{name} {shown(id)} is no upload of yours: send the file first.")
+                if not isinstance(id, str) or self._find(client, id, [kind]) is None:
+                    raise InputError(
+                        f"{name} {shown(id)} is no upload of yours of the kind {kind}: send the file first."
+                    )
             settings[name] = value
         return settings
 
-    def _exists(self, client: str, id: str) -> bool:
+    def _find(self, client: str, id: str, kinds: Iterable[str]) -> Path | None:
         try:
-            return self.folder.upload(client, id).is_file()
+            paths = [self.folder.upload(client, kind, id) for kind in kinds]
         except KeyError:
-            return False
+            return None
+        return next((path for path in paths if path.is_file()), None)
 
     def by_ticket(self, id: str, ticket: str) -> Record | None:
         """The job of this id, where this is its ticket."""

@@ -36,10 +36,11 @@ def write_inputs(folder: Path) -> dict[str, Path]:
 
 def upload(folder: ServiceFolder, inputs: dict[str, Path], client: str = "local") -> dict[str, Any]:
     """A request of these files, which lie where uploads do."""
-    folder.uploads(client).mkdir(parents=True, exist_ok=True)
-    ids = {name: new_id() for name in inputs}
-    for name, path in inputs.items():
-        folder.upload(client, ids[name]).write_bytes(path.read_bytes())
+    ids = {kind: new_id() for kind in inputs}
+    for kind, path in inputs.items():
+        sent = folder.upload(client, kind, ids[kind])
+        sent.parent.mkdir(parents=True, exist_ok=True)
+        sent.write_bytes(path.read_bytes())
     return SETTINGS | {"image": ids["image"], "audio": [ids["audio"]]}
 
 

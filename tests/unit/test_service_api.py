@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -20,7 +21,9 @@ from typing import Any
 
 import av
 import httpx
+import numpy as np
 import pytest
+import soundfile
 from fastapi.testclient import TestClient
 from support.service_files import FRAMES, SETTINGS, WINDOWS, base_of, write_inputs
 from wanvideo_infinitetalk.cli.parser import main
@@ -174,10 +177,10 @@ def test_what_the_library_rejects_is_said_when_the_job_is_sent(api: Api) -> None
     image, audio = api.upload("image"), api.upload("audio")
     good = SETTINGS | {"image": image, "audio": [audio]}
     for change, sentence in (
-        ({"image": audio}, f"{audio}.*image"),
-        ({"audio": [image]}, f"{image}.*"),
-        ({"video": image}, "either an image or a source video"),
-        ({"audio": [audio, audio], "masks": [image]}, "mask"),
+        ({"image": audio}, f"image {audio} is no upload of yours of the kind image"),
+        ({"audio": [image]}, "of the kind audio"),
+        ({"image": None}, "either an image or a source video"),
+        ({"audio": [audio, audio], "masks": [api.upload("mask", "image")]}, "mask"),
         ({"frames": 10}, "4n"),
         ({"attention_mode": "nothing"}, "attention mode 'nothing'"),
         ({"quantization": "nothing"}, "nothing"),
@@ -193,7 +196,7 @@ def test_what_the_library_rejects_is_said_when_the_job_is_sent(api: Api) -> None
 def test_errors_of_workers_name_no_folder_of_the_machine(api: Api) -> None:
     job = api.submit()
     record = api.queue.claim(0)
-    upload = api.folder.upload("local", record.request["image"])
+    upload = api.folder.upload("local", "image", record.request["image"])
     api.queue.end(record.id, 0, "failed", error=f"{upload} and {api.base['files'].model} cannot be used.")
     error = api.http.get(f"/api/jobs/{job['id']}").json()["error"]
     assert error == f"{upload.name} and {Path(api.base['files'].model).name} cannot be used."
@@ -207,7 +210,7 @@ def test_uploads_are_held_to_their_kind_and_size(tiny_set: TinySet, tmp_path: Pa
         rejected(api.http.post("/api/uploads/image", content=b"text"), 422, "image")
         rejected(api.http.post("/api/uploads/audio", content=api.inputs["image"].read_bytes()), 422)
         rejected(api.http.post("/api/uploads/model", content=b"x"), 422, "kind cannot be used")
-        assert not list(api.folder.uploads("local").iterdir()), "what is rejected is not kept"
+        assert not files_in(api.folder.uploads("local")), "what is rejected is not kept"
         kept = [api.upload("audio") for _ in range(2)]
         rejected(api.http.post("/api/uploads/audio", content=api.inputs["audio"].read_bytes()), 413, "delete")
         assert api.http.delete(f"/api/uploads/{kept[0]}").status_code == 204
@@ -217,6 +220,16 @@ def test_uploads_are_held_to_their_kind_and_size(tiny_set: TinySet, tmp_path: Pa
         assert api.http.post("/api/jobs", json=good).status_code == 201
         rejected(api.http.post("/api/jobs", json=good), 429, "wait already")
         rejected(api.http.post("/api/jobs", json=good | {"prompt": "x" * 3_000}), 413, "2,000 bytes")
+
+
+def test_recordings_that_memory_cannot_hold_are_rejected(api: Api) -> None:
+    """A small compressed file may hold weeks of silence."""
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", 16000, 1, format="FLAC") as file:
+        for _ in range(61):
+            file.write(np.zeros(60 * 16000, np.int16))
+    assert len(content.getvalue()) < 300_000
+    rejected(api.http.post("/api/uploads/audio", content=content.getvalue()), 422, "lasts longer than 3600 s")
 
 
 def test_clients_need_their_token_and_see_their_own_alone(tiny_set: TinySet, tmp_path: Path) -> None:

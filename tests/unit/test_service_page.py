@@ -64,7 +64,7 @@ def test_the_form_becomes_a_job(page, requests: Requests, tmp_path: Path) -> Non
     assert (job.request["attention_mode"], job.request["mode"]) == ("sage3_fp8", "infinitetalk")
     assert SETTINGS.items() <= job.request.items()
     assert len(job.request["masks"]) == 1
-    mask = np.asarray(Image.open(requests.folder.upload("local", job.request["masks"][0])))
+    mask = np.asarray(Image.open(requests.folder.upload("local", "mask", job.request["masks"][0])))
     assert (mask[..., 3] > 0).mean() == 0.5
     assert not {"preset", "quantization", "video"} & job.request.keys(), "what is empty is not asked for"
     assert list((requests.folder.path / "page").iterdir()) == []
