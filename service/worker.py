@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import filelock
@@ -66,7 +65,7 @@ def work(folder: ServiceFolder, slot: int, base: Mapping[str, Any], verbose: boo
             if record is None:
                 time.sleep(IDLE)
             else:
-                run(queue, record, slot, folder.job(record, base), loaded)
+                run(queue, record, slot, folder, base, loaded)
 
 
 def _end_with_parent() -> None:
@@ -76,19 +75,22 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def run(queue: Queue, record: Record, slot: int, job: Job, loaded: LoadedModels) -> None:
+def run(
+    queue: Queue, record: Record, slot: int, folder: ServiceFolder, base: Mapping[str, Any], loaded: LoadedModels
+) -> None:
     """Make the video of a job that this worker has claimed, and bring the job to its end.
 
     Where an earlier attempt has left finished windows, it goes on behind them; where it has left the video, nothing is
     made.
     """
-    if Path(job.out).exists():  # its worker died after the last step, and before it could say so
-        frames = VideoFrames(job.out)
+    video = folder.output(record.client, record.id).video
+    if video.exists():  # its worker died after the last step, and before it could say so
+        frames = VideoFrames(video)
         height, width = frames[0].shape[:2]
         queue.end(record.id, slot, "done", result={"frames": len(frames), "width": width, "height": height})
         return
     try:
-        made = _made(job, Follower(queue, record, slot).events, loaded)
+        made = _made(folder.job(record, base), Follower(queue, record, slot).events, loaded)
     except Stopped as stopped:
         queue.end(record.id, slot, stopped.state, error=stopped.error)
     except InfiniteTalkError as error:

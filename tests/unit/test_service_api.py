@@ -71,7 +71,7 @@ class Api:
 
     def work(self) -> None:
         record = self.queue.claim(0)
-        worker.run(self.queue, record, 0, self.folder.job(record, self.base), self.loaded)
+        worker.run(self.queue, record, 0, self.folder, self.base, self.loaded)
 
 
 @contextlib.contextmanager

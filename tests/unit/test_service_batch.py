@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,14 @@ def test_a_file_without_jobs_is_named(content: bytes, tmp_path: Path) -> None:
         read_jobs(path, BASE)
     with pytest.raises(InputError, match="cannot be read from"):
         read_jobs(tmp_path, BASE)
+
+
+def test_a_batch_and_the_workers_need_no_package_of_a_service() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'gradio'): sys.modules[name] = None\n"
+        "from wanvideo_infinitetalk.cli.parser import parser\n"
+        "parser(['serve', 'batch'])\n"
+        "from wanvideo_infinitetalk.service import batch, requests, server, workers\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -41,8 +41,7 @@ class Setup:
     def run_next(self, loaded: LoadedModels | None = None) -> Record:
         """Make the next job in this process."""
         record = self.queue.claim(0)
-        job = self.folder.job(record, self.base)
-        worker.run(self.queue, record, 0, job, loaded or LoadedModels())
+        worker.run(self.queue, record, 0, self.folder, self.base, loaded or LoadedModels())
         return self.queue.get(record.id)
 
     def files_of(self, record: Record) -> list[str]:
@@ -100,7 +99,9 @@ def test_what_a_user_can_cause_ends_the_job_with_a_sentence(setup: Setup) -> Non
     failed = setup.run_next()
     assert failed.state == "failed"
     assert "attention mode 'nothing'" in failed.error
-    setup.add("2")
+    setup.add("2", preset="of an earlier version")
+    assert "There is no preset" in setup.run_next().error
+    setup.add("3")
     assert setup.run_next().state == "done"
 
 
