@@ -221,8 +221,9 @@ class Page:
         fields["one_after_the_other"] = gr.Checkbox(label=TEXTS("in_turn"))
         fields["prompt"] = gr.Textbox(label=TEXTS("prompt"), lines=2)
         with gr.Row():
-            fields["mode"] = gr.Dropdown(list(MODES), label=TEXTS("mode"))
-            fields["attention_mode"] = gr.Dropdown(list(ATTENTION), label=TEXTS("attention"))
+            for name, choices, label in (("mode", MODES, "mode"), ("attention_mode", ATTENTION, "attention")):
+                own = self.requests.base.get(name, next(iter(choices)))  # the service's, where it has one
+                fields[name] = gr.Dropdown(list(dict.fromkeys((*choices, own))), value=own, label=TEXTS(label))
             fields["preset"] = gr.Dropdown(["", *PRESETS], label=TEXTS("preset"))
         with gr.Accordion(TEXTS("size"), open=False):
             fields["quantization"] = gr.Dropdown(["", *QUANTIZATIONS], label=TEXTS("quantization"))
@@ -237,26 +238,35 @@ class Page:
         """Queue the job of the form; returns its id."""
         values = {name: given[component] for name, component in self.fields.items()}
         client = _client(request)
+        job: dict[str, Any] = {}
         with self._rejections():
-            return self.requests.accept(self._job(values, client), client).id
+            try:
+                self._fill(job, values, client)
+                return self.requests.accept(job, client).id
+            except InfiniteTalkError:  # the next attempt sends its files again
+                for id in (job.get("image"), job.get("video"), *job.get("audio", ()), *job.get("masks", ())):
+                    if id is not None:
+                        self.requests.delete_upload(client, id)
+                raise
 
-    def _job(self, values: dict[str, Any], client: str) -> dict[str, Any]:
-        """The form as a job of the API, its files uploaded."""
-        job = {name: values[name] for name in SETTINGS_OF_FORM if values[name] not in (None, "")}
+    def _fill(self, job: dict[str, Any], values: dict[str, Any], client: str) -> None:
+        """Make `job` the form as the API takes it, its files uploaded."""
+        job |= {name: values[name] for name in SETTINGS_OF_FORM if values[name] not in (None, "")}
         if "prompt" in job:
             job["prompt"] = " | ".join(filter(None, map(str.strip, job["prompt"].splitlines())))
         for kind in ("image", "video"):
             if values[kind]:
                 job[kind] = self.requests.take(client, kind, Path(values[kind]))
         recordings = [values[f"audio {number}"] for number in range(1, SPEAKERS + 1)]
-        job["audio"] = [self.requests.take(client, "audio", Path(path)) for path in recordings if path]
+        job["audio"], job["masks"] = [], []
+        for path in filter(None, recordings):
+            job["audio"].append(self.requests.take(client, "audio", Path(path)))
         masks = [_painted(values[f"mask {number}"]) for number, path in enumerate(recordings, 1) if path]
         painted = [mask for mask in masks if mask is not None]
         if painted and len(painted) < len(masks):
             raise InputError("A mask is missing: paint one for each speaker, or none.")
-        if painted:
-            job["masks"] = [self._mask(client, mask) for mask in painted]
-        return job
+        for mask in painted:
+            job["masks"].append(self._mask(client, mask))
 
     def _mask(self, client: str, mask: Image.Image) -> str:
         with tempfile.NamedTemporaryFile(suffix=".png", dir=self.requests.folder.path / "page") as file:

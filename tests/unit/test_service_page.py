@@ -84,6 +84,17 @@ def test_what_is_wrong_is_a_sentence(page, requests: Requests, tmp_path: Path) -
         assert sentence in str(error.value)
         assert str(requests.folder.path) not in str(error.value)
     assert requests.queue.jobs() == []
+    assert not [path for path in requests.folder.uploads("local").rglob("*") if path.is_file()]
+
+
+def test_the_services_own_modes_are_kept(page, requests: Requests) -> None:
+    from wanvideo_infinitetalk.service.page import Page
+
+    requests.base = requests.base | {"attention_mode": "sageattn", "mode": "multitalk"}
+    own = Page(requests, dict)
+    own.blocks()
+    assert [own.fields[name].value for name in ("attention_mode", "mode")] == ["sageattn", "multitalk"]
+    assert [page.fields[name].value for name in ("attention_mode", "mode")] == ["auto", "infinitetalk"]
 
 
 def test_the_table_and_the_player_follow_the_selected_job(page, requests: Requests, tmp_path: Path) -> None:
