@@ -156,8 +156,10 @@ def test_events_tell_each_change_and_end_with_the_job(api: Api) -> None:
     thread.join()
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = re.findall(r"event: (\w+)\ndata: (.*)\n", answer.text.replace("\r\n", "\n"))
-    assert [name for name, _ in events] == ["running"] * 3 + ["done"]
-    assert [json.loads(data)["progress"]["windows_done"] for _, data in events] == [0, 1, 2, 2]
+    assert [name for name, _ in events] == ["running"] * (len(events) - 1) + ["done"]
+    done = [json.loads(data)["progress"]["windows_done"] for _, data in events]
+    assert 2 <= len(events) <= 4  # a slow machine sees several changes at once
+    assert (done, done[-1]) == (sorted(done), 2)
 
 
 def test_jobs_are_listed_cancelled_and_deleted(api: Api) -> None:
