@@ -23,16 +23,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
-from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError
+from ..wanvideo.errors import BackendUnavailableError, InfiniteTalkError, InputError
 
 if TYPE_CHECKING:
-    from ..pipeline.make_video import Job
+    from ..pipeline.make_video import Events, Job, ModelFiles
     from ..wanvideo.checkpoints.lora import LoraSpec
 
 logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+NEEDED_FILES = ("model", "vae", "text_encoder")
+"""Model files without which there is no video."""
 
 
 class Stopped(Exception):
@@ -103,19 +106,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="go on after the last finished window of a run that was interrupted",
     )
 
-    files = parser.add_argument_group("model files")
-    for option, required, text in (
-        ("--model", True, "Wan2.1 I2V 14B (safetensors or GGUF), or HuMo"),
-        ("--adapter", False, "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
-        ("--vae", True, "Wan2.1 VAE"),
-        ("--decoder", False, "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
-        ("--text-encoder", True, "UMT5-XXL encoder"),
-        ("--clip-vision", False, "CLIP ViT-H vision model; not of HuMo"),
-        ("--wav2vec", False, "chinese-wav2vec2-base, a folder or a file; not of HuMo"),
-        ("--whisper", False, "the encoder of whisper-large-v3, a folder or a file; of HuMo"),
-        ("--tokenizer", False, "folder, file or owner/name of the UMT5 tokenizer, where the text encoder carries none"),
+    _add_files(parser)
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser, needed: bool = True) -> None:
+    files = parser.add_argument_group("model files" if needed else "model files; without --model, the tiny ones")
+    for option, text in (
+        ("--model", "Wan2.1 I2V 14B (safetensors or GGUF), or HuMo"),
+        ("--adapter", "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
+        ("--vae", "Wan2.1 VAE"),
+        ("--decoder", "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
+        ("--text-encoder", "UMT5-XXL encoder"),
+        ("--clip-vision", "CLIP ViT-H vision model; not of HuMo"),
+        ("--wav2vec", "chinese-wav2vec2-base, a folder or a file; not of HuMo"),
+        ("--whisper", "the encoder of whisper-large-v3, a folder or a file; of HuMo"),
+        ("--tokenizer", "folder, file or owner/name of the UMT5 tokenizer, where the text encoder carries none"),
     ):
         kind = str if option == "--tokenizer" else Path
+        required = needed and option.removeprefix("--").replace("-", "_") in NEEDED_FILES
         files.add_argument(option, type=kind, required=required, metavar="F", help=text)
     files.add_argument(
         "--lora",
@@ -126,6 +137,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="a LoRA with its strength (1), as in style.safetensors:0.8; may be given several times",
     )
 
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size and length")
     _add_config(
         size,
@@ -135,8 +148,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         ("--motion-frames", "frames that a window begins with, of the one before, 4n + 1 (%(default)s)"),
     )
     _add_number(size, "--max-frames", "stop after so many frames, 25 per second; default: the whole recording")
-    _add_sampling(parser)
-    _add_machine(parser)
 
 
 def _lora(given: str) -> LoraSpec:
@@ -285,12 +296,20 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _run_generate(args: argparse.Namespace) -> None:
     from ..media.mixing import in_order
-    from ..pipeline.make_video import ModelFiles
+    from ..pipeline.presets import build_job, mode_defaults, stated_defaults
 
     audio = in_order(
         {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
     )
-    files = ModelFiles(
+    settings = _settings(args) | {"files": _model_files(args), "audio": tuple(audio)}
+    job = build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
+    _run_job(job, again="; the same command with --resume goes on from there")
+
+
+def _model_files(args: argparse.Namespace) -> ModelFiles:
+    from ..pipeline.make_video import ModelFiles
+
+    return ModelFiles(
         model=args.model,
         adapter=args.adapter,
         vae=args.vae,
@@ -301,14 +320,12 @@ def _run_generate(args: argparse.Namespace) -> None:
         whisper=args.whisper,
         tokenizer=args.tokenizer,
     )
-    _run_job(_job(args, files, audio), again="; the same command with --resume goes on from there")
 
 
-def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
-    """The job of the options that are given; those that are not (None) are left to presets and defaults."""
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the job that options give; those that are not given (None) are left to presets and defaults."""
     from ..pipeline.make_video import Job
     from ..pipeline.plan import GenerateConfig
-    from ..pipeline.presets import build_job, mode_defaults, stated_defaults
     from ..wanvideo.runtime.compilation import CompileSettings
     from ..wanvideo.runtime.precision import PRECISIONS
 
@@ -320,13 +337,11 @@ def _job(args: argparse.Namespace, files: Any, audio: Sequence[Path]) -> Job:
         settings["fp16_accumulation"] = args.base_precision == "fp16_fast"
     if args.compile is not None:
         settings["compile_settings"] = CompileSettings(mode=args.compile)
-    settings |= {"files": files, "audio": audio}
-    settings = {
-        name: tuple(value) if name in ("audio", "masks", "references", "loras") else value
+    return {
+        name: tuple(value) if name in ("masks", "references", "loras") else value
         for name, value in settings.items()
-        if name in known
+        if name in known and name != "audio"
     }
-    return build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
 
 
 def _run_job(job: Job, again: str = "") -> None:
@@ -346,6 +361,107 @@ def _run_job(job: Job, again: str = "") -> None:
             raise _stopped(stop, kept) from None
     logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
     _say(f"video: {result.path}")
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "jobs",
+        type=Path,
+        metavar="JOBS.jsonl",
+        help='a job on each line: {"image": "a.png", "audio": "a.wav", '
+        '"out": "a.mp4", "steps": 8}; paths start from this file\'s folder',
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep videos that are there, and go on with those that were begun"
+    )
+    _add_files(parser)
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _run_batch(args: argparse.Namespace) -> None:
+    from ..service.batch import Line, read_jobs, run_jobs
+    from .terminal import ProgressBar
+
+    base = _settings(args) | {"files": _model_files(args), "preset": args.preset}
+    lines = read_jobs(args.jobs, {name: value for name, value in base.items() if name != "resume"})
+    failed = []
+    with ProgressBar() as bar:
+
+        def follow(line: Line) -> Events:
+            logger.info("Line %d of %s: %s", line.number, args.jobs, line.job.out)
+            return bar.events
+
+        try:
+            for line, made in run_jobs(lines, follow, resume=args.resume):
+                if isinstance(made, InfiniteTalkError):
+                    failed.append(str(line.number))
+                    logger.error("Line %d of %s failed: %s", line.number, args.jobs, made)
+                else:
+                    _say(f"video: {line.job.out}")
+        except KeyboardInterrupt as stop:
+            raise _stopped(stop, "the same command with --resume goes on from there") from None
+    if failed:
+        raise InfiniteTalkError(
+            f"{len(failed)} of {len(lines)} jobs failed: line{'s' * (len(failed) > 1)} "
+            f"{', '.join(failed)} of {args.jobs}; the log says why."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- serve
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where queue, uploads and videos are kept")
+    network = parser.add_argument_group("service")
+    network.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen to (%(default)s)")
+    network.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (%(default)s)")
+    network.add_argument(
+        "--tokens", type=Path, metavar="F", help="file with NAME TOKEN of a client on each line; needed for other hosts"
+    )
+    network.add_argument(
+        "--retries", type=int, default=1, metavar="N", help="deaths of a worker that a job survives (%(default)s)"
+    )
+    network.add_argument("--page", action="store_true", help="show a page for browsers, too (Gradio)")
+    _add_files(parser, needed=False)
+    _add_size(parser)
+    _add_sampling(parser)
+    _add_machine(parser)
+
+
+def _run_serve(args: argparse.Namespace) -> None:
+    from ..pipeline.plan import HUMO
+    from ..service.server import check_packages, serve
+
+    check_packages("web" if args.page else "serve")
+    others = ("whisper",) if args.mode == HUMO else ("clip_vision", "wav2vec")
+    given = {name: getattr(args, name) for name in (*NEEDED_FILES, *others)}
+    if not any(given.values()):
+        from .tiny_models import make_tiny
+
+        files = make_tiny(args.folder / "tiny-models").model_files
+        logger.info("No models are given: the tiny ones make drawn faces speak, and show that everything works here.")
+    elif all(given.values()):
+        files = _model_files(args)
+    else:
+        missing = [f"--{name.replace('_', '-')}" for name, path in given.items() if path is None]
+        raise InputError(f"Model files are missing: give {', '.join(missing)} too, or none for the tiny models.")
+    serve(
+        args.folder,
+        _settings(args) | {"files": files, "preset": args.preset},
+        host=args.host,
+        port=args.port,
+        tokens=args.tokens,
+        device=args.device or "auto",
+        retries=args.retries,
+        page=args.page,
+        verbose=args.verbose,
+        started=lambda address: _say(f"service: {address}"),
+    )
 
 
 # -------------------------------------------------------------------------------------------------- make-tiny and demo
@@ -432,6 +548,10 @@ def _run_doctor(args: argparse.Namespace) -> None:
 
 COMMANDS = (
     Command("generate", "make a talking video from an image and a recording", _add_generate, _run_generate),
+    Command("batch", "make many videos, with models that stay loaded", _add_batch, _run_batch),
+    Command(
+        "serve", "make videos for clients: a queue, workers with loaded models, an HTTP API", _add_serve, _run_serve
+    ),
     Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
     Command("doctor", "try every attention mode and quantization on this machine", _add_doctor, _run_doctor),
     Command("make-tiny", "write the demo's tiny models, in the public formats", _add_make_tiny, _run_make_tiny),
@@ -469,7 +589,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser(argv).parse_args(argv)
     try:
         with _signals_as_interrupts():
-            _log_to_stderr(args.verbose)
+            from .terminal import log_to_stderr  # imports torch
+
+            log_to_stderr(args.verbose)
             args.run(args)
     except InfiniteTalkError as error:
         return _end(str(error), EXIT_USER_ERROR, args.verbose)
@@ -549,11 +671,3 @@ def _end(sentence: str, code: int, with_traceback: bool) -> int:
         logger.exception("What went wrong:")
     print(f"infinitetalk: {sentence}", file=sys.stderr)
     return code
-
-
-def _log_to_stderr(verbose: bool) -> None:
-    from .terminal import log_handler
-
-    package = logging.getLogger(__package__.rpartition(".")[0])
-    package.handlers = [log_handler(verbose)]
-    package.setLevel(logging.DEBUG if verbose else logging.INFO)

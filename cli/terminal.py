@@ -14,7 +14,7 @@ from rich.table import Table
 from ..pipeline.make_video import Events
 from .doctor import Report
 
-__all__ = ["ProgressBar", "doctor_tables", "log_handler"]
+__all__ = ["ProgressBar", "doctor_tables", "log_to_stderr"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,13 @@ def log_handler(verbose: bool) -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose else "%(message)s"))
     return handler
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Show the package's log lines on stderr, in this process."""
+    package = logging.getLogger(__package__.rpartition(".")[0])
+    package.handlers = [log_handler(verbose)]
+    package.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 class ProgressBar:

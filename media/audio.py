@@ -63,51 +63,53 @@ Waveform = NDArray[np.float32]
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_audio(path: str | Path) -> tuple[Waveform, int]:
+def read_audio(path: str | Path, most: float | None = None) -> tuple[Waveform, int]:
     """The recording at `path` as mono float32 samples [n] at its own rate (Hz); channels are averaged.
 
     WAV, FLAC, AIFF and others through libsndfile; what that cannot read (MP3, M4A, MP4, WebM, ...) through PyAV, where
     time stamps count: sample 0 is the beginning of the file, silence stands for what is missing before the sound and in
-    gaps. Raises InputError when the file is missing, is no recording, holds no samples, or states an absurd rate.
+    gaps. Raises InputError when the file is missing, is no recording, holds no samples, states an absurd rate, or lasts
+    longer than `most` seconds, of which no more is read into memory.
     """
     path = Path(path).expanduser()
     check_file(path, "recording")
     import soundfile
 
     try:
-        waveform, rate = _read_soundfile(path)
+        waveform, rate = _read_soundfile(path, most)
     except soundfile.SoundFileError as error:
         logger.debug("libsndfile cannot read %s (%s): trying PyAV", path, error)
-        waveform, rate = _read_av(path)
+        waveform, rate = _read_av(path, most)
     if waveform.size == 0:
         raise InputError(f"The recording {path} holds no samples.")
     return waveform, rate
 
 
-def _read_soundfile(path: Path) -> tuple[Waveform, int]:
+def _read_soundfile(path: Path, most: float | None) -> tuple[Waveform, int]:
     import soundfile
 
     # Without its name, by which libsndfile takes anything named .au, .snd or .vox for samples without a header.
     with path.open("rb") as content, soundfile.SoundFile(content.fileno(), closefd=False) as file:
         # It ends where another rate, or another file that was appended, begins.
         if file.format == "MP3" or (file.format == "OGG" and path.read_bytes().count(OGG_BEGIN) > 1):
-            return _read_av(path)
+            return _read_av(path, most)
         rate = _checked_rate(int(file.samplerate), f"The recording {path}")
         # Block by block, since neither the stated length nor seeking can be relied on.
         blocks, mix = [], _Mix()
         while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
             blocks.append(mix.mean(block.T))
+            _check_length(sum(map(len, blocks)), rate, path, most)
         mix.check(f"The recording {path}")
     if not blocks and path.stat().st_size > 1024:
         # A header that was never completed states a length of 0; FFmpeg reads on to the end.
         try:
-            return _read_av(path)
+            return _read_av(path, most)
         except InputError as error:
             logger.debug("%s", error)
     return np.concatenate([np.zeros(0, np.float32), *blocks]), rate
 
 
-def _read_av(path: Path) -> tuple[Waveform, int]:
+def _read_av(path: Path, most: float | None) -> tuple[Waveform, int]:
     import av
 
     try:
@@ -116,7 +118,7 @@ def _read_av(path: Path) -> tuple[Waveform, int]:
             if stream is None:
                 raise InputError(f"{path} holds no sound.")
             begin = Fraction(container.start_time or 0, av.time_base)
-            track = _Track(path, begin if TIMED & set(container.format.name.split(",")) else None)
+            track = _Track(path, begin if TIMED & set(container.format.name.split(",")) else None, most)
             for frame in decoded(container, stream, path):
                 track.add(frame)
             return track.samples()
@@ -155,10 +157,11 @@ class _Track:
 
     Args:
         begin: time of sample 0, seconds; None where the file has no time stamps, and frames follow one another.
+        most: see `read_audio`.
     """
 
-    def __init__(self, path: Path, begin: Fraction | None) -> None:
-        self.path, self.begin = path, begin
+    def __init__(self, path: Path, begin: Fraction | None, most: float | None = None) -> None:
+        self.path, self.begin, self.most = path, begin, most
         self.rate = 0
         self._pieces: list[NDArray[Any]] = []
         self._length = 0
@@ -202,12 +205,18 @@ class _Track:
     def _append(self, sound: NDArray[Any]) -> None:
         self._pieces.append(sound)
         self._length += sound.size
+        _check_length(self._length, self.rate, self.path, self.most)
 
     def _finish(self) -> None:
         """Take what a resampler of another rate still holds."""
         if self._resampler is not None and self._form is not None and self._form[0] != self.rate:
             for part in self._resampler.resample(None):
                 self._append(self._mix.mean(part.to_ndarray()))
+
+
+def _check_length(samples: int, rate: int, path: Path, most: float | None) -> None:
+    if most is not None and samples > most * rate:
+        raise InputError(f"The recording {path} lasts longer than {most:g} s: give a shorter one.")
 
 
 def _checked_rate(rate: int, name: str) -> int:

@@ -205,6 +205,7 @@ class VideoWriter:
         rate: samples a second of the recording.
         crf: constant rate factor of x264; 0 is lossless, 18 looks so.
         written: how far an earlier writer with the same arguments came, to go on behind it.
+        comment: a text that the file carries in its metadata; none where it is empty.
 
     Attributes:
         files: what is written where.
@@ -222,6 +223,7 @@ class VideoWriter:
         rate: int | None = None,
         crf: int = 18,
         written: Written | None = None,
+        comment: str = "",
     ) -> None:
         check_output(Path(path))
         self.files = OutputFiles.of(path)
@@ -229,6 +231,7 @@ class VideoWriter:
             raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
         self.fps = Fraction(fps).limit_denominator(1001)
         self.crf = crf
+        self.comment = comment
         self.written = written or Written()
         self._resumed = self.written.frames > 0
         self._size: tuple[int, int] | None = None  # height, width as given
@@ -372,6 +375,8 @@ class VideoWriter:
             av.open(file_address(path), "w", format="mp4", options={"movflags": "faststart"}) as target,
         ):
             streams = {s.index: target.add_stream_from_template(s, opaque=True) for s in source.streams}
+            if self.comment:
+                target.metadata["comment"] = self.comment
             for packet in source.demux():
                 if packet.dts is None:  # the empty packets that end each stream
                     continue

@@ -55,6 +55,7 @@ from .bounds import check_numbers, shown
 from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner
 from .humo import TRAINED_FRAMES, HuMoConditioner, References, plan_humo
 from .journal import Journal, describe, describe_config
+from .loaded_models import LoadedModels
 from .long_video import Callbacks, generate_windows
 from .plan import HUMO, GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
@@ -77,7 +78,7 @@ FPS = 25
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks", "references")
 """Fields of a `Job` where a string is a path."""
 
-NOT_WHAT = ("out", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
+NOT_WHAT = ("out", "comment", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 SOUND_RATE = 48000
@@ -132,6 +133,7 @@ class Job:
         compile_settings: how the model is compiled by torch.compile, which may change the last bits; None: not at all.
         resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
             must be the same; devices, blocks_to_swap, compile_settings and tiled_vae may differ.
+        comment: a text that the video file carries in its metadata.
     """
 
     files: ModelFiles
@@ -158,6 +160,7 @@ class Job:
     blocks_to_swap: int = 0
     compile_settings: CompileSettings | None = None
     resume: bool = False
+    comment: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,8 +208,12 @@ class Events:
     check_interrupt: Callable[[], None] = lambda: None
 
 
-def make_video(job: Job, events: Events | None = None) -> Result:
+def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | None = None) -> Result:
     """Make the video of `job` with its sound.
+
+    Args:
+        loaded: models of the jobs before, which are reused where they are the same, and afterwards those of this one.
+            None: everything is loaded, and let go.
 
     Finished windows are in `OutputFiles.of(job.out).partial`, playable, while later ones are made, and stay there when
     one of those fails or is interrupted.
@@ -216,38 +223,37 @@ def make_video(job: Job, events: Events | None = None) -> Result:
         InfiniteTalkError: while it runs, or when the file cannot be written.
     """
     events = events or Events()
+    loaded = loaded or LoadedModels()
     begin = time.monotonic()
 
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
-    mode, quantization = canonical_mode(job.attention_mode), Quantization.parse(job.quantization).name
-    text = text_quantization(job.text_encoder_quantization).name
-    job = replace(job, attention_mode=mode, quantization=quantization, text_encoder_quantization=text)
+    job = named(job)
     checked = check(job)
-    device, dtype, plan = checked.device, checked.dtype, checked.plan
+    device, plan = checked.device, checked.plan
 
     with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
         sound, rate = _sound(job.audio, job.one_after_the_other) if job.audio else (None, None)
-        writer = VideoWriter(job.out, FPS, sound, rate, written=None if start is None else start.written)
+        written = None if start is None else start.written
+        writer = VideoWriter(job.out, FPS, sound, rate, written=written, comment=job.comment)
         if start is not None and start.state.windows == len(plan.windows):
             writer.close()  # it ended while the video was put in place
             seconds = time.monotonic() - begin
             return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, GuardStats(), {}, {})
 
         # 2. Encode the conditions.
+        loaded.begin(_loaded_as(job, checked))
         audio = _speech_features(job, checked, events)
-        context, negative = _encode_prompts(job, checked, events)
+        context, negative = loaded.get("prompts", lambda: _encode_prompts(job, checked, events))
         events.stage("Loading the image encoder and the VAE" if job.files.clip_vision else "Loading the VAE")
-        clip = None
-        if job.files.clip_vision is not None:
-            clip = ClipVision.load(job.files.clip_vision, dtype=dtype, device=device)
-        vae = WanVAE.load(job.files.vae, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, device=device)
-        decoder = vae if job.files.decoder is None else SmallDecoder.load(job.files.decoder, dtype=dtype, device=device)
+        clip = loaded.get("image encoder", lambda: _load_image_encoder(job, checked))
+        vae = loaded.get("VAE", lambda: _load_vae(job, checked))
+        decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
 
         # 3. Load the model.
-        model = _load_model(job, checked, events)
+        model = loaded.get("model", lambda: _load_model(job, checked, events))
         _check_widths(checked.dit, context, audio)
 
         # 4. Generate; each window is written while the next one is made.
@@ -338,6 +344,16 @@ class Checked:
     speech: Sequence[np.ndarray]
     prompt: Sequence[Piece]
     plan: Plan
+
+
+def named(job: Job) -> Job:
+    """The job with its attention mode and quantizations under their own names. Raises InputError for unknown ones."""
+    return replace(
+        job,
+        attention_mode=canonical_mode(job.attention_mode),
+        quantization=Quantization.parse(job.quantization).name,
+        text_encoder_quantization=text_quantization(job.text_encoder_quantization).name,
+    )
 
 
 def check(job: Job) -> Checked:
@@ -581,6 +597,66 @@ def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
+
+
+FILES_OF_MODELS = frozenset(entry.name for entry in fields(ModelFiles))
+"""Fields of a `ModelFiles`: their strings are paths."""
+
+
+def _loaded_as(job: Job, checked: Checked) -> dict[str, dict[str, str]]:
+    """Part of `LoadedModels` -> all that decides what it is.
+
+    Speech and text encoder are none of them: they are used once a job, and beside the DiT there may be no room.
+    """
+    files = job.files
+    place = {"device": str(checked.device), "dtype": str(checked.dtype)}
+
+    def of(**values: object) -> dict[str, str]:
+        parts = dict(place)
+        for name, value in values.items():
+            parts |= describe(name, value, files=name in FILES_OF_MODELS)
+        return parts
+
+    parts = {
+        "prompts": of(
+            text_encoder=files.text_encoder,
+            tokenizer=files.tokenizer,
+            quantization=job.text_encoder_quantization,
+            text_encoder_device=checked.text_encoder_device,
+            prompt=job.prompt,
+            negative=job.negative,
+        ),
+        "image encoder": of(clip_vision=files.clip_vision),
+        "VAE": of(vae=files.vae),
+        "model": of(
+            model=files.model,
+            adapter=files.adapter,
+            loras=job.loras,
+            quantization=job.quantization,
+            attention_mode=job.attention_mode,
+            blocks_to_swap=job.blocks_to_swap,
+            compile_settings=job.compile_settings,
+        ),
+    }
+    if files.decoder is not None:  # the name of its file decides, too
+        parts["decoder"] = of(decoder=files.decoder, raw=denormalizes(files.decoder))
+    return parts
+
+
+def _load_image_encoder(job: Job, checked: Checked) -> ClipVision | None:
+    if job.files.clip_vision is None:
+        return None
+    return ClipVision.load(job.files.clip_vision, dtype=checked.dtype, device=checked.device)
+
+
+def _load_vae(job: Job, checked: Checked) -> WanVAE:
+    dtype = torch.bfloat16 if checked.dtype == torch.float16 else checked.dtype
+    return WanVAE.load(job.files.vae, dtype=dtype, device=checked.device)
+
+
+def _load_decoder(job: Job, checked: Checked) -> SmallDecoder:
+    assert job.files.decoder is not None
+    return SmallDecoder.load(job.files.decoder, dtype=checked.dtype, device=checked.device)
 
 
 def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]:

@@ -17,8 +17,8 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
-HOSTS = {"huggingface.co", "download.pytorch.org", "127.0.0.1:8188"}
-"""Where model files are, PyTorch's index, and ComfyUI on the reader's own machine."""
+HOSTS = {"huggingface.co", "download.pytorch.org", "127.0.0.1:8188", "127.0.0.1:8000"}
+"""Where model files are, PyTorch's index, and ComfyUI and the service on the reader's own machine."""
 
 
 def text_of(page: str) -> str:

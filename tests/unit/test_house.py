@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     "nodes",
     "comfy_nodes",
+    "cli.__main__",
+    "cli.parser",
+    "service",
     "cli",
     "pipeline",
     "media",
