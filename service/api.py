@@ -206,13 +206,13 @@ JOB = {
         "application/json": {
             "schema": {
                 "type": "object",
-                "required": ["audio"],
                 "additionalProperties": False,
                 "properties": {
                     "image": _ID,
                     "video": _ID,
-                    "audio": {"type": "array", "items": _ID, "minItems": 1, "maxItems": 4},
+                    "audio": {"type": "array", "items": _ID, "maxItems": 4},
                     "masks": {"type": "array", "items": _ID, "maxItems": 4},
+                    "references": {"type": "array", "items": _ID, "maxItems": 4},
                     "priority": {"type": "integer", "minimum": PRIORITIES[0], "maximum": PRIORITIES[-1]},
                     "time_limit": {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST},
                     **schema(),

@@ -14,6 +14,7 @@ from ..pipeline.loaded_models import LoadedModels
 from ..pipeline.make_video import Events, Job, Result
 from ..pipeline.plan import HUMO
 from ..wanvideo.errors import InfiniteTalkError, InputError
+from .folder import LISTS
 from .settings import build, read_json, settings_of
 from .worker import make_reusing
 
@@ -73,14 +74,14 @@ def _job(given: Mapping[str, Any], folder: Path, base: Mapping[str, Any]) -> Job
             raise InputError(f'"{name}" is missing: give {"a recording" if name == "audio" else "the video to write"}.')
     for name in FILES:
         if name in given:
-            several = name in ("audio", "masks", "references")
+            several = name in LISTS
             values = [given[name]] if several and isinstance(given[name], str) else given[name]
             paths = values if several else [values]
             if not isinstance(paths, list) or not paths or not all(isinstance(one, str) and one for one in paths):
                 raise InputError(f"{name} {shown(given[name])} is no path{' and no list of them' * several}.")
             found = tuple(folder / Path(one).expanduser() for one in paths)
             settings[name] = found if several else found[0]
-    return build(base, {"audio": (), **settings})
+    return build(base, settings)
 
 
 def run_jobs(

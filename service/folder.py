@@ -26,8 +26,10 @@ from .settings import SETTINGS, build
 
 __all__ = ["CLIENT", "FILES", "ServiceFolder", "new_id"]
 
-FILES = {"image": "image", "video": "video", "audio": "audio", "masks": "mask"}
-"""Field of a request -> the kind of the uploads that it names; the last two are lists."""
+FILES = {"image": "image", "video": "video", "audio": "audio", "masks": "mask", "references": "image"}
+"""Field of a request -> the kind of the uploads that it names; the last three are `LISTS`."""
+
+LISTS = ("audio", "masks", "references")
 
 CLIENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 ID = re.compile(r"[0-9a-f]{32}")

@@ -23,8 +23,9 @@ from ..media.masks import load_mask
 from ..media.video import VideoFrames
 from ..pipeline.bounds import shown
 from ..pipeline.make_video import check, named
+from ..pipeline.plan import HUMO
 from ..wanvideo.errors import InfiniteTalkError, InputError
-from .folder import FILES, ServiceFolder, new_id
+from .folder import FILES, LISTS, ServiceFolder, new_id
 from .queue import PRIORITIES, Queue, Record
 from .settings import settings_of
 
@@ -199,13 +200,14 @@ class Requests:
     def _checked(self, given: Mapping[str, Any], client: str) -> dict[str, Any]:
         """A job whose settings are of their types and whose files are uploads of its client."""
         settings = settings_of(given, FILES)
-        if not given.get("audio"):
+        spoken = settings.get("mode", self.base.get("mode")) != HUMO  # HuMo's videos may be silent
+        if spoken and not given.get("audio"):
             raise InputError('"audio" is missing: give a list with the upload of each speaker\'s recording.')
         for name, kind in FILES.items():
             value = given.get(name)
             if value is None:
                 continue
-            ids = value if name in ("audio", "masks") else [value]
+            ids = value if name in LISTS else [value]
             if not isinstance(ids, list) or len(ids) > 4:
                 raise InputError(f"{name} {shown(value)} cannot be used: give a list of up to four uploads.")
             for id in ids:

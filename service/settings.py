@@ -127,7 +127,7 @@ def build(base: Mapping[str, Any], given: Mapping[str, Any]) -> Job:
     """
     preset = given.get("preset")
     base = {name: value for name, value in base.items() if name not in PRESETS.get(preset or "", {})}
-    settings = {**base, **given}
+    settings = {"audio": (), **base, **given}
     preset = settings.pop("preset", None)
     model = settings["files"].model
     return build_job(settings, preset, mode_defaults(settings.get("mode"), model) | stated_defaults(model))

@@ -120,6 +120,19 @@ def test_image_and_recording_become_a_video(api: Api) -> None:
         assert json.loads(container.metadata["comment"]) == SETTINGS | {"prompt": "a face – 脸"}
 
 
+def test_humo_by_reference_images_with_speech_and_without(api: Api, tiny_set: TinySet) -> None:
+    api.base |= {"files": tiny_set.humo_files(), "mode": "humo", "width": 64, "height": 48, "steps": 1, "max_frames": 5}
+    references, audio = [api.upload("image"), api.upload("image")], [api.upload("audio")]
+    for request in ({"references": references}, {"references": references[:1], "audio": audio}):
+        answer = api.http.post("/api/jobs", json=request)
+        assert answer.status_code == 201, answer.text
+        api.work()
+        job = api.http.get(f"/api/jobs/{answer.json()['id']}").json()
+        assert (job["state"], job["result"].get("frames")) == ("done", 5), job["error"]
+    rejected(api.http.post("/api/jobs", json={"image": references[0]}), 422, "neither image nor source video")
+    rejected(api.http.post("/api/jobs", json={"references": audio}), 422, "no upload of yours of the kind image")
+
+
 def test_a_video_is_given_in_ranges_while_it_grows_and_when_it_is_whole(api: Api) -> None:
     job = api.submit()
     address = f"/api/jobs/{job['id']}/video"
