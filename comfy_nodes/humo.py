@@ -1,4 +1,4 @@
-"""HuMo's nodes: the Whisper that hears the speech, and what the video is to show."""
+"""HuMo's nodes: the Whisper encoder of the speech, and what the video is to show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class InfiniteTalkWhisperLoader(io.ComfyNode):
         return node_schema(
             "InfiniteTalkWhisperLoader",
             "InfiniteTalk Whisper Loader",
-            "Load the Whisper encoder through which HuMo hears speech.",
+            "Load the Whisper encoder, which turns speech into the features that HuMo reads.",
             group="loaders",
             aliases=["whisper", "humo", "audio encoder", "语音编码器"],
             inputs=[
@@ -147,7 +147,7 @@ class InfiniteTalkHuMo(io.ComfyNode):
     ) -> Any:
         if audio is not None and whisper_model is None:
             raise InputError(
-                "The recording is heard through Whisper: connect whisper_model (InfiniteTalk Whisper Loader)."
+                "A recording needs the Whisper encoder: connect whisper_model (InfiniteTalk Whisper Loader)."
             )
         if audio_start_percent > audio_end_percent:
             raise InputError("audio_start_percent lies behind audio_end_percent: set it lower.")

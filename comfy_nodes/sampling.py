@@ -139,7 +139,7 @@ def check_request(
     if isinstance(what, HuMoVideo):
         _only(text.positive)
         if speech is not None:
-            raise InputError("HuMo hears the speech of InfiniteTalk HuMo: disconnect multitalk_embeds.")
+            raise InputError("HuMo takes its speech from InfiniteTalk HuMo: disconnect multitalk_embeds.")
         if start is not None or settings.first_step > 0 or settings.end_step != -1:
             raise InputError(
                 "HuMo begins from noise and runs all steps: disconnect samples, and leave the steps whole."
@@ -569,7 +569,9 @@ def _humo_plan(what: HuMoVideo, settings: SamplerSettings, *, channels: bool) ->
         tiled_vae=what.tiled,
         techniques=settings.techniques,
     )
-    return plan_humo(config, what.frames, len(what.images), channels=channels, formula=what.guidance, heard=what.span)
+    return plan_humo(
+        config, what.frames, len(what.images), channels=channels, formula=what.guidance, speech_span=what.span
+    )
 
 
 def _humo(model: VideoModel, what: HuMoVideo, settings: SamplerSettings, text: TextEmbeds) -> tuple[Latent, Latent]:

@@ -1,8 +1,8 @@
 """HuMo (arXiv 2509.08519): a video of people from a text, reference images and speech, in one window.
 
 The reference images stand behind the video's latent frames and are dropped before decoding. The 17B model reads them in
-its condition channels, beside the latents of a gray video; the 1.7B model, which has no such channels, in x itself. So
-its two forms are told apart by the channels that the patch embedding reads, and what a pass without references or
+its condition channels, with the latents of a gray video; the 1.7B model, which has no such channels, in x itself. So
+its two forms differ by the channels that the patch embedding reads, and what a pass without references or
 without speech is given is a matter of its inputs alone: the loop is that of every model.
 """
 
@@ -114,7 +114,7 @@ def _wrapper(
     )
 
 
-def _unheard(formula: Formula) -> Formula:
+def _silenced(formula: Formula) -> Formula:
     """The same with silence in place of the speech; terms of which nothing is left are dropped."""
 
     def silent(which: Pass) -> Pass:
@@ -140,7 +140,7 @@ def plan_humo(
     *,
     channels: bool,
     formula: str = "official",
-    heard: tuple[float, float] = (0.0, 1.0),
+    speech_span: tuple[float, float] = (0.0, 1.0),
 ) -> Plan:
     """The plan of one window of `frames` video frames, fewer where that is not 4n + 1.
 
@@ -149,7 +149,7 @@ def plan_humo(
             `image_cfg` is read where there are references and no condition channels.
         references: number of reference images.
         channels, formula: see `guide_humo`; `formula` decides the noise levels of `unipc`, too.
-        heard: part of the steps outside of which every pass is without speech.
+        speech_span: part of the steps outside of which every pass is without speech.
 
     Raises InputError for settings that do not fit.
     """
@@ -186,8 +186,8 @@ def plan_humo(
 
     formulas = [of_step(*scale) for scale in scales]
     for step in range(len(grid)):
-        if not heard[0] <= step / len(grid) <= heard[1]:
-            formulas[step] = _unheard(formulas[step])
+        if not speech_span[0] <= step / len(grid) <= speech_span[1]:
+            formulas[step] = _silenced(formulas[step])
     # There is no image whose colors the video should have.
     config = replace(config, frames=total, total_frames=total, motion_frames=1, mode=HUMO, color_correction=0.0)
     schedule = Schedule(grid, tuple(formulas), 0, len(grid))
