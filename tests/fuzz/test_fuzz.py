@@ -71,6 +71,7 @@ from wanvideo_infinitetalk.multitalk.wav2vec import SAMPLE_RATE
 from wanvideo_infinitetalk.pipeline.journal import Journal
 from wanvideo_infinitetalk.pipeline.long_video import RunState
 from wanvideo_infinitetalk.pipeline.make_video import Checked, Job, ModelFiles, check
+from wanvideo_infinitetalk.pipeline.plan import GenerateConfig
 from wanvideo_infinitetalk.pipeline.prompts import parse_prompt
 from wanvideo_infinitetalk.wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
 from wanvideo_infinitetalk.wanvideo.encoders.text import load_tokenizer
@@ -103,10 +104,17 @@ class World:
     def expected(self) -> dict[str, Mapping[str, torch.Tensor]]:
         return {role: self.loaders[role](getattr(self.tiny, role)) for role in ROLES}
 
+    @cached_property
+    def humo_job(self) -> Job:
+        config = GenerateConfig(mode="humo", width=64, height=48, steps=2, scheduler="unipc")
+        return Job(self.tiny.humo_files(), self.job.audio, self.job.out, config=config, max_frames=5, device="cpu")
+
     def load(self, role: str, path: Path) -> None:
         """As a job does: the inputs are checked, then the file is loaded; AssertionError for other weights."""
-        field = role.removesuffix("_file")
-        check(replace(self.job, files=replace(self.job.files, **{field: path})))
+        job, field = self.job, role.removesuffix("_file")
+        if role in ("humo", "whisper"):
+            job, field = self.humo_job, "model" if role == "humo" else role
+        check(replace(job, files=replace(job.files, **{field: path})))
         got = self.loaders[role](path)
         assert got.keys() == self.expected[role].keys()
         wrong = [name for name, tensor in self.expected[role].items() if not torch.equal(got[name], tensor)]
@@ -202,7 +210,7 @@ def models_in_other_forms(world: World, rng: random.Random, folder: Path) -> tup
     role = rng.choice(ROLES)
     file = getattr(world.tiny, role)
     forms = [form for form in FORMS if role != "text_encoder" or "GGUF" not in form]
-    form = rng.choice([*forms, *(PICKLED if role not in ("model", "adapter") else ())])
+    form = rng.choice([*forms, *(PICKLED if role not in ("model", "adapter", "humo") else ())])
     state = load_file(file)
     path = FORMS[form](folder, state, metadata_of(file)) if form in FORMS else PICKLED[form](folder, state)
     return f"{role}, {form}", lambda: assert_works(world, role, path)
