@@ -135,6 +135,19 @@ def test_altered_tensors_are_a_sentence_or_do_not_matter(tmp_path, tiny_set, loa
         outcome(lambda path=path: loaders[role](path), expected[role], path)
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_name_of_any_length_is_a_short_sentence(tmp_path, tiny_set, loaders, expected, role) -> None:
+    file = getattr(tiny_set, role)
+    state, path = load_file(file), tmp_path / "m.safetensors"
+    for name in list(state):
+        if name.endswith(".weight") and ".1." in name:  # a layer that is there, with one parameter too many
+            state[f"{name.removesuffix('weight')}{'x' * 5000}"] = torch.ones(1)
+            state[name.replace(".1.", f".{'9' * 5000}.", 1)] = torch.ones(1)
+            break
+    save_file(state, path, metadata_of(file))
+    outcome(lambda: loaders[role](path), expected[role], path)
+
+
 @pytest.mark.parametrize("number", range(30))
 @pytest.mark.timeout(60)
 def test_gguf_headers_that_state_too_much(tmp_path, tiny_set, loaders, number) -> None:

@@ -73,6 +73,10 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+LONGEST_NAME = 400
+"""Characters of a tensor's name, several times what models and LoRAs have."""
+
+
 def own_memory(tensor: Tensor, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous copy of `tensor` on `device` in storage that nothing else shares, starting at its first byte."""
     target = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
@@ -136,6 +140,9 @@ class CheckpointFile:
             self._where |= dict.fromkeys(part.shapes, part)
         if not self.shapes:
             raise CheckpointError(f"{self.path} holds no tensors; download it again.")
+        longest = max(map(len, self.shapes))
+        if longest > LONGEST_NAME:  # sentences name tensors
+            raise CheckpointError(f"{self.path} holds a tensor whose name has {longest:,} characters; it is damaged.")
         _reject_other_quantizations(self.path, self.shapes)
 
     @property
