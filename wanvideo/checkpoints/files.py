@@ -74,7 +74,7 @@ _SAFETENSORS_DTYPES = {
 
 
 LONGEST_NAME = 400
-"""Characters of a tensor's name, several times what models and LoRAs have."""
+"""Characters of a tensor's name. Sentences repeat names, so that a longer one is rejected where the file is opened."""
 
 
 def own_memory(tensor: Tensor, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -141,7 +141,7 @@ class CheckpointFile:
         if not self.shapes:
             raise CheckpointError(f"{self.path} holds no tensors; download it again.")
         longest = max(map(len, self.shapes))
-        if longest > LONGEST_NAME:  # sentences name tensors
+        if longest > LONGEST_NAME:
             raise CheckpointError(f"{self.path} holds a tensor whose name has {longest:,} characters; it is damaged.")
         _reject_other_quantizations(self.path, self.shapes)
 
