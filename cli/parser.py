@@ -295,6 +295,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_generate(args: argparse.Namespace) -> None:
+    _run_job(generate_job(args), again="; the same command with --resume goes on from there")
+
+
+def generate_job(args: argparse.Namespace) -> Job:
+    """What `infinitetalk generate` is asked for. Raises InputError."""
     from ..media.mixing import in_order
     from ..pipeline.presets import build_job, mode_defaults, stated_defaults
 
@@ -302,8 +307,7 @@ def _run_generate(args: argparse.Namespace) -> None:
         {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
     )
     settings = _settings(args) | {"files": _model_files(args), "audio": tuple(audio)}
-    job = build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
-    _run_job(job, again="; the same command with --resume goes on from there")
+    return build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
 
 
 def _model_files(args: argparse.Namespace) -> ModelFiles:

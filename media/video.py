@@ -102,6 +102,11 @@ class OutputFiles:
                 self.lock.unlink()
             lock.release()
 
+    def remove_unfinished(self) -> None:
+        """Remove what stands next to a video that is whole. Raises OSError."""
+        for file in (self.temporary, self.journal, self.partial):  # without a journal nothing goes on with the partial
+            file.unlink(missing_ok=True)
+
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Reject a place where no video can be written now, not after an hour.
@@ -289,8 +294,7 @@ class VideoWriter:
                 _put_in_place(self.files.temporary, self.files.video)
             finally:
                 self.files.temporary.unlink(missing_ok=True)
-            self.files.journal.unlink(missing_ok=True)
-            self.files.partial.unlink(missing_ok=True)
+            self.files.remove_unfinished()
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -83,9 +83,11 @@ def run(
     Where an earlier attempt has left finished windows, it goes on behind them; where it has left the video, nothing is
     made.
     """
-    video = folder.output(record.client, record.id).video
-    if video.exists():  # its worker died after the last step, and before it could say so
-        frames = VideoFrames(video)
+    files = folder.output(record.client, record.id)
+    if files.video.exists():  # its worker died after the last step, and before it could say so
+        with files.locked():
+            files.remove_unfinished()
+        frames = VideoFrames(files.video)
         height, width = frames[0].shape[:2]
         queue.end(record.id, slot, "done", result={"frames": len(frames), "width": width, "height": height})
         return

@@ -495,8 +495,7 @@ def run_options(world: World, texts: Mapping[str, str], folder: Path) -> None:
         last = said.getvalue().rstrip().splitlines()[-1]
         assert any(f"argument {bounds.OPTIONS[name]}: " in last for name in texts), last
         raise InfiniteTalkError(f"{last}.") from None
-    checked = check(cli._job(args, world.job.files, world.job.audio))
-    assert_planned(checked)
+    assert_planned(check(cli.generate_job(args)))
 
 
 def assert_planned(checked: Checked) -> None:

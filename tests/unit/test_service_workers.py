@@ -15,7 +15,7 @@ import pytest
 from support import service_files
 from support.service_files import FRAMES, WINDOWS, base_of, ended, upload, wait_until, write_inputs
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
-from wanvideo_infinitetalk.media.video import VideoFrames
+from wanvideo_infinitetalk.media.video import OutputFiles, VideoFrames
 from wanvideo_infinitetalk.pipeline import make_video
 from wanvideo_infinitetalk.pipeline.loaded_models import LoadedModels
 from wanvideo_infinitetalk.service import worker
@@ -115,6 +115,36 @@ def test_a_video_that_is_there_is_not_made_again(setup: Setup, monkeypatch: pyte
     monkeypatch.setattr(worker, "make_video", None)
     done = setup.run_next()
     assert (done.state, done.result) == ("done", {"frames": FRAMES, "width": 32, "height": 32})
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2, 3])
+def test_what_stands_next_to_a_whole_video_goes_with_a_death(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """Its worker died while it removed what is not needed any more: before each of the files in turn."""
+    setup.add("1")
+
+    class Death(BaseException):
+        pass
+
+    def dies(files: OutputFiles) -> None:
+        for path in (files.temporary, files.journal, files.partial)[:removed]:
+            path.unlink(missing_ok=True)
+        raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFiles, "remove_unfinished", dies)
+        with pytest.raises(Death):
+            setup.run_next()
+    files = setup.folder.output("local", f"{1:0>32}")
+    assert files.video.exists()
+    assert files.partial.exists() == (removed < 3)
+    files.lock.touch()
+    setup.queue.release(0, crashed=True)
+    monkeypatch.setattr(worker, "make_video", None)
+    done = setup.run_next()
+    assert done.state == "done"
+    assert setup.files_of(done) == ["video.mp4"]
 
 
 def test_a_job_goes_on_behind_its_last_window(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
