@@ -148,7 +148,8 @@ def quantize_rows_fp8(x: Tensor) -> QuantizedRows:
     GPU, by a Triton kernel.
     """
     form = reference if eager_reasons(kernels.QUANTIZE_ROWS, (x,)) else kernels
-    return form.quantize_rows(x)
+    rows: QuantizedRows = form.quantize_rows(x)
+    return rows
 
 
 def quantize_weight_fp8(weight: Tensor, dtype: torch.dtype, scaled: bool) -> tuple[Tensor, Tensor | None]:
@@ -181,11 +182,13 @@ def fp8_matmul_reasons(
         scale_weight: one number, or one per output row; None for 1.
     """
     scales = None if scale_weight is None else scale_weight.numel()
-    return _matmul_reasons(False, weight.dtype, tuple(int(n) for n in weight.shape), base_dtype, device, scales)
+    shape = tuple(int(n) for n in weight.shape)
+    found: tuple[str, ...] = _matmul_reasons(False, weight.dtype, shape, base_dtype, device, scales)
+    return found
 
 
 # A compiled graph holds the answer, which neither torch 2.8 could trace nor a later call can change.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matmul_reasons(
     rowwise: bool,
     dtype: torch.dtype,
@@ -229,7 +232,8 @@ def _apply_scales(
     if columns is None:
         columns = torch.ones((1, 1), device=product.device)
     form = reference if eager_reasons(kernels.SCALE_PRODUCT, (product, rows, columns, bias), dtype=dtype) else kernels
-    return form.scale_product(product, rows, columns, bias, dtype)
+    scaled: Tensor = form.scale_product(product, rows, columns, bias, dtype)
+    return scaled
 
 
 def _tensorwise_matmul(values: Tensor, weight: Tensor) -> Tensor:

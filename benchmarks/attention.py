@@ -95,12 +95,14 @@ def _nvfp4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _kitchen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """In no mode: with scores around 1e9 it gives NaN."""
     kitchen = importlib.import_module("comfy_kitchen")
-    return kitchen.int8_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    out: Tensor = kitchen.int8_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2)
 
 
 def _sageattention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Version 1 changes K: it gets one of its own.
-    return importlib.import_module("sageattention").sageattn(q, k.clone(), v, tensor_layout="NHD")
+    out: Tensor = importlib.import_module("sageattention").sageattn(q, k.clone(), v, tensor_layout="NHD")
+    return out
 
 
 def contenders(device: torch.device) -> dict[str, Attend]:

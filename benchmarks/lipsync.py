@@ -96,7 +96,8 @@ def openings(video: Tensor, boxes: Tensor) -> Tensor:
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's, along the last axis; 0 where one of the two does not move."""
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
+    largest: Tensor = a.norm(dim=-1) * b.norm(dim=-1)
+    return (a * b).sum(-1) / largest.clamp(min=1e-6)
 
 
 def lag(seen: Tensor, spoken: Tensor) -> int:

@@ -56,7 +56,8 @@ class Timed:
     def encode(self, video: Tensor, *, tiled: bool = False) -> Tensor:
         part = "encode the condition" if video.shape[2] > MOTION_FRAMES else "encode the carried frames"
         with timed(self.spent, part):
-            return self.vae.encode(video, tiled=tiled)
+            latents: Tensor = self.vae.encode(video, tiled=tiled)
+        return latents
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         with timed(self.spent, "decode"):

@@ -319,7 +319,7 @@ def _plan(config: GenerateConfig, source: Tensor, lengths: Sequence[int], speech
 
 def _source(what: LongVideo, start: Latent | None) -> Tensor:
     """Images that the video starts from: a source video's frames come with the latents of InfiniteTalk Encode."""
-    frames = None if start is None else start.get("source_frames")
+    frames: Tensor | None = None if start is None else start.get("source_frames")
     if start is not None and frames is None:
         raise InputError("samples of a long video must come from InfiniteTalk Encode: connect its output.")
     if what.start_images is not None and (frames is None or len(what.start_images) > 1):
@@ -442,7 +442,7 @@ def _described(
         "sound": None if speech.audio is None else speech.audio["waveform"],
         "frames per second": speech.fps,
     }
-    parts = describe_config(plan.config) | what.vae.described()
+    parts: dict[str, str] = describe_config(plan.config) | what.vae.described()
     for name, value in facts.items():
         parts |= describe(name, value)
     return parts
@@ -513,7 +513,7 @@ def _first_latents(start: Latent | None, settings: SamplerSettings, shape: tuple
         if settings.first_step > 0:
             raise InputError("Starting behind the first step needs latents to start from: connect samples.")
         return None
-    given = start["samples"][0].float()
+    given: Tensor = start["samples"][0].float()
     if tuple(given.shape) != shape:
         raise InputError(
             f"samples {list(given.shape)} do not have the size of the video {list(shape)}: encode at its size."

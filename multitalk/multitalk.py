@@ -362,7 +362,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         self.class_range = class_range
         self.class_interval = class_interval
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Activations,
         encoder_hidden_states: torch.Tensor,

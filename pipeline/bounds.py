@@ -64,7 +64,7 @@ class Bound:
                 return False
         elif not isinstance(value, Real):
             return False
-        return (self.least < value if self.positive else self.least <= value) and value <= self.most
+        return bool((self.least < value if self.positive else self.least <= value) and value <= self.most)
 
 
 BOUNDS: dict[str, Bound] = {

@@ -408,4 +408,5 @@ def _frame_mask(keys: Keyframes, frames: int, first: int, last: int, size: tuple
         planes = keys.given.float().reshape(frames, 1, *(keys.given.shape[1:] or (1, 1)))
         mask = (F.interpolate(planes, size=size, mode="nearest")[:, 0] > 0.5).float()
     groups = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])  # [4 T, h, w]
-    return groups.unflatten(0, (-1, 4)).transpose(0, 1)
+    by_latent_frame: torch.Tensor = groups.unflatten(0, (-1, 4)).transpose(0, 1)
+    return by_latent_frame

@@ -141,7 +141,8 @@ class Projection:
         limit = self.norm_threshold / difference.norm().clamp_min(torch.finfo(difference.dtype).tiny)
         direction = difference * limit.clamp_max(1)
         along = base.double() / base.double().norm().clamp_min(1e-12)
-        return direction - ((direction.double() * along).sum() * along).to(direction)
+        orthogonal: torch.Tensor = direction - ((direction.double() * along).sum() * along).to(direction)
+        return orthogonal
 
 
 def per_step(scale: float | Sequence[float], steps: int, what: str) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -191,7 +191,10 @@ def _log_snr(sigma: float) -> float:
 # --- Sigma grids -----------------------------------------------------------------------------------------------------
 
 
-def _shifted(u, shift: float):
+_Sigmas = TypeVar("_Sigmas", np.ndarray, torch.Tensor)
+
+
+def _shifted(u: _Sigmas, shift: float) -> _Sigmas:
     """Sigma after the resolution shift (Esser et al. 2024, section 5.3.2): s u / (1 + (s - 1) u)."""
     return shift * u / (1 + (shift - 1) * u)
 
@@ -219,12 +222,14 @@ def _distill_grid(steps: int, shift: float) -> np.ndarray:
 
 def _res_grid(steps: int, shift: float) -> np.ndarray:
     training = _shifted(torch.linspace(1, 0.003 / 1.002, 1000), shift)
-    return training[[min(round(i * 1000 / steps), 999) for i in range(steps)]].numpy()
+    sigmas: np.ndarray = training[[min(round(i * 1000 / steps), 999) for i in range(steps)]].numpy()
+    return sigmas
 
 
 def _beta_spaced(sigmas: np.ndarray) -> np.ndarray:
     quantiles = betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, len(sigmas)))
-    return sigmas[-1] + quantiles * (sigmas[0] - sigmas[-1])
+    spaced: np.ndarray = sigmas[-1] + quantiles * (sigmas[0] - sigmas[-1])
+    return spaced
 
 
 _Grid = Callable[[int, float], np.ndarray]

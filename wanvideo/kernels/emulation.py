@@ -67,7 +67,8 @@ def _block_means(q: torch.Tensor, block: int) -> torch.Tensor:
     sums = _pad_rows(q, block).unflatten(1, (-1, block)).sum(2)  # [H, blocks, D]
     counts = torch.full((sums.shape[1],), block, dtype=q.dtype, device=q.device)
     counts[-1] = rows - (sums.shape[1] - 1) * block
-    return (sums / counts[:, None]).repeat_interleave(block, dim=1)[:, :rows]
+    means: torch.Tensor = sums / counts[:, None]
+    return means.repeat_interleave(block, dim=1)[:, :rows]
 
 
 def _weights(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

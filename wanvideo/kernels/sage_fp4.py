@@ -55,7 +55,8 @@ def sage_fp4_attention(
 
     Raises: what `_common.launch` does.
     """
-    return _operation(q, k, v, scale_or_default(softmax_scale, q.shape[-1]), native)
+    out: torch.Tensor = _operation(q, k, v, scale_or_default(softmax_scale, q.shape[-1]), native)
+    return out
 
 
 @dataclass(frozen=True)

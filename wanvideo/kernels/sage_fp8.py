@@ -67,7 +67,8 @@ def sage_fp8_attention(
 
     Raises: what `_common.launch` does.
     """
-    return _operation(q, k, v, scale_or_default(softmax_scale, q.shape[-1]))
+    out: torch.Tensor = _operation(q, k, v, scale_or_default(softmax_scale, q.shape[-1]))
+    return out
 
 
 @dataclass(frozen=True)

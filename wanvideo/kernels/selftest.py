@@ -393,7 +393,7 @@ def _key(name: str, package: str | None, device: torch.device) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
-def _read_cache() -> dict[str, dict]:
+def _read_cache() -> dict[str, Any]:
     try:
         stored = json.loads(cache_file().read_bytes())
         if not isinstance(stored, dict):

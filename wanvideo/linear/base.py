@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Linear):
                 return moved
             return tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        module: nn.Module = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return module
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stored={self.weight.dtype}, base_dtype={self.base_dtype}"
@@ -114,7 +115,8 @@ class _Branched(nn.Linear):
     lora: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.lora(input, super().forward(input))
+        added: Tensor = self.lora(input, super().forward(input))
+        return added
 
 
 _branched_kinds: dict[type[nn.Linear], type[nn.Linear]] = {}

@@ -102,8 +102,9 @@ def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor, dtype:
     if _kitchen_packs(dtype, packed.device):
         import comfy_kitchen
 
-        return comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, dtype)
-    blocks = quantizers.unpack_e2m1(packed).unflatten(-1, (-1, NVFP4_BLOCK))
+        values: Tensor = comfy_kitchen.dequantize_nvfp4(packed, scale.float(), block_scales, dtype)
+        return values
+    blocks: Tensor = quantizers.unpack_e2m1(packed).unflatten(-1, (-1, NVFP4_BLOCK))
     scales = scale.float() * untiled(block_scales, blocks.shape[0], blocks.shape[1]).float()
     return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
@@ -147,7 +148,7 @@ def nvfp4_matmul_reasons(
     return [*_weight_reasons(out_features, in_features, dtype, device), *(() if rows else ("there are no rows",))]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _weight_reasons(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     found = contract.reasons(NVFP4_MATMUL, (Described(dtype, (1, k), device),), N=n)
     return tuple(dict.fromkeys((*found, *device_reasons(NVFP4_MATMUL.device, device))))

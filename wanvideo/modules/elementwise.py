@@ -63,7 +63,9 @@ def modulated_norm(
         eps: added to the variance.
         rows: quantize the result per row.
     """
-    return _form(fused.MODULATED_NORM, (x, shift, scale), rows).modulated_norm(x, shift, scale, eps, rows)
+    form = _form(fused.MODULATED_NORM, (x, shift, scale), rows)
+    normed: Activations = form.modulated_norm(x, shift, scale, eps, rows)
+    return normed
 
 
 @opaque_in_graphs("rows if asked")
@@ -71,7 +73,8 @@ def affine_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: bool = False
 ) -> Activations:
     """LayerNorm over the last axis with weight and bias [C] of any float dtype. x [..., C]."""
-    return _form(fused.AFFINE_NORM, (x, weight, bias), rows).affine_norm(x, weight, bias, eps, rows)
+    normed: Activations = _form(fused.AFFINE_NORM, (x, weight, bias), rows).affine_norm(x, weight, bias, eps, rows)
+    return normed
 
 
 @opaque_in_graphs("tensor", "rows if asked")
@@ -92,7 +95,8 @@ def add_modulated_norm(
     """
     tensors = (x, branch, gate if isinstance(gate, torch.Tensor) else None, shift, scale)
     form = _form(fused.ADD_MODULATED_NORM, tensors, rows)
-    return form.add_modulated_norm(x, branch, gate, shift, scale, eps, rows)
+    both: tuple[torch.Tensor, Activations] = form.add_modulated_norm(x, branch, gate, shift, scale, eps, rows)
+    return both
 
 
 @opaque_in_graphs("tensor", "rows if asked")
@@ -108,7 +112,8 @@ def add_affine_norm(
     """x + gate * branch, rounded to x's dtype, and its `affine_norm`; arguments as of `add_modulated_norm`."""
     tensors = (x, branch, gate if isinstance(gate, torch.Tensor) else None, weight, bias)
     form = _form(fused.ADD_AFFINE_NORM, tensors, rows)
-    return form.add_affine_norm(x, branch, gate, weight, bias, eps, rows)
+    both: tuple[torch.Tensor, Activations] = form.add_affine_norm(x, branch, gate, weight, bias, eps, rows)
+    return both
 
 
 def add(x: torch.Tensor, y: torch.Tensor, rows: bool = False) -> Activations:
@@ -118,7 +123,8 @@ def add(x: torch.Tensor, y: torch.Tensor, rows: bool = False) -> Activations:
 
 @opaque_in_graphs("rows")
 def add_rows(x: torch.Tensor, y: torch.Tensor) -> QuantizedRows:
-    return _form(fused.ADD_ROWS, (x, y)).add_rows(x, y)
+    rows: QuantizedRows = _form(fused.ADD_ROWS, (x, y)).add_rows(x, y)
+    return rows
 
 
 def gelu(x: torch.Tensor, rows: bool = False) -> Activations:
@@ -128,13 +134,15 @@ def gelu(x: torch.Tensor, rows: bool = False) -> Activations:
 
 @opaque_in_graphs("rows")
 def gelu_rows(x: torch.Tensor) -> QuantizedRows:
-    return _form(fused.GELU_ROWS, (x,)).gelu_rows(x)
+    rows: QuantizedRows = _form(fused.GELU_ROWS, (x,)).gelu_rows(x)
+    return rows
 
 
 @opaque_in_graphs("tensor")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467). x [..., C], weight [C]."""
-    return _form(fused.RMS_NORM, (x, weight)).rms_norm(x, weight, eps)
+    normed: torch.Tensor = _form(fused.RMS_NORM, (x, weight)).rms_norm(x, weight, eps)
+    return normed
 
 
 @opaque_in_graphs("tensor", "tensor")
@@ -158,13 +166,15 @@ def qk_norm_rope(
         q and k, each [B, L, H, D], contiguous.
     """
     form = _form(fused.QK_NORM_ROPE, (q, k, q_weight, k_weight, *rotation), heads=num_heads)
-    return form.qk_norm_rope(q, k, q_weight, k_weight, rotation, num_heads, eps)
+    both: tuple[torch.Tensor, torch.Tensor] = form.qk_norm_rope(q, k, q_weight, k_weight, rotation, num_heads, eps)
+    return both
 
 
 @opaque_in_graphs("tensor")
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + gate * branch. x, branch [B, L, C]; gate [B, 1, C] float32 (the sum is promoted to it)."""
-    return _form(fused.GATED_RESIDUAL, (x, branch, gate)).gated_residual(x, branch, gate)
+    total: torch.Tensor = _form(fused.GATED_RESIDUAL, (x, branch, gate)).gated_residual(x, branch, gate)
+    return total
 
 
 class AffineNorm(nn.LayerNorm):

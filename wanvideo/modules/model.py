@@ -235,7 +235,8 @@ class _Projections(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # [B, N, C] -> [B, N, H, D]
+        heads: torch.Tensor = x.unflatten(-1, (self.num_heads, -1))  # [B, N, C] -> [B, N, H, D]
+        return heads
 
 
 class WanSelfAttention(_Projections):
@@ -303,12 +304,14 @@ class WanCrossAttention(_Projections):
             k, v = self._heads(self.norm_k(self.k(nag.negative))), self._heads(self.v(nag.negative))
             away = attention(q, k, v, attention_mode=text_mode)
             out = normalized_guidance(out, away, nag.scale, nag.tau, nag.alpha)
-        out = out.flatten(2)
-        if clip is None:
-            return self.o(out)
-        k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
-        of_image = attention(q, k, v, attention_mode=image_mode).flatten(2)
-        return self.o(add(out, of_image, rows=read_rows(q.device, self.o)))
+        attended = out.flatten(2)
+        given: Activations = attended
+        if clip is not None:
+            k, v = self._keys_values(image_keys, lambda: (self.norm_k_img(self.k_img(clip)), self.v_img(clip)))
+            of_image = attention(q, k, v, attention_mode=image_mode).flatten(2)
+            given = add(attended, of_image, rows=read_rows(q.device, self.o))
+        projected: torch.Tensor = self.o(given)
+        return projected
 
     def _keys_values(
         self, kept: KeysValues | None, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -402,7 +405,8 @@ class WanBlock(nn.Module):
         hidden: torch.Tensor = first(x)
         activated = gelu(hidden, rows=read_rows(hidden.device, second))
         del hidden  # the largest tensor of a forward
-        return second(activated)
+        out: torch.Tensor = second(activated)
+        return out
 
 
 # -------------------------------------------------------------------------------------- into and out of tokens
@@ -440,7 +444,8 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, clip: torch.Tensor) -> torch.Tensor:
-        return self.proj(clip)
+        tokens: torch.Tensor = self.proj(clip)
+        return tokens
 
 
 class Head(nn.Module):
@@ -455,7 +460,8 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x [B, L, C] with the time embedding [B, C] float32 -> [B, L, features]"""
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).split(1, dim=1)
-        return self.head(modulated_norm(x, shift, scale, self.eps))
+        features: torch.Tensor = self.head(modulated_norm(x, shift, scale, self.eps))
+        return features
 
 
 def timestep_sinusoid(t: torch.Tensor, channels: int) -> torch.Tensor:
@@ -607,7 +613,8 @@ class WanModel(nn.Module):
         self, index: int, block: nn.Module, tokens: torch.Tensor, given: Conditions, modes: BlockModes
     ) -> torch.Tensor:
         """tokens [B, L, C] -> [B, L, C]. The place to override: moving blocks between devices, caching, previews."""
-        return block(tokens, given, modes)
+        out: torch.Tensor = block(tokens, given, modes)
+        return out
 
     # ---- embeddings: each checks what it is given, casts to the model's dtype and brings it to the width C
 
@@ -629,13 +636,15 @@ class WanModel(nn.Module):
         if longest > self.config.text_len:
             raise InputError(f"a prompt has {longest} tokens, the model takes {self.config.text_len}: cut it")
         padded = [F.pad(p.to(self.dtype), (0, 0, 0, self.config.text_len - int(p.shape[0]))) for p in prompts]
-        return self.text_embedding(torch.stack(padded)).expand(batch, -1, -1)
+        embedded: torch.Tensor = self.text_embedding(torch.stack(padded))
+        return embedded.expand(batch, -1, -1)
 
     def embed_clip(self, clip_fea: torch.Tensor, batch: int) -> torch.Tensor:
         """[1 or B, 257, clip_dim] -> [B, 257, C]"""
         if self.config.model_type != "i2v":
             raise InputError("clip_fea is given to a t2v model, which has no layers for it: leave it out")
-        return self.img_emb(clip_fea.to(self.dtype)).expand(batch, -1, -1)
+        embedded: torch.Tensor = self.img_emb(clip_fea.to(self.dtype))
+        return embedded.expand(batch, -1, -1)
 
     def embed_audio(self, audio: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """[speakers, vae_scale*(T-1)+1, window, blocks, channels] -> [1, T, speakers*tokens, Ca]"""
@@ -651,7 +660,8 @@ class WanModel(nn.Module):
             )
         first, later = pack_audio_windows(audio.to(self.dtype), config.vae_scale)
         tokens = self.audio_proj(first, later)  # [speakers, T, tokens, Ca]
-        return rearrange(tokens, "speakers t n c -> 1 t (speakers n) c")
+        together: torch.Tensor = rearrange(tokens, "speakers t n c -> 1 t (speakers n) c")
+        return together
 
     def embed_humo_audio(self, humo_audio: torch.Tensor | None, batch: int, grid: Grid) -> torch.Tensor | None:
         """[T, 8, blocks, channels] or [B, T, 8, blocks, channels] -> [B, T*tokens, kv_dim]"""
@@ -664,7 +674,8 @@ class WanModel(nn.Module):
         expected = (grid[0], config.seq_len, config.blocks, config.channels)
         if windows.shape[0] not in (1, batch) or tuple(windows.shape[1:]) != expected:
             raise InputError(f"humo_audio {tuple(humo_audio.shape)}: give {expected}, zeros for frames without sound")
-        return self.audio_proj(windows.to(self.dtype)).flatten(1, 2).expand(batch, -1, -1)
+        tokens: torch.Tensor = self.audio_proj(windows.to(self.dtype))  # [B, T, tokens, kv_dim]
+        return tokens.flatten(1, 2).expand(batch, -1, -1)
 
     # ---- inputs and output
 
