@@ -276,6 +276,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "faster on consumer GPUs and less exact",
     )
     group.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1 ... (auto)")
+    _add_number(group, "--gpus", "how many GPUs compute the video together, --device being the first (1)")
+    _add_number(group, "--guidance-gpus", "of them, how many divide a step's passes; the rest divide each frame (1)")
     _add_number(group, "--blocks-to-swap", "of the model's 40 transformer blocks, how many wait in host memory (0)")
     group.add_argument(
         "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles: slower, less GPU memory"
