@@ -182,10 +182,11 @@ class Processes:
                     answers[rank] = value
                 elif kind != "alive":
                     follow(kind, value)
-            silent = min((n for n in range(len(said)) if n not in answers), key=said.__getitem__, default=None)
-            if silent is not None and time.monotonic() - said[silent] > self.time_limit:
+            late = time.monotonic() - self.time_limit
+            silent = [self._name(n) for n in range(len(said)) if n not in answers and said[n] < late]
+            if silent:
                 raise InfiniteTalkError(
-                    f"The process of {self._name(silent)} has said nothing for {self.time_limit:g} s: all are ended."
+                    f"Nothing has come from {' and '.join(silent)} for {self.time_limit:g} s: all processes were ended."
                 )
         return answers[0]
 
