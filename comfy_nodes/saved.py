@@ -7,7 +7,7 @@ that runs depends on it, ComfyUI shows its sentence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,6 @@ from .types import (
     SamplerArgs,
     SchedulerChoice,
     SigmaLevel,
-    SpeechEmbeds,
     VramManagement,
     checked_image,
 )
@@ -253,7 +252,7 @@ class WanVideoSamplerExtraArgs(io.ComfyNode):
         feta_args: EnhanceVideo | None = None,
         cache_args: StepCache | None = None,
         slg_args: SkipLayers | None = None,
-        multitalk_embeds: SpeechEmbeds | None = None,
+        multitalk_embeds: Mapping[str, Any] | None = None,
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
