@@ -49,6 +49,7 @@ NODES: list[Any] = [
     techniques.InfiniteTalkEasyCache,
     techniques.InfiniteTalkTeaCache,
     techniques.InfiniteTalkMagCache,
+    kernels.InfiniteTalkAttention,
     kernels.InfiniteTalkAttentionPolicy,
     kernels.InfiniteTalkAttentionDoctor,
     text.InfiniteTalkTextEncode,

@@ -115,6 +115,7 @@ _TYPES = {
     "Conditioning": "CONDITIONING",
     "ClipVision": "CLIP_VISION",
     "Video": "VIDEO",
+    "Model": "MODEL",
 }
 
 
