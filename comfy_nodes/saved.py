@@ -486,7 +486,7 @@ class WanVideoSetAttentionModeOverride(io.ComfyNode):
                 io.Int.Input(
                     "blocks",
                     optional=True,
-                    extra_dict={"forceInput": True},
+                    force_input=True,
                     tooltip="Blocks with this attention mode, from WanVideo Block List; all of them without it.",
                 ),
             ],
