@@ -25,7 +25,21 @@ class Hidden(enum.Enum):
 
 
 OPTIONS = frozenset(
-    "default min max step round display_mode force_input lazy multiline options placeholder socketless upload".split()
+    {
+        "default",
+        "display_mode",
+        "force_input",
+        "lazy",
+        "max",
+        "min",
+        "multiline",
+        "options",
+        "placeholder",
+        "round",
+        "socketless",
+        "step",
+        "upload",
+    }
 )
 """Keywords that the inputs of ComfyUI 0.3.64 take, which is the oldest version that the pack is for."""
 
