@@ -36,7 +36,7 @@ def prompt() -> dict[str, Any]:
     return shrink(workflows.load("infinitetalk_tiny"))
 
 
-@pytest.mark.parametrize("name", sorted(make_workflows.WORKFLOWS))
+@pytest.mark.parametrize("name", sorted(make_workflows.WORKFLOWS.keys() - {"infinitetalk_humo"}))
 def test_example_workflow_ends_in_a_video_with_sound(host: Host, name: str) -> None:
     prompt = shrink(workflows.load(name))
     outputs = host.run(prompt)
