@@ -49,6 +49,9 @@ COLOR_MATRICES = {1: BT709, 4: 4, 5: BT601, 6: BT601, 7: 7, 9: 9, 10: 9}
 HDR = (16, 18)
 """Transfer characteristics PQ and HLG (ITU-T H.273)."""
 
+REORDERED = 3
+"""Frames from which on an encoder puts some of them before others."""
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -328,15 +331,29 @@ class VideoWriter:
             options["movflags"] += "+frag_discont"  # times go on where those of the fragments before ended
         with av.open(buffer, "w", format="mp4", options=options) as container:
             images = self._add_images(container)
+            delay = self._delay() if self.written.frames and len(frames) < REORDERED else 0
             heard = None if self._sound is None else container.add_stream_from_template(self._sound.stream, opaque=True)
             for index, frame in enumerate(frames, self.written.frames):
-                _mux(container, images, images.encode(self._image(frame, index)))
+                _mux(container, images, _decoded_earlier(images.encode(self._image(frame, index)), delay))
                 # Frame by frame, so that both streams are interleaved as players want them.
                 if self._sound is not None:
                     packets = self._sound.encode(Fraction(index + 1) / self.fps)
                     _mux(container, heard, packets, self._sound.priming)
-            _mux(container, images, images.encode(None))
+            _mux(container, images, _decoded_earlier(images.encode(None), delay))
         return buffer.getvalue()
+
+    def _delay(self) -> int:
+        """Frames by which a frame is decoded before it is shown, where the encoder has enough of them to reorder.
+
+        The header of the first fragment states it for all; of fewer frames the encoder would have none.
+        """
+        assert self._size is not None
+        blank = torch.zeros(*self._size, 3, dtype=torch.uint8)
+        with av.open(os.devnull, "w", format="null") as container:
+            images = self._add_images(container)
+            packets = [p for n in range(REORDERED) for p in images.encode(self._image(blank, n))]
+            packets += images.encode(None)
+        return int(packets[0].pts - packets[0].dts)
 
     def _add_images(self, container: Any) -> Any:
         assert self._size is not None
@@ -424,6 +441,13 @@ def _mux(container: Any, stream: Any, packets: list[Any], later: int = 0) -> Non
         packet.pts, packet.dts = packet.pts + later, packet.dts + later
         packet.stream = stream
         container.mux(packet)
+
+
+def _decoded_earlier(packets: list[Any], delay: int) -> list[Any]:
+    """Packets in the order in which they are shown, each to be decoded `delay` ticks before."""
+    for packet in packets:
+        packet.dts = packet.pts - delay if delay else packet.dts
+    return packets
 
 
 def _boxes(data: bytes) -> list[tuple[bytes, int]]:
