@@ -115,7 +115,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_files(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     files = parser.add_argument_group("model files" if needed else "model files; without --model, the tiny ones")
     for option, text in (
-        ("--model", "Wan2.1 I2V 14B (safetensors or GGUF), or HuMo"),
+        ("--model", "Wan2.1 I2V 14B (safetensors or GGUF), FlashTalk (its folder), or HuMo"),
         ("--adapter", "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
         ("--vae", "Wan2.1 VAE"),
         ("--decoder", "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
@@ -207,7 +207,7 @@ def _presets() -> str:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     from ..media.color import COLOR_METHODS
-    from ..pipeline.plan import MODES, GenerateConfig
+    from ..pipeline.plan import MODES, SPEECH_ENCODINGS, GenerateConfig
     from ..pipeline.presets import PRESETS
     from ..pipeline.schedulers import SCHEDULERS
 
@@ -215,7 +215,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=f"options where they are not given. {_presets()}. fast needs a step LoRA or a distilled model",
+        help=f"options where they are not given. {_presets()}. fast needs a step LoRA or a distilled "
+        "model, stream is for FlashTalk",
     )
     _add_config(
         group,
@@ -237,12 +238,19 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=tuple(MODES),
         help="how windows follow each other, by the adapter: infinitetalk anchors each to the image, multitalk to the "
-        f"end of the one before; humo is a model of its own, with one window ({GenerateConfig.mode})",
+        "end of the one before; flashtalk, a distilled model without an adapter, has windows of a second; humo is a "
+        f"model of its own, with one window ({GenerateConfig.mode})",
     )
     _add_config(
         group,
         ("--start-step", "with --video: steps left out; the more, the closer to the source (%(default)s)"),
         ("--color-correction", "0 to 1: how far colors are drawn to those of the image (%(default)s)"),
+    )
+    group.add_argument(
+        "--speech-encoding",
+        choices=SPEECH_ENCODINGS,
+        help="with --mode flashtalk: stream, each window from the 8 s before its end, or once, the whole recording "
+        "(stream)",
     )
     group.add_argument(
         "--color-method", choices=COLOR_METHODS, metavar="C", help=f"how: {', '.join(COLOR_METHODS)} (reinhard)"
@@ -307,7 +315,8 @@ def generate_job(args: argparse.Namespace) -> Job:
         {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
     )
     settings = _settings(args) | {"files": _model_files(args), "audio": tuple(audio)}
-    return build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
+    defaults = mode_defaults(args.mode, args.model, args.preset) | stated_defaults(args.model)
+    return build_job(settings, args.preset, defaults)
 
 
 def _model_files(args: argparse.Namespace) -> ModelFiles:
@@ -472,7 +481,7 @@ def _run_serve(args: argparse.Namespace) -> None:
 
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (14 MB; 39 MB with --random)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (14 MB; 47 MB with --random)")
     parser.add_argument(
         "--random", action="store_true", help="random weights, which paint noise, in place of the trained"
     )

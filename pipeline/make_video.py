@@ -3,7 +3,8 @@
     result = make_video(Job(files=..., audio=("speech.wav",), image="portrait.png", out="talking.mp4"))
 
 Whatever can be rejected is rejected before the first large file is read. The encoders are loaded, used and let go one
-after the other, so that the largest part in memory next to the DiT is the VAE.
+after the other, so that the largest part in memory next to the DiT is the VAE; where speech is encoded as it streams,
+wav2vec2 stays too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..fp8_optimization import Quantization, how_linears_run, quantize_linears
-from ..media.audio import load_speech, read_audio
+from ..media.audio import TARGET_LUFS, load_speech, read_audio
 from ..media.images import load_image, pad_image
 from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
@@ -52,12 +53,13 @@ from ..wanvideo.runtime.offload import BlockSwap, Offloader
 from ..wanvideo.runtime.precision import fp16_accumulation
 from .attention_policy import SAFER, bind
 from .bounds import check_numbers, shown
-from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner
+from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner, WindowSpeech
+from .flashtalk import SAMPLES_A_FRAME, SpeechRing, SpeechRows, with_silence_around
 from .humo import TRAINED_FRAMES, HuMoConditioner, References, plan_humo
 from .journal import Journal, describe, describe_config
 from .loaded_models import LoadedModels
 from .long_video import Callbacks, generate_windows
-from .plan import HUMO, GenerateConfig, Plan, mode_by_name, plan_video
+from .plan import FLASHTALK, HUMO, MODES, GenerateConfig, Plan, mode_by_name, plan_video
 from .prompts import Piece, encode_pieces, parse_prompt
 from .recorder import Recorder
 from .sampling import what_ran
@@ -377,6 +379,8 @@ def check(job: Job) -> Checked:
     plan, source, references, speech = (_plan_humo if job.config.mode == HUMO else _plan_talking)(job, dit)
     if len(prompt) > len(plan.windows) and job.config.mode == HUMO:
         raise InputError("HuMo makes one window, and the prompt has pieces for several: leave out the '|'.")
+    if len(prompt) > 1 and plan.mode.distilled:
+        raise InputError(f"The mode {job.config.mode} has one prompt for the whole video: leave out the '|'.")
     _check_encoders(job.files)
     inspect_loras(dit, job.loras)
     check_compiler(job.compile_settings, device)  # the last check, which takes seconds
@@ -389,7 +393,7 @@ Planned = tuple[Plan, FrameSource, Sequence[Tensor], Sequence[np.ndarray]]
 
 def _plan_talking(job: Job, dit: WanConfig) -> Planned:
     """Of an image or a source video that speaks."""
-    _check_model_can_speak(dit, job.files)
+    _check_model_can_speak(dit, job)
     speaker = job.files.adapter or job.files.model
     if mode_by_name(speaker) not in (None, job.config.mode):
         logger.warning(
@@ -402,9 +406,13 @@ def _plan_talking(job: Job, dit: WanConfig) -> Planned:
         raise InputError(f"Reference images are read in the mode {HUMO} alone: give the person's as the image.")
     if not job.audio:
         raise InputError("Give a recording of speech: one for each speaker.")
+    if job.video is not None and job.config.mode == FLASHTALK:
+        raise InputError(f"The mode {FLASHTALK} animates an image, not a source video: give an image.")
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
-    speech = [load_speech(path) for path in job.audio]
+    # As it streams, speech is brought to one loudness window by window.
+    loudness = None if _encodes_streams(job.config) else TARGET_LUFS
+    speech = [load_speech(path, target_lufs=loudness) for path in job.audio]
     if job.one_after_the_other and speech:
         speech = arrange(speech, one_after_the_other=True)
     if job.max_frames is not None:
@@ -413,6 +421,11 @@ def _plan_talking(job: Job, dit: WanConfig) -> Planned:
     techniques = fitted(job.config.techniques, dit, Path(job.files.model).name)
     config = replace(job.config, total_frames=max(frames, default=0), techniques=techniques)
     return plan_video(config, load_image(source[0]).size, frames, masks or None), source, (), speech
+
+
+def _encodes_streams(config: GenerateConfig) -> bool:
+    mode = MODES.get(config.mode)  # whether there is such a mode is said by `plan_video`
+    return mode is not None and (config.speech_encoding or mode.speech[0]) == "stream"
 
 
 def _plan_humo(job: Job, dit: WanConfig) -> Planned:
@@ -567,8 +580,20 @@ def _paths(value: object, strings: bool) -> Iterator[Path]:
             yield from _paths(item, strings)
 
 
-def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
-    name = Path(files.model).name
+def _check_model_can_speak(config: WanConfig, job: Job) -> None:
+    files, name = job.files, Path(job.files.model).name
+    if job.config.mode == FLASHTALK:
+        if files.adapter is not None:
+            raise InputError(
+                f"FlashTalk's audio layers are in its model: leave out the adapter {Path(files.adapter).name}."
+            )
+        if config.model_type == "i2v" and config.audio is None:
+            raise CheckpointError(f"The model {name} has no audio layers, which FlashTalk's has: give its folder.")
+        if any(lora.strength for lora in job.loras):
+            logger.warning(
+                "FlashTalk is distilled to few steps already: a step LoRA on top of it spoils it, and other LoRAs were "
+                "not tried."
+            )
     if config.humo is not None:
         raise CheckpointError(f"The model {name} is HuMo: choose the mode {HUMO}; InfiniteTalk needs Wan2.1 I2V 14B.")
     if config.model_type != "i2v":
@@ -659,8 +684,8 @@ def _load_decoder(job: Job, checked: Checked) -> SmallDecoder:
     return SmallDecoder.load(job.files.decoder, dtype=checked.dtype, device=checked.device)
 
 
-def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]:
-    """Features [frames, layers, hidden] of each recording; the encoder is let go."""
+def _speech_features(job: Job, checked: Checked, events: Events) -> Sequence[Tensor] | WindowSpeech:
+    """Features [frames, layers, hidden] of each recording, after which the encoder goes; or FlashTalk's windows."""
     if not checked.speech:
         return []
     events.stage("Encoding the recording" if len(checked.speech) == 1 else "Encoding the recordings")
@@ -670,6 +695,13 @@ def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]
         return [whisper(waveform) for waveform in checked.speech]
     assert job.files.wav2vec is not None
     features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=checked.device)
+    if job.config.mode == FLASHTALK:
+        (speech,), plan = checked.speech, checked.plan
+        speech = speech[: plan.total * SAMPLES_A_FRAME]
+        if plan.speech_encoding == "stream":
+            return SpeechRing(features, speech)
+        lead = plan.config.motion_frames
+        return SpeechRows(features(with_silence_around(speech, lead, plan.windows[-1].end)), lead)
     return [features(waveform) for waveform in checked.speech]
 
 
@@ -683,12 +715,13 @@ def _conditioner(
     clip: ClipLike | None,
     context: Sequence[Tensor],
     negative: Tensor,
-    audio: Sequence[Tensor],
+    audio: Sequence[Tensor] | WindowSpeech,
 ) -> Conditioner:
     """What gives each window its condition."""
     stage, humo = Callbacks().stage, checked.dit.humo
     if humo is None:
         return WindowConditioner(vae, clip, Conditioning(context, negative, audio, checked.source), checked.plan, stage)
+    assert isinstance(audio, Sequence)
     given = References(context[0], negative, audio[0] if audio else None, checked.references)
     channels = checked.dit.in_dim > checked.dit.out_dim
     return HuMoConditioner(vae, given, checked.plan, stage, channels=channels, features=(humo.blocks, humo.channels))
@@ -742,7 +775,7 @@ def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     return model
 
 
-def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[Tensor]) -> None:
+def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[Tensor] | WindowSpeech) -> None:
     if context[0].shape[1] != config.text_dim:
         raise CheckpointError(
             f"The text encoder gives tokens of {context[0].shape[1]} numbers, the model reads {config.text_dim}; "
@@ -750,7 +783,7 @@ def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[
         )
     if config.audio is None:
         return
-    given = tuple(audio[0].shape[1:])
+    given = tuple(audio[0].shape[1:]) if isinstance(audio, Sequence) else audio.shape
     if given[0] * given[1] != config.audio.blocks * config.audio.channels:
         raise CheckpointError(
             f"wav2vec2 gives {given[0]} x {given[1]} features per frame, the adapter reads {config.audio.blocks} x "

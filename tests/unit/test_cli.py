@@ -971,6 +971,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "start_step": ("--start-step 2", 2),
     "color_correction": ("--color-correction 0.25", 0.25),
     "color_method": ("--color-method mkl", "mkl"),
+    "speech_encoding": ("--speech-encoding once", "once"),
     "attention_mode": ("--attention-mode eager", "eager"),
     "attention_policy": ("--attention-policy ends_16bit", "ends_16bit"),
     "quantization": ("--quantization fp8_e5m2", "fp8_e5m2"),
