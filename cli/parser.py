@@ -17,8 +17,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -98,7 +99,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--prompt", metavar="T", help="what to show; 'a | b': one for each window (a person talking)")
     what.add_argument("--negative-prompt", metavar="T", help="what not to show; used where --cfg is not 1")
-    what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
+    what.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out.mp4"),
+        metavar="V",
+        help="video to write; -: a stream of MP4 on stdout, window by window (%(default)s)",
+    )
     what.add_argument(
         "--resume",
         action="store_true",
@@ -303,7 +310,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_generate(args: argparse.Namespace) -> None:
-    _run_job(generate_job(args), again="; the same command with --resume goes on from there")
+    job = generate_job(args)
+    if str(job.out) == "-":
+        _run_stream(job)
+    else:
+        _run_job(job, again="; the same command with --resume goes on from there")
 
 
 def generate_job(args: argparse.Namespace) -> Job:
@@ -374,6 +385,30 @@ def _run_job(job: Job, again: str = "") -> None:
             raise _stopped(stop, kept) from None
     logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
     _say(f"video: {result.path}")
+
+
+def _run_stream(job: Job) -> None:
+    """Write the video to stdout as it is made."""
+    from ..media.video import StreamWriter
+    from ..pipeline.make_video import FPS
+    from ..pipeline.stream import StreamRecorder, stream_video
+    from .terminal import ProgressBar
+
+    if sys.stdout is None or sys.stdout.isatty():
+        raise InputError("--out - writes a video to stdout, which is none here: lead it into a player, or name a file.")
+    begin = time.monotonic()
+    # Without Python's buffer, which would be written once more, and fail, when Python ends.
+    with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stdout, ProgressBar() as bar:
+        writer = StreamWriter(stdout, FPS)
+        try:
+            recorder = StreamRecorder(writer)
+            windows = stream_video(job, replace(bar.events, check_interrupt=recorder.check))
+            with recorder:
+                for window in windows:
+                    recorder.add(window)
+        except KeyboardInterrupt as stop:
+            raise _stopped(stop, f"{writer.written.frames} frames are in the stream") from None
+    logger.info("%d frames in %.1f s, to stdout", writer.written.frames, time.monotonic() - begin)
 
 
 # --------------------------------------------------------------------------------------------------------------- batch

@@ -86,6 +86,9 @@ NOT_WHAT = ("out", "comment", "resume", "config", "device", "text_encoder_device
 SOUND_RATE = 48000
 """Hz. Of the sound of several recordings together."""
 
+NO_FILE = "-"
+"""`Job.out` of a video that is handed out window by window, see `stream`."""
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -114,7 +117,8 @@ class Job:
     Attributes:
         files: the checkpoints.
         audio: one recording per speaker, one to four; of HuMo one or none.
-        out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
+        out: the video file to write (.mp4). What is there is replaced when all of the new one is made. `NO_FILE` for
+            the functions in `stream`, which write none.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two, but for HuMo.
         references: images of what HuMo is to show: persons, clothes, things.
         one_after_the_other: each recording begins where the one before ends, instead of all at once.
@@ -231,13 +235,15 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
     job = named(job)
+    if str(job.out) == NO_FILE:
+        raise InputError(f"The video {NO_FILE} would be no file: name one, or take the windows of `stream_video`.")
     checked = check(job)
     device, plan = checked.device, checked.plan
 
-    with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), _explained_memory(device):
+    with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
-        sound, rate = _sound(job.audio, job.one_after_the_other) if job.audio else (None, None)
+        sound, rate = sound_of(job)
         written = None if start is None else start.written
         writer = VideoWriter(job.out, FPS, sound, rate, written=written, comment=job.comment)
         if start is not None and start.state.windows == len(plan.windows):
@@ -245,20 +251,10 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
             seconds = time.monotonic() - begin
             return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, GuardStats(), {}, {})
 
-        # 2. Encode the conditions.
-        loaded.begin(_loaded_as(job, checked))
-        audio = _speech_features(job, checked, events)
-        context, negative = loaded.get("prompts", lambda: _encode_prompts(job, checked, events))
-        events.stage("Loading the image encoder and the VAE" if job.files.clip_vision else "Loading the VAE")
-        clip = loaded.get("image encoder", lambda: _load_image_encoder(job, checked))
-        vae = loaded.get("VAE", lambda: _load_vae(job, checked))
-        decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
+        # 2. Encode the conditions, and load the model.
+        ready = make_ready(job, checked, events, loaded)
 
-        # 3. Load the model.
-        model = loaded.get("model", lambda: _load_model(job, checked, events))
-        _check_widths(checked.dit, context, audio)
-
-        # 4. Generate; each window is written while the next one is made.
+        # 3. Generate; each window is written while the next one is made.
         state = None if start is None else start.state
         events.stage("Generating" if job.compile_settings is None else "Generating, the first step compiles the model")
         with (
@@ -274,17 +270,40 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
                 recorder.check()
 
             callbacks = Callbacks(progress=events.step, check_interrupt=check_interrupt)
-            followed = FollowedVae(vae, decoder, events)
-            conditioner = _conditioner(checked, followed, clip, context, negative, audio)
-            windows = generate_windows(model, followed, conditioner, plan, callbacks, SAFER, state, torch.uint8)
-            for window in windows:
+            parts = (ready.model, ready.vae, ready.conditioner, plan, callbacks, SAFER)
+            for window in generate_windows(*parts, state, torch.uint8):
                 recorder.add(window)
 
-    # 5. Say what really ran.
-    linears = how_linears_run(model.blocks, device)
+    # 4. Say what really ran.
+    linears = how_linears_run(ready.model.blocks, device)
     logger.info("%s", what_ran(linears, job.attention_mode, job.attention_policy, kernels))
     seconds = time.monotonic() - begin
     return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels, linears)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What makes the windows of a job; `speech` is what they are conditioned on."""
+
+    model: WanModel
+    vae: FollowedVae
+    conditioner: Conditioner
+    speech: Sequence[Tensor] | WindowSpeech
+
+
+def make_ready(job: Job, checked: Checked, events: Events, loaded: LoadedModels) -> Ready:
+    """Encode the conditions and load the model. Raises CheckpointError where they do not fit each other."""
+    loaded.begin(_loaded_as(job, checked))
+    audio = _speech_features(job, checked, events)
+    context, negative = loaded.get("prompts", lambda: _encode_prompts(job, checked, events))
+    events.stage("Loading the image encoder and the VAE" if job.files.clip_vision else "Loading the VAE")
+    clip = loaded.get("image encoder", lambda: _load_image_encoder(job, checked))
+    vae = loaded.get("VAE", lambda: _load_vae(job, checked))
+    decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
+    model = loaded.get("model", lambda: _load_model(job, checked, events))
+    _check_widths(checked.dit, context, audio)
+    followed = FollowedVae(vae, decoder, events)
+    return Ready(model, followed, _conditioner(checked, followed, clip, context, negative, audio), audio)
 
 
 @dataclass(frozen=True)
@@ -332,7 +351,7 @@ class Checked:
         dit: shapes of the model, as its files state them.
         source: the image, or the frames of the source video; none of HuMo.
         references: HuMo's images, of the video's size [3, H, W] in [-1, 1].
-        speech: 16 kHz waveform of each speaker, as far as frames are made of it.
+        speech: 16 kHz waveform of each speaker, as far as frames are made of it; none where it is still to come.
         prompt: pieces of the prompt.
         plan: size, windows, schedule and masks.
     """
@@ -358,8 +377,12 @@ def named(job: Job) -> Job:
     )
 
 
-def check(job: Job) -> Checked:
-    """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
+def check(job: Job, *, live: bool = False) -> Checked:
+    """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints.
+
+    Args:
+        live: the speech comes later, and the plan is that of its first window.
+    """
     device = choose_device(job.device)
     text_encoder_device = device if job.text_encoder_device == "auto" else choose_device(job.text_encoder_device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -370,13 +393,15 @@ def check(job: Job) -> Checked:
     prompt = parse_prompt(job.prompt)
     _check_paths(job)
     _check_missing(job)
-    check_output(Path(job.out), input_files(job))
+    if str(job.out) != NO_FILE:
+        check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
     policy = bind(job.attention_policy, job.attention_mode, dit.num_layers)
     job = replace(job, config=replace(job.config, device=device, attention_policy=policy))
     check_mode(job.attention_mode, dit.num_heads, dit.head_dim, device, dtype)
-    plan, source, references, speech = (_plan_humo if job.config.mode == HUMO else _plan_talking)(job, dit)
+    planned = _plan_humo(job, dit) if job.config.mode == HUMO else _plan_talking(job, dit, live)
+    plan, source, references, speech = planned
     if len(prompt) > len(plan.windows) and job.config.mode == HUMO:
         raise InputError("HuMo makes one window, and the prompt has pieces for several: leave out the '|'.")
     if len(prompt) > 1 and plan.mode.distilled:
@@ -391,7 +416,7 @@ Planned = tuple[Plan, FrameSource, Sequence[Tensor], Sequence[np.ndarray]]
 """A plan, the source frames, the reference images, and the 16 kHz speech that frames are made of."""
 
 
-def _plan_talking(job: Job, dit: WanConfig) -> Planned:
+def _plan_talking(job: Job, dit: WanConfig, live: bool) -> Planned:
     """Of an image or a source video that speaks."""
     _check_model_can_speak(dit, job)
     speaker = job.files.adapter or job.files.model
@@ -404,26 +429,29 @@ def _plan_talking(job: Job, dit: WanConfig) -> Planned:
         )
     if job.references:
         raise InputError(f"Reference images are read in the mode {HUMO} alone: give the person's as the image.")
-    if not job.audio:
+    if not job.audio and not live:
         raise InputError("Give a recording of speech: one for each speaker.")
     if job.video is not None and job.config.mode == FLASHTALK:
         raise InputError(f"The mode {FLASHTALK} animates an image, not a source video: give an image.")
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
     # As it streams, speech is brought to one loudness window by window.
-    loudness = None if _encodes_streams(job.config) else TARGET_LUFS
+    loudness = None if encodes_streams(job.config) else TARGET_LUFS
     speech = [load_speech(path, target_lufs=loudness) for path in job.audio]
     if job.one_after_the_other and speech:
         speech = arrange(speech, one_after_the_other=True)
     if job.max_frames is not None:
         speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
+    if live:
+        frames = [max(1, job.config.frames - job.config.motion_frames)]
     techniques = fitted(job.config.techniques, dit, Path(job.files.model).name)
     config = replace(job.config, total_frames=max(frames, default=0), techniques=techniques)
     return plan_video(config, load_image(source[0]).size, frames, masks or None), source, (), speech
 
 
-def _encodes_streams(config: GenerateConfig) -> bool:
+def encodes_streams(config: GenerateConfig) -> bool:
+    """Whether speech is encoded window by window, as it comes."""
     mode = MODES.get(config.mode)  # whether there is such a mode is said by `plan_video`
     return mode is not None and (config.speech_encoding or mode.speech[0]) == "stream"
 
@@ -610,15 +638,17 @@ def _check_model_can_speak(config: WanConfig, job: Job) -> None:
             raise InputError(f"InfiniteTalk needs a {what} model: give its file.")
 
 
-def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple[np.ndarray, int]:
+def sound_of(job: Job) -> tuple[np.ndarray, int] | tuple[None, None]:
     """The sound of the video: the recordings as they are, on one time line; mono samples and their rate in Hz."""
-    waves = [read_audio(path) for path in recordings]
+    waves = [read_audio(path) for path in job.audio]
+    if not waves:
+        return None, None
     if len(waves) == 1:
         return waves[0]
     import soxr
 
     resampled = [soxr.resample(wave, rate, SOUND_RATE) for wave, rate in waves]
-    return mix(arrange(resampled, one_after_the_other=one_after_the_other)), SOUND_RATE
+    return mix(arrange(resampled, one_after_the_other=job.one_after_the_other)), SOUND_RATE
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -686,9 +716,9 @@ def _load_decoder(job: Job, checked: Checked) -> SmallDecoder:
 
 def _speech_features(job: Job, checked: Checked, events: Events) -> Sequence[Tensor] | WindowSpeech:
     """Features [frames, layers, hidden] of each recording, after which the encoder goes; or FlashTalk's windows."""
-    if not checked.speech:
+    if not checked.speech and job.config.mode == HUMO:
         return []
-    events.stage("Encoding the recording" if len(checked.speech) == 1 else "Encoding the recordings")
+    events.stage("Encoding the recordings" if len(checked.speech) > 1 else "Encoding the recording")
     if job.config.mode == HUMO:
         assert job.files.whisper is not None
         whisper = WhisperFeatures.load(job.files.whisper, dtype=_whisper_dtype(checked.device), device=checked.device)
@@ -696,8 +726,10 @@ def _speech_features(job: Job, checked: Checked, events: Events) -> Sequence[Ten
     assert job.files.wav2vec is not None
     features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=checked.device)
     if job.config.mode == FLASHTALK:
-        (speech,), plan = checked.speech, checked.plan
-        speech = speech[: plan.total * SAMPLES_A_FRAME]
+        plan = checked.plan
+        if not checked.speech:
+            return SpeechRing(features)
+        speech = checked.speech[0][: plan.total * SAMPLES_A_FRAME]
         if plan.speech_encoding == "stream":
             return SpeechRing(features, speech)
         lead = plan.config.motion_frames
@@ -792,7 +824,7 @@ def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[
 
 
 @contextmanager
-def _explained_memory(device: torch.device) -> Iterator[None]:
+def explained_memory(device: torch.device) -> Iterator[None]:
     """Out of memory becomes an InfiniteTalkError that says what helps."""
     try:
         yield
