@@ -71,7 +71,7 @@ class StreamedWindow:
     Attributes:
         index, count: which of how many windows; 0 where their number is not known yet.
         frames: [n, H, W, 3], uint8 on the CPU, 25 a second.
-        sound: what is heard with them, mono samples [m] in [-1, 1], as loud as they came; None: the video is silent.
+        sound: of these frames, mono samples [m] in [-1, 1], as loud as they came; None: the video is silent.
         rate: samples a second.
     """
 
@@ -99,13 +99,13 @@ def stream_video(
     sound, rate = sound_of(job)
     total = checked.plan.total
 
-    def heard(window: Window) -> Sound | None:
+    def sound_in(window: Window) -> Sound | None:
         if sound is None or rate is None:
             return None
         begin = window.start + window.overlap
-        return sound[_samples(begin, rate) : _samples(_heard_until(window, total), rate)]
+        return sound[_samples(begin, rate) : _samples(_sound_until(window, total), rate)]
 
-    return _stream(job, checked, events or Events(), loaded or LoadedModels(), heard, rate, None)
+    return _stream(job, checked, events or Events(), loaded or LoadedModels(), sound_in, rate, None)
 
 
 def generate_stream(
@@ -137,7 +137,7 @@ def generate_stream(
     speech = SpeechStream(rate)
     checked, job = _checked(job, live=True), named(job)
     arriving = _Arriving(iter(audio_chunks), speech, checked.plan, job.max_frames)
-    return _stream(job, checked, events or Events(), loaded or LoadedModels(), arriving.heard, rate, arriving)
+    return _stream(job, checked, events or Events(), loaded or LoadedModels(), arriving.sound_in, rate, arriving)
 
 
 def _checked(job: Job, *, live: bool) -> Checked:
@@ -155,14 +155,14 @@ def _samples(frame: int, rate: int) -> int:
     return frame * rate // FPS
 
 
-def _heard_until(window: Window, total: int) -> int:
+def _sound_until(window: Window, total: int) -> int:
     """The frame at which the sound of a window ends; what is left behind the last one goes with it, up to a frame."""
     end = window.start + window.overlap + window.new
     return end + 1 if end == total else end
 
 
 class _Arriving:
-    """Speech on its way: the windows of its video, each when all its samples are there, and what is heard in it."""
+    """Speech on its way: the windows of its video, each when all its samples are there, and their sound."""
 
     def __init__(
         self, chunks: Iterator[NDArray[Any] | Tensor], speech: SpeechStream, plan: Plan, most: int | None
@@ -202,9 +202,9 @@ class _Arriving:
                 break
         return self.ring.received >= frame * SAMPLES_A_FRAME
 
-    def heard(self, window: Window) -> Sound:
+    def sound_in(self, window: Window) -> Sound:
         rate = self.speech.rate
-        end = _samples(_heard_until(window, -1 if self.total is None else self.total), rate) - self._begin
+        end = _samples(_sound_until(window, -1 if self.total is None else self.total), rate) - self._begin
         sound, self._sound = self._sound[:end], self._sound[end:]
         self._begin += len(sound)
         return sound
@@ -215,7 +215,7 @@ def _stream(
     checked: Checked,
     events: Events,
     loaded: LoadedModels,
-    heard: Callable[[Window], Sound | None],
+    sound_in: Callable[[Window], Sound | None],
     rate: int | None,
     arriving: _Arriving | None,
 ) -> Iterator[StreamedWindow]:
@@ -250,7 +250,7 @@ def _stream(
             if arriving is not None:
                 waiting.append(window)
             made = context.run(compute)
-            yield StreamedWindow(made.index, made.count, made.frames, heard(window), rate)
+            yield StreamedWindow(made.index, made.count, made.frames, sound_in(window), rate)
     finally:
         context.run(counting.close)
     linears = how_linears_run(ready.model.blocks, device)
