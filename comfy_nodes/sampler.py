@@ -26,7 +26,7 @@ from .schema import (
 )
 from .types import HuMoVideo, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
-# The public values in their order; `SamplerSettings` names what to choose for those that we do not run.
+# The public values in their order, and flashtalk; `SamplerSettings` names what to choose for those that we do not run.
 SCHEDULERS = [
     "unipc",
     "unipc/beta",
@@ -49,6 +49,7 @@ SCHEDULERS = [
     "sa_ode_stable",
     "rcm",
     "vibt_unipc",
+    "flashtalk",
 ]
 
 

@@ -207,7 +207,7 @@ class LongVideo:
     motion_frames: int
     start_images: torch.Tensor | None  # [N, H, W, 3] in [0, 1]
     clip: ClipEmbeds | None
-    mode: str  # "auto", "infinitetalk" or "multitalk"
+    mode: str  # "auto", or a mode of long videos
     color_match: str  # one of `media.color.COLOR_METHODS`, or "disabled"
     tiled: bool
     offload_between: bool

@@ -211,14 +211,19 @@ PRESET_LINKS = {
     "InfiniteTalkSampler": ("steps", "cfg", "shift", "scheduler"),
     "InfiniteTalkSpeech": ("audio_cfg_scale",),
     "InfiniteTalkModelLoader": ("quantization", "block_swap_args"),
-    "InfiniteTalkLongVideo": ("tiled_vae",),
+    "InfiniteTalkLongVideo": ("tiled_vae", "frame_window_size", "motion_frame", "colormatch", "mode"),
     "InfiniteTalkTextEncode": ("device",),
 }
 
 
 def link_preset(prompt: dict[str, Any], preset: str, outputs: Sequence[str]) -> None:
-    """Give the nodes of `prompt` the settings of a preset; `outputs` are the names of the preset node's, in order."""
+    """Give the nodes of `prompt` the settings of a preset; `outputs` are the names of the preset node's, in order.
+
+    The length of windows stays what `shrink` made it.
+    """
     prompt["900"] = {"class_type": "InfiniteTalkPreset", "inputs": {"preset": preset}}
     for class_type, names in PRESET_LINKS.items():
         for name in names:
+            if name == "frame_window_size":
+                continue
             prompt[node_of(prompt, class_type)]["inputs"][name] = ["900", list(outputs).index(name)]
