@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .pipeline.make_video import ModelFiles as ModelFiles
     from .pipeline.make_video import make_video as make_video
     from .pipeline.plan import GenerateConfig as GenerateConfig
+    from .pipeline.stream import generate_stream as generate_stream
+    from .pipeline.stream import stream_video as stream_video
 
 __version__ = "0.1.0"
 
@@ -26,8 +28,10 @@ EXPORTS = {
     "GenerateConfig": ".pipeline.plan",
     "Job": ".pipeline.make_video",
     "ModelFiles": ".pipeline.make_video",
+    "generate_stream": ".pipeline.stream",
     "make_tiny": ".cli.tiny_models",
     "make_video": ".pipeline.make_video",
+    "stream_video": ".pipeline.stream",
 }
 """What programs use -> the module that has it, imported when the name is used: that takes seconds."""
 

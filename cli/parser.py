@@ -17,8 +17,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -98,7 +99,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--prompt", metavar="T", help="what to show; 'a | b': one for each window (a person talking)")
     what.add_argument("--negative-prompt", metavar="T", help="what not to show; used where --cfg is not 1")
-    what.add_argument("--out", type=Path, default=Path("out.mp4"), metavar="V", help="video to write (%(default)s)")
+    what.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out.mp4"),
+        metavar="V",
+        help="video to write; -: a stream of MP4 on stdout, window by window (%(default)s)",
+    )
     what.add_argument(
         "--resume",
         action="store_true",
@@ -115,7 +122,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_files(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     files = parser.add_argument_group("model files" if needed else "model files; without --model, the tiny ones")
     for option, text in (
-        ("--model", "Wan2.1 I2V 14B (safetensors or GGUF), or HuMo"),
+        ("--model", "Wan2.1 I2V 14B (safetensors or GGUF), FlashTalk (its folder), or HuMo"),
         ("--adapter", "InfiniteTalk or MultiTalk (--mode); not needed where it is merged into the model"),
         ("--vae", "Wan2.1 VAE"),
         ("--decoder", "small decoder (taew2_1, lighttaew2_1) in place of the VAE's: for previews and streams"),
@@ -207,7 +214,7 @@ def _presets() -> str:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     from ..media.color import COLOR_METHODS
-    from ..pipeline.plan import MODES, GenerateConfig
+    from ..pipeline.plan import MODES, SPEECH_ENCODINGS, GenerateConfig
     from ..pipeline.presets import PRESETS
     from ..pipeline.schedulers import SCHEDULERS
 
@@ -215,7 +222,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=f"options where they are not given. {_presets()}. fast needs a step LoRA or a distilled model",
+        help=f"options where they are not given. {_presets()}. fast needs a step LoRA or a distilled "
+        "model, stream is for FlashTalk",
     )
     _add_config(
         group,
@@ -237,12 +245,19 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=tuple(MODES),
         help="how windows follow each other, by the adapter: infinitetalk anchors each to the image, multitalk to the "
-        f"end of the one before; humo is a model of its own, with one window ({GenerateConfig.mode})",
+        "end of the one before; flashtalk, a distilled model without an adapter, has windows of a second; humo is a "
+        f"model of its own, with one window ({GenerateConfig.mode})",
     )
     _add_config(
         group,
         ("--start-step", "with --video: steps left out; the more, the closer to the source (%(default)s)"),
         ("--color-correction", "0 to 1: how far colors are drawn to those of the image (%(default)s)"),
+    )
+    group.add_argument(
+        "--speech-encoding",
+        choices=SPEECH_ENCODINGS,
+        help="with --mode flashtalk: stream, each window from the 8 s before its end, or once, the whole recording "
+        "(stream)",
     )
     group.add_argument(
         "--color-method", choices=COLOR_METHODS, metavar="C", help=f"how: {', '.join(COLOR_METHODS)} (reinhard)"
@@ -297,7 +312,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_generate(args: argparse.Namespace) -> None:
-    _run_job(generate_job(args), again="; the same command with --resume goes on from there")
+    job = generate_job(args)
+    if str(job.out) == "-":
+        _run_stream(job)
+    else:
+        _run_job(job, again="; the same command with --resume goes on from there")
 
 
 def generate_job(args: argparse.Namespace) -> Job:
@@ -309,7 +328,8 @@ def generate_job(args: argparse.Namespace) -> Job:
         {"--audio": args.audio, "--audio-2": args.audio_2, "--audio-3": args.audio_3, "--audio-4": args.audio_4}
     )
     settings = _settings(args) | {"files": _model_files(args), "audio": tuple(audio)}
-    return build_job(settings, args.preset, mode_defaults(args.mode, args.model) | stated_defaults(args.model))
+    defaults = mode_defaults(args.mode, args.model, args.preset) | stated_defaults(args.model)
+    return build_job(settings, args.preset, defaults)
 
 
 def _model_files(args: argparse.Namespace) -> ModelFiles:
@@ -367,6 +387,30 @@ def _run_job(job: Job, again: str = "") -> None:
             raise _stopped(stop, kept) from None
     logger.info("%d frames of %d x %d in %.1f s", result.frames, result.width, result.height, result.seconds)
     _say(f"video: {result.path}")
+
+
+def _run_stream(job: Job) -> None:
+    """Write the video to stdout as it is made."""
+    from ..media.video import StreamWriter
+    from ..pipeline.make_video import FPS
+    from ..pipeline.stream import StreamRecorder, stream_video
+    from .terminal import ProgressBar
+
+    if sys.stdout is None or sys.stdout.isatty():
+        raise InputError("--out - writes a video to stdout, which is none here: lead it into a player, or name a file.")
+    begin = time.monotonic()
+    # Without Python's buffer, which would be written once more, and fail, when Python ends.
+    with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stdout, ProgressBar() as bar:
+        writer = StreamWriter(stdout, FPS)
+        try:
+            recorder = StreamRecorder(writer)
+            windows = stream_video(job, replace(bar.events, check_interrupt=recorder.check))
+            with recorder:
+                for window in windows:
+                    recorder.add(window)
+        except KeyboardInterrupt as stop:
+            raise _stopped(stop, f"{writer.written.frames} frames are in the stream") from None
+    logger.info("%d frames in %.1f s, to stdout", writer.written.frames, time.monotonic() - begin)
 
 
 # --------------------------------------------------------------------------------------------------------------- batch
@@ -443,6 +487,8 @@ def _run_serve(args: argparse.Namespace) -> None:
     from ..pipeline.plan import HUMO
     from ..service.server import check_packages, serve
 
+    if args.gpus is not None or args.guidance_gpus is not None:
+        raise InputError("A service makes each video on one GPU, with a worker for each: leave out --gpus.")
     check_packages("web" if args.page else "serve")
     others = ("whisper",) if args.mode == HUMO else ("clip_vision", "wav2vec")
     given = {name: getattr(args, name) for name in (*NEEDED_FILES, *others)}
@@ -474,7 +520,7 @@ def _run_serve(args: argparse.Namespace) -> None:
 
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (14 MB; 39 MB with --random)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them (14 MB; 47 MB with --random)")
     parser.add_argument(
         "--random", action="store_true", help="random weights, which paint noise, in place of the trained"
     )

@@ -6,7 +6,8 @@ files pass through the same loaders as the 14B ones.
 The talking set makes drawn faces speak (docs/demo-model.md). Its DiT, adapter, VAE and wav2vec2 are trained and come
 with the package; its text encoder and its CLIP are random, and made here. The random set paints noise: a DiT of two
 layers of two heads of 64, a VAE of the public layout with 4 instead of 96 base channels, 16 latent channels and strides
-4x8x8, a small decoder beside it, a CLIP that yields 257 tokens of 1280, and HuMo in both its forms with a Whisper.
+4x8x8, a small decoder beside it, a CLIP that yields 257 tokens of 1280, FlashTalk in two parts, and HuMo in both its
+forms with a Whisper.
 Random numbers come from NumPy's PCG64, so that the same bytes are written everywhere.
 """
 
@@ -59,9 +60,11 @@ TALKING_DEFAULTS: dict[str, float] = {
 RANDOM_DEFAULTS: dict[str, float] = TALKING_DEFAULTS | {"width": 64, "height": 64, "frames": 17, "steps": 2}
 """Noise needs no more."""
 
+FLASHTALK_DEFAULTS: dict[str, float] = {"width": 64, "height": 64, "steps": 2}
+
 HUMO_DEFAULTS: dict[str, float] = {"width": 64, "height": 64, "steps": 2}
 
-ONLY_RANDOM = ("decoder", "humo", "humo_small", "whisper")
+ONLY_RANDOM = ("decoder", "flashtalk", "humo", "humo_small", "whisper")
 """Files of a `TinySet` that the talking set lacks."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -103,6 +106,7 @@ class TinySet:
     """Where the files of the set lie.
 
     `wav2vec_file` is the same model as the folder `wav2vec`, in one file. `ONLY_RANDOM` are in the random set only:
+    `flashtalk` is a folder with a model in two parts, its audio layers among them;
     `humo` reads references in condition channels, as the 17B model does, and `humo_small` in x, as the 1.7B one.
     """
 
@@ -114,6 +118,7 @@ class TinySet:
     wav2vec: Path
     wav2vec_file: Path
     decoder: Path
+    flashtalk: Path
     humo: Path
     humo_small: Path
     whisper: Path
@@ -130,6 +135,7 @@ class TinySet:
             wav2vec=folder / "wav2vec2-tiny",
             wav2vec_file=folder / "wav2vec2-tiny.safetensors",
             decoder=folder / "taew2_1-tiny.safetensors",
+            flashtalk=folder / "flashtalk-tiny",
             humo=folder / "humo-17b-tiny.safetensors",
             humo_small=folder / "humo-1.7b-tiny.safetensors",
             whisper=folder / "whisper-tiny.safetensors",
@@ -143,6 +149,11 @@ class TinySet:
     def is_complete(self) -> bool:
         """Whether a video can be made with it."""
         return all(path.exists() for name, path in vars(self).items() if name not in ONLY_RANDOM)
+
+    @property
+    def flashtalk_files(self) -> ModelFiles:
+        """The random set's FlashTalk as a job takes it."""
+        return ModelFiles(self.flashtalk, self.vae, self.text_encoder, self.wav2vec, self.clip_vision)
 
     def humo_files(self, small: bool = False) -> ModelFiles:
         """The random set's HuMo as a job takes it."""
@@ -166,6 +177,7 @@ def make_tiny(folder: str | Path, *, random: bool = False) -> TinySet:
             _save(tiny.adapter, adapter_weights(), {"audio_blocks": AUDIO_LAYERS})
             _save(tiny.vae, vae_weights())
             _save(tiny.decoder, decoder_weights())
+            _save_parts(tiny.flashtalk, dit_weights() | adapter_weights(dtype=torch.bfloat16))
             for path, channels in ((tiny.humo, 36), (tiny.humo_small, 16)):
                 _save(path, humo_weights(channels), {"num_heads": HEADS}, HUMO_DEFAULTS)
             _save(tiny.whisper, whisper_weights())
@@ -484,6 +496,22 @@ def _old_weight_norm(state: State) -> State:
         ): value
         for name, value in state.items()
     }
+
+
+def _save_parts(folder: Path, state: State, parts: int = 2) -> None:
+    """Write a model in parts with their index, as diffusers does."""
+    folder.mkdir(exist_ok=True)
+    names = sorted(state)
+    index: dict[str, str] = {}
+    for part in range(parts):
+        file = f"diffusion_pytorch_model-{part + 1:05}-of-{parts:05}.safetensors"
+        inside = names[part * len(names) // parts : (part + 1) * len(names) // parts]
+        config = {"num_heads": HEADS, "audio_blocks": AUDIO_LAYERS}
+        _save(folder / file, {name: state[name] for name in inside}, config, FLASHTALK_DEFAULTS)
+        index |= dict.fromkeys(inside, file)
+    size = sum(value.nbytes for value in state.values())
+    content = {"metadata": {"total_size": size}, "weight_map": index}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _save(

@@ -128,7 +128,7 @@ class InfiniteTalkSpeech(io.ComfyNode):
             audio_cfg=audio_cfg_scale,
             masks=ref_target_masks,
         )
-        return io.NodeOutput(embeds, embeds.audio, embeds.num_frames)
+        return io.NodeOutput(embeds.mapping(), embeds.audio, embeds.num_frames)
 
 
 class InfiniteTalkSilence(io.ComfyNode):
@@ -146,7 +146,7 @@ class InfiniteTalkSilence(io.ComfyNode):
 
     @classmethod
     def execute(cls, num_frames: int) -> Any:
-        return io.NodeOutput(SpeechEmbeds(speakers=(), num_frames=num_frames))
+        return io.NodeOutput(SpeechEmbeds(speakers=(), num_frames=num_frames).mapping())
 
 
 class InfiniteTalkNormalizeLoudness(io.ComfyNode):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,16 @@ def _previewer(preview_device: torch.device) -> Any:
 
 
 # --- objects of core nodes ---------------------------------------------------------------------------------------
+
+
+def with_attention(model: Any, compute: Callable[..., Tensor]) -> Any:
+    """A core MODEL with the same weights whose attention is `compute(core's own, q, k, v, heads, **options)`."""
+    patched = model.clone()
+    options = patched.model_options.setdefault("transformer_options", {})
+    if "optimized_attention_override" in options:
+        logger.warning("The attention that another node gave this model is replaced.")
+    options["optimized_attention_override"] = compute
+    return patched
 
 
 def clip_hidden_states(clip_vision: Any, image: Tensor, crop: str) -> Tensor:

@@ -19,7 +19,16 @@ from .types import ClipEmbeds, LongVideo, OneWindow, checked_image
 
 logger = logging.getLogger(__name__)
 
-COLOR_MATCHES = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]  # in the public order
+COLOR_MATCHES = [
+    "disabled",
+    "mkl",
+    "hm",
+    "reinhard",
+    "mvgd",
+    "hm-mvgd-hm",
+    "hm-mkl-hm",
+    "flashtalk",
+]  # in the public order, and ours
 
 
 def _size(input_id: str, default: int, largest: int) -> Any:
@@ -182,11 +191,11 @@ class InfiniteTalkLongVideo(io.ComfyNode):
                 ClipEmbedsType.Input("clip_embeds", optional=True, tooltip="From InfiniteTalk CLIP Vision Encode."),
                 io.Combo.Input(
                     "mode",
-                    options=["auto", "multitalk", "infinitetalk"],
+                    options=["auto", "multitalk", "infinitetalk", "flashtalk"],
                     default="auto",
                     optional=True,
                     tooltip="auto goes by the name of the adapter file. infinitetalk anchors every window to the "
-                    "image, multitalk to the last frame of the window before.",
+                    "image, multitalk to the last frame of the window before. flashtalk is for that distilled model.",
                 ),
                 io.String.Input(
                     "output_path",

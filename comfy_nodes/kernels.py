@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import io as text_io
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..pipeline.attention_policy import POLICIES
+from ..wanvideo.modules.attention import ATTENTION_MODES, attention, mode_for_role
 from . import comfyui
 from .comfyui import io
 from .models import VideoModel
@@ -39,6 +45,68 @@ class InfiniteTalkAttentionPolicy(io.ComfyNode):
     @classmethod
     def execute(cls, model: VideoModel, attention_policy: str) -> Any:
         return io.NodeOutput(model.with_attention_policy(attention_policy))
+
+
+class InfiniteTalkAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return node_schema(
+            "InfiniteTalkAttention",
+            "InfiniteTalk Attention",
+            "Run a model of ComfyUI's own loaders with the attention of this pack: its modes, its checks of every "
+            "call, and one copy where a kernel's requirement is not met.",
+            group="options",
+            aliases=["attention", "sage attention", "patch model attention", "misaligned address", "注意力"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Diffusion Model; it is not changed, the output is a copy."),
+                io.Combo.Input(
+                    "attention_mode",
+                    options=list(ATTENTION_MODES),
+                    default="auto",
+                    tooltip="How self-attention is computed; attention to text, image and speech runs in 16 bits in "
+                    "the low-precision modes. auto chooses the fastest that is known to be right on this GPU.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The same weights with this attention.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, attention_mode: str) -> Any:
+        return io.NodeOutput(comfyui.with_attention(model, partial(core_attention, attention_mode)))
+
+
+def core_attention(
+    mode: str,
+    core: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **options: Any,
+) -> Tensor:
+    """One attention call of a core model through this pack's entry point.
+
+    Args:
+        core: what ComfyUI would have called. It computes what the entry point does not: fewer heads of k and v than of
+            q, and half precision that is to be computed in float32.
+        q, k, v: [B, L, heads * D], or [B, heads, L, D] with `skip_reshape`.
+
+    Returns:
+        [B, L, heads * D], or [B, heads, L, D] with `skip_output_reshape`.
+    """
+    if options.get("enable_gqa") or (attn_precision == torch.float32 and q.dtype != torch.float32):
+        layout = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+        return core(q, k, v, heads, mask=mask, attn_precision=attn_precision, **layout, **options)
+    q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (heads, -1)) for x in (q, k, v))
+    low = q.shape[1] == k.shape[1] and options.get("low_precision_attention", True)
+    if mask is not None and mask.ndim == 3:  # [B, Lq, Lk]
+        mask = mask.unsqueeze(1)
+    out = attention(q, k, v, mode_for_role(mode, "self" if low else "text"), mask, options.get("scale"))
+    return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 
 
 class InfiniteTalkAttentionDoctor(io.ComfyNode):

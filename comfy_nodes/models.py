@@ -205,7 +205,7 @@ class VideoModel:
 
     @property
     def mode(self) -> str:
-        """How windows follow each other, "infinitetalk" or "multitalk": by the adapter's name or the model's."""
+        """How windows follow each other, a row of `MODES`: by the adapter's name or the model's."""
         return self.adapter_mode or mode_by_name(self.name) or "infinitetalk"
 
     def working_bytes(self, frames: int, height: int, width: int) -> int:

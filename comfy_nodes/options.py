@@ -427,6 +427,10 @@ PRESET_OUTPUTS: dict[str, tuple[Any, str, str]] = {
     ),
     "tiled_vae": (io.Boolean, "tiled_vae", "For InfiniteTalk Long Video."),
     "text_encoder_device": (ComboType, "device", "For InfiniteTalk Text Encode."),
+    "frames": (io.Int, "frame_window_size", "For InfiniteTalk Long Video."),
+    "motion_frames": (io.Int, "motion_frame", "For InfiniteTalk Long Video."),
+    "color_method": (ComboType, "colormatch", "For InfiniteTalk Long Video."),
+    "mode": (ComboType, "mode", "For InfiniteTalk Long Video."),
 }
 
 
@@ -446,7 +450,7 @@ class InfiniteTalkPreset(io.ComfyNode):
                     options=list(PRESETS),
                     default="quality",
                     tooltip="fast: few steps without guidance, for a step LoRA or a distilled model. quality: the "
-                    "public settings. low-memory: these on a small GPU.",
+                    "public settings. low-memory: these on a small GPU. stream: FlashTalk, in windows of a second.",
                 )
             ],
             outputs=[kind.Output(display_name=name, tooltip=tip) for kind, name, tip in PRESET_OUTPUTS.values()],

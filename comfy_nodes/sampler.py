@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .schema import (
 )
 from .types import HuMoVideo, LongVideo, OneWindow, SpeechEmbeds, TextEmbeds
 
-# The public values in their order; `SamplerSettings` names what to choose for those that we do not run.
+# The public values in their order, and flashtalk; `SamplerSettings` names what to choose for those that we do not run.
 SCHEDULERS = [
     "unipc",
     "unipc/beta",
@@ -48,6 +49,7 @@ SCHEDULERS = [
     "sa_ode_stable",
     "rcm",
     "vibt_unipc",
+    "flashtalk",
 ]
 
 
@@ -226,6 +228,10 @@ def _settings(
     )
 
 
+def _speech(embeds: Mapping[str, Any] | None) -> SpeechEmbeds | None:
+    return None if embeds is None else SpeechEmbeds.of(embeds)
+
+
 class InfiniteTalkSampler(io.ComfyNode):
     SIGMA_LEVELS = ("start_step", "end_step")
 
@@ -264,7 +270,7 @@ class InfiniteTalkSampler(io.ComfyNode):
             given["image_embeds"],
             _settings(**given),
             text=given.get("text_embeds"),
-            speech=given.get("multitalk_embeds"),
+            speech=_speech(given.get("multitalk_embeds")),
             start=given.get("samples"),
         )
         return ["model"]
@@ -290,7 +296,7 @@ class InfiniteTalkSampler(io.ComfyNode):
         slg_args: SkipLayers | None = None,
         rope_function: str = "comfy",
         sigmas: torch.Tensor | None = None,
-        multitalk_embeds: SpeechEmbeds | None = None,
+        multitalk_embeds: Mapping[str, Any] | None = None,
         start_step: int = 0,
         end_step: int = -1,
         add_noise_to_samples: bool = False,
@@ -313,7 +319,9 @@ class InfiniteTalkSampler(io.ComfyNode):
             end_step=end_step,
             add_noise_to_samples=add_noise_to_samples,
         )
-        result = sample(model, image_embeds, settings, text=text_embeds, speech=multitalk_embeds, start=samples)
+        result = sample(
+            model, image_embeds, settings, text=text_embeds, speech=_speech(multitalk_embeds), start=samples
+        )
         if force_offload:
             model.unload()
         return io.NodeOutput(*result)

@@ -25,7 +25,7 @@ from ..pipeline.humo import HuMoConditioner, References, plan_humo
 from ..pipeline.journal import Journal, describe, describe_config, digest_of_weights
 from ..pipeline.long_video import Callbacks, FinishedWindow, generate
 from ..pipeline.nonfinite import FallbackModes
-from ..pipeline.plan import GenerateConfig, Plan, plan_schedule, plan_video
+from ..pipeline.plan import FLASHTALK, GenerateConfig, Plan, plan_schedule, plan_video
 from ..pipeline.recorder import Recorder
 from ..pipeline.sampling import Schedule, denoise, what_ran
 from ..pipeline.schedulers import SCHEDULERS, make_scheduler
@@ -255,6 +255,8 @@ def _long_video(
     source = _source(what, start)
     resident = model.weights.resident
     mode = model.mode if what.mode == "auto" else what.mode
+    if mode == FLASHTALK and model.adapter_mode is not None:
+        raise InputError(f"FlashTalk's audio layers are in its model: leave the adapter of {model.name} out.")
     config = replace(
         _config(what, settings, speech), mode=mode, attention_policy=_policy(model), device=resident.device
     )
@@ -308,6 +310,7 @@ def _config(what: LongVideo, settings: SamplerSettings, speech: SpeechEmbeds) ->
         color_correction=0.0 if what.color_match == "disabled" else 1.0,
         color_method="reinhard" if what.color_match == "disabled" else what.color_match,
         tiled_vae=what.tiled,
+        speech_encoding="once",
         techniques=settings.techniques,
     )
 

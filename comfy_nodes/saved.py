@@ -7,8 +7,8 @@ that runs depends on it, ComfyUI shows its sentence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -43,12 +43,12 @@ from .schema import (
 )
 from .types import (
     ExtraArgs,
+    HuMoVideo,
     LongVideo,
     OneWindow,
     SamplerArgs,
     SchedulerChoice,
     SigmaLevel,
-    SpeechEmbeds,
     VramManagement,
     checked_image,
 )
@@ -253,7 +253,7 @@ class WanVideoSamplerExtraArgs(io.ComfyNode):
         feta_args: EnhanceVideo | None = None,
         cache_args: StepCache | None = None,
         slg_args: SkipLayers | None = None,
-        multitalk_embeds: SpeechEmbeds | None = None,
+        multitalk_embeds: Mapping[str, Any] | None = None,
         **foreign_sockets: Any,
     ) -> Any:
         reject_foreign(cls, foreign_sockets)
@@ -486,7 +486,7 @@ class WanVideoSetAttentionModeOverride(io.ComfyNode):
                 io.Int.Input(
                     "blocks",
                     optional=True,
-                    extra_dict={"forceInput": True},
+                    force_input=True,
                     tooltip="Blocks with this attention mode, from WanVideo Block List; all of them without it.",
                 ),
             ],
@@ -727,6 +727,50 @@ class WanVideoPreviewEmbeds(io.ComfyNode):
         return io.NodeOutput({"samples": embeds.condition[:, 4:]}, embeds.condition[0, 0].float())
 
 
+MAKERS = {LongVideo: "InfiniteTalk Long Video", OneWindow: "a node of one window", HuMoVideo: "InfiniteTalk HuMo"}
+
+
+class WanVideoCombineEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "WanVideoCombineEmbeds",
+            "WanVideo Combine Embeds",
+            "Two descriptions of one video as one: where both state something, the second one is taken.",
+            inputs=[
+                ImageEmbedsType.Input("embeds_1", tooltip="The first one."),
+                ImageEmbedsType.Input("embeds_2", tooltip="The second one, of the same kind and size."),
+            ],
+            outputs=[ImageEmbedsType.Output(display_name="image_embeds", tooltip="For InfiniteTalk Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, embeds_1: LongVideo | OneWindow | HuMoVideo, embeds_2: LongVideo | OneWindow | HuMoVideo) -> Any:
+        if type(embeds_1) is not type(embeds_2):
+            raise InputError(
+                f"embeds_1 comes from {MAKERS[type(embeds_1)]} and embeds_2 from {MAKERS[type(embeds_2)]}, which are "
+                "not run together here: connect one of them to the sampler."
+            )
+        sizes = [_size_of(embeds) for embeds in (embeds_1, embeds_2)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                "embeds_1 and embeds_2 are videos of different sizes ({} x {}, {} frames; {} x {}, {} frames): set "
+                "both to one size.".format(*sizes[0], *sizes[1])
+            )
+        second = {field.name: getattr(embeds_2, field.name) for field in fields(embeds_2)}
+        stated = {name: value for name, value in second.items() if value is not None and not _is_empty(value)}
+        return io.NodeOutput(replace(embeds_1, **stated))
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, tuple) and not value
+
+
+def _size_of(embeds: LongVideo | OneWindow | HuMoVideo) -> tuple[int, int, int]:
+    """Width and height in pixels, and frames of a window."""
+    return embeds.width, embeds.height, embeds.num_frames if isinstance(embeds, OneWindow) else embeds.frames
+
+
 # --- what a talking video cannot use -----------------------------------------------------------------------------
 
 
@@ -800,12 +844,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
             _float("freeinit_d_t", 1.0, 10.0),
         ],
         (("FREEINITARGS", "freeinit_args"),),
-    ),
-    "WanVideoCombineEmbeds": Unsupported(
-        "WanVideo Combine Embeds",
-        "joined conditions of control models (connect one of the two to the sampler)",
-        lambda: [_socket("WANVIDIMAGE_EMBEDS", "embeds_1"), _socket("WANVIDIMAGE_EMBEDS", "embeds_2")],
-        (("WANVIDIMAGE_EMBEDS", "image_embeds"),),
     ),
 }
 """The wrapper's id -> what stands in its place."""
@@ -921,6 +959,7 @@ SAVED_NODES: list[Any] = [
     LoadWanVideoClipTextEncoder,
     WanVideoImageClipEncode,
     WanVideoPreviewEmbeds,
+    WanVideoCombineEmbeds,
     WanVideoExperimentalArgs,
     *(_unsupported(public_id, row) for public_id, row in UNSUPPORTED.items()),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from ..pipeline.step_cache import StepCache
@@ -22,7 +23,6 @@ from .types import (
     OneWindow,
     SamplerArgs,
     SchedulerChoice,
-    SpeechEmbeds,
     TextEmbeds,
     VramManagement,
 )
@@ -39,7 +39,7 @@ CARRIED: dict[Any, tuple[type | tuple[type, ...], str]] = {
     schema.TextEmbedsType: (TextEmbeds, "InfiniteTalk Text Encode"),
     schema.ClipEmbedsType: (ClipEmbeds, "InfiniteTalk CLIP Vision Encode"),
     schema.ImageEmbedsType: ((LongVideo, OneWindow, HuMoVideo), "InfiniteTalk Long Video"),
-    schema.SpeechEmbedsType: (SpeechEmbeds, "InfiniteTalk Speech"),
+    schema.SpeechEmbedsType: (Mapping, "InfiniteTalk Speech"),
     schema.LoraType: (LoraSpec, "InfiniteTalk LoRA"),
     schema.BlockSwapType: (BlockSwap, "InfiniteTalk Block Swap"),
     schema.CompileType: (CompileSettings, "InfiniteTalk Torch Compile"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..pipeline.bounds import BOUNDS, Bound, shown
 from ..pipeline.plan import mode_by_name
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.techniques import NormalizedAttention
+
+logger = logging.getLogger(__name__)
 
 LEVELS = (-0.5, 10.0)
 """What pixels may be: 0 to 1, and what resizing and high dynamic range add; not -1 to 1, and not 0 to 255."""
@@ -93,6 +97,104 @@ class SpeechEmbeds:
     masks: torch.Tensor | None = None  # [speakers, H, W], 1 where the speaker is
     audio: dict[str, Any] | None = field(default=None, compare=False)  # what the video will sound like
 
+    def mapping(self) -> dict[str, Any]:
+        """MULTITALK_EMBEDS, as nodes of this pack and of others read and change it; `of` is the way back.
+
+        "num_frames", "fps" and "audio" are this pack's own entries. Of silence the list of features is empty.
+        """
+        return {
+            "audio_features": list(self.speakers),
+            "audio_scale": self.audio_scale,
+            "audio_cfg_scale": self.audio_cfg,
+            "ref_target_masks": self.masks,
+            "num_frames": self.num_frames,
+            "fps": self.fps,
+            "audio": self.audio,
+        }
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SpeechEmbeds:
+        """What a MULTITALK_EMBEDS says. "audio_features" must be there; without the others it is as if they were not
+        set, and the video is as long as the longest speech, at 25 frames per second.
+
+        Raises InputError for entries of another form, and for more frames than a video may have. The log names entries
+        that nothing here reads.
+        """
+        unread = [name for name in given if name not in _SPEECH_ENTRIES]
+        if unread:
+            logger.warning("multitalk_embeds holds %s, which is not used here.", ", ".join(map(str, unread)))
+        speakers = tuple(_checked_features(given.get("audio_features")))
+        longest = max((len(rows) for rows in speakers), default=None)
+        values = {name: value for name, value in given.items() if name in _SPEECH_ENTRIES and value is not None}
+        numbers = {"audio_scale": 1.0, "audio_cfg_scale": 1.0, "fps": 25.0, "num_frames": longest} | {
+            name: values[name] for name in _SPEECH_NUMBERS if name in values
+        }
+        for name, bound in _SPEECH_NUMBERS.items():
+            if not bound.accepts(numbers[name]):
+                raise InputError(
+                    f"{name} {shown(numbers[name])} of multitalk_embeds cannot be used: give {bound.words}."
+                )
+        masks = values.get("ref_target_masks")
+        if masks is not None and not (isinstance(masks, torch.Tensor) and masks.ndim in (2, 3) and masks.numel()):
+            raise InputError(
+                f"ref_target_masks of multitalk_embeds is {_form(masks)}: it takes a MASK, [speakers, height, width]."
+            )
+        audio = values.get("audio")
+        if audio is not None:
+            checked_audio(audio)
+        return cls(
+            speakers,
+            numbers["num_frames"],
+            numbers["fps"],
+            numbers["audio_scale"],
+            numbers["audio_cfg_scale"],
+            masks,
+            audio,
+        )
+
+
+_SPEECH_ENTRIES = tuple(SpeechEmbeds((), 1).mapping())
+
+_SPEECH_NUMBERS = {
+    "audio_scale": BOUNDS["audio_scale"],
+    "audio_cfg_scale": BOUNDS["audio_cfg"],
+    "fps": Bound(1, 60),
+    "num_frames": replace(BOUNDS["max_frames"], optional=False),
+}
+
+
+def _checked_features(features: Any) -> list[torch.Tensor]:
+    """Features per speaker on the CPU, float32. Raises InputError for another form, and for NaN and infinity."""
+    if not isinstance(features, (list, tuple)) or not all(isinstance(rows, torch.Tensor) for rows in features):
+        raise InputError(
+            f"audio_features of multitalk_embeds is {_form(features)}: it takes a list of tensors, one per speaker."
+        )
+    for rows in features:
+        if rows.ndim != 3 or 0 in rows.shape or not rows.is_floating_point():
+            raise InputError(
+                f"audio_features of multitalk_embeds has {_form(rows)}: it takes floats of shape [frames, layers, "
+                "width] for each speaker."
+            )
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError("audio_features of multitalk_embeds has NaN or infinity: encode the recording again.")
+    forms = {tuple(rows.shape[1:]) for rows in features}
+    if len(forms) > 1:
+        raise InputError(
+            f"audio_features of multitalk_embeds has speakers of {len(forms)} forms ({_words(forms)}): encode all of "
+            "them with one wav2vec2 model."
+        )
+    return [rows.detach().float().cpu() for rows in features]
+
+
+def _words(forms: set[tuple[int, ...]]) -> str:
+    return " and ".join(str(list(form)) for form in sorted(forms))
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)} and {value.dtype}"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
 
 @dataclass(frozen=True)
 class LongVideo:
@@ -105,7 +207,7 @@ class LongVideo:
     motion_frames: int
     start_images: torch.Tensor | None  # [N, H, W, 3] in [0, 1]
     clip: ClipEmbeds | None
-    mode: str  # "auto", "infinitetalk" or "multitalk"
+    mode: str  # "auto", or a mode of long videos
     color_match: str  # one of `media.color.COLOR_METHODS`, or "disabled"
     tiled: bool
     offload_between: bool

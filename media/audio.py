@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "TARGET_LUFS",
+    "SpeechStream",
     "check_samples",
     "integrated_loudness",
     "load_speech",
@@ -41,6 +42,9 @@ RATES = (2000, 768_000)
 LOUDEST = 100.0
 """Of a sample: 40 dB above full scale. Floats peak near 1; integers that were taken for floats do at 127 or more, and
 FFmpeg's AAC encoder does not end on the largest of them."""
+
+MOST_CHANNELS = 16
+"""Of a piece of speech, which may have fewer samples than channels."""
 
 CANCELED = 1e-4
 """Energy of the channels' mean, of that of the channels: 40 dB less. One of n channels alone leaves 1 / n."""
@@ -254,14 +258,63 @@ def load_speech(
     check_samples(waveform, rate, name)
     if waveform.size < MIN_SECONDS * rate:
         raise InputError(f"{name} is too short: {waveform.size / rate:.3f} s, at least {MIN_SECONDS} s are needed.")
-    peak = max(float(waveform.max()), -float(waveform.min()))
-    if peak > LOUDEST:
-        raise InputError(f"{name} has samples of up to {peak:g}; those of sound lie within -1 and 1: export it again.")
+    _check_peak(waveform, name)
     speech = _resample(waveform, rate)
     del waveform  # the loudness is measured in double precision: no need to hold both
     if not speech.any():
         logger.warning("%s is silent", name)
     return speech if target_lufs is None else normalize_loudness(speech, target_lufs=target_lufs)
+
+
+def _check_peak(waveform: Waveform, name: str) -> None:
+    peak = max(float(waveform.max()), -float(waveform.min()))
+    if peak > LOUDEST:
+        raise InputError(f"{name} has samples of up to {peak:g}; those of sound lie within -1 and 1: export it again.")
+
+
+class SpeechStream:
+    """Speech that comes in pieces, as 16 kHz mono float32, as loud as it is; the same for pieces of any size.
+
+    Args:
+        rate: of the pieces, Hz.
+
+    Raises InputError for a rate that no speech has.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self.rate = _checked_rate(rate, "The speech")
+        self._mix = _Mix()
+        self._resampler: Any = None
+        if rate != SAMPLE_RATE:
+            import soxr
+
+            self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+
+    def mono(self, piece: NDArray[Any] | Tensor) -> Waveform:
+        """Float samples [n] or [channels, n] as samples [n] at their own rate.
+
+        Raises InputError for samples that are NaN, infinite or above `LOUDEST`.
+        """
+        channels = _floats(piece)
+        if len(channels) > MOST_CHANNELS:
+            raise InputError(f"Samples have the shape [n] or [channels, n]; {list(channels.shape)} looks transposed.")
+        waveform = np.array(self._mix.mean(channels), dtype=np.float32)
+        check_samples(waveform, self.rate, "The speech")
+        if waveform.size:
+            _check_peak(waveform, "The speech")
+        return waveform
+
+    def resample(self, waveform: Waveform, last: bool = False) -> Waveform:
+        """The 16 kHz samples that are known with these [n]; the resampler holds back some ms until the `last`.
+
+        Raises InputError at the last, where the channels of all pieces cancel each other.
+        """
+        if last:
+            self._mix.check("The speech")
+        if self._resampler is None:
+            return waveform
+        resampled: Waveform = self._resampler.resample_chunk(waveform, last=last)
+        return resampled
 
 
 def check_samples(waveform: Waveform, rate: int, name: str) -> None:
@@ -276,20 +329,25 @@ def check_samples(waveform: Waveform, rate: int, name: str) -> None:
 
 
 def _mono(samples: NDArray[Any] | Tensor) -> Waveform:
+    channels = _floats(samples)
+    if len(channels) > 1 and len(channels) > channels.shape[1]:
+        raise InputError(f"Samples have the shape [n] or [channels, n]; {list(channels.shape)} looks transposed.")
+    mix = _Mix()
+    mono = mix.mean(channels)
+    mix.check("The recording")
+    return np.array(mono, dtype=np.float32)
+
+
+def _floats(samples: NDArray[Any] | Tensor) -> NDArray[Any]:
+    """Samples [n] or [channels, n] as floats [channels, n]."""
     if isinstance(samples, Tensor):  # bfloat16 is nothing to numpy
         samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
     array = np.asarray(samples)
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"Samples are floats in [-1, 1]; got {array.dtype}, divide by its largest value first.")
-    if array.ndim == 2 and array.shape[0] > array.shape[1]:
-        raise InputError(f"Samples have the shape [n] or [channels, n]; {list(array.shape)} looks transposed.")
-    if array.ndim not in (1, 2):
+    if array.ndim not in (1, 2) or (array.ndim == 2 and len(array) == 0):
         raise InputError(f"Samples have the shape [n] or [channels, n]; got {list(array.shape)}.")
-    if array.ndim == 2:
-        mix = _Mix()
-        array = mix.mean(array)
-        mix.check("The recording")
-    return np.array(array, dtype=np.float32)
+    return array[None] if array.ndim == 1 else array
 
 
 def _resample(waveform: Waveform, rate: int) -> Waveform:

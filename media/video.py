@@ -16,12 +16,12 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import av.error
@@ -32,7 +32,16 @@ import torch
 from ..wanvideo.errors import InfiniteTalkError, InputError
 from .containers import check_file, decoded, file_address, open_media, reason
 
-__all__ = ["OutputFiles", "VideoFrames", "VideoWriter", "Written", "check_output", "replace_file", "to_bytes"]
+__all__ = [
+    "OutputFiles",
+    "StreamWriter",
+    "VideoFrames",
+    "VideoWriter",
+    "Written",
+    "check_output",
+    "replace_file",
+    "to_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,9 @@ COLOR_MATRICES = {1: BT709, 4: 4, 5: BT601, 6: BT601, 7: 7, 9: 9, 10: 9}
 
 HDR = (16, 18)
 """Transfer characteristics PQ and HLG (ITU-T H.273)."""
+
+REORDERED = 3
+"""Frames from which on an encoder puts some of them before others."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -198,7 +210,107 @@ class Written:
     fragments: int = 0
 
 
-class VideoWriter:
+class _Fragments:
+    """Frames and their sound as fragments of one MP4.
+
+    Args:
+        fps: frames a second.
+        crf: constant rate factor of x264; 0 is lossless, 18 looks so.
+        written: how far an earlier one with the same arguments came, to go on behind it.
+    """
+
+    def __init__(self, fps: float, crf: int, written: Written | None = None) -> None:
+        if not fps > 0:
+            raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.crf = crf
+        self.written = written or Written()
+        self._size: tuple[int, int] | None = None  # height, width as given
+        self._sound: _SoundTrack | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Length of what has been appended."""
+        return float(self.written.frames / self.fps)
+
+    def _check(self, frames: torch.Tensor) -> None:
+        """Raise InputError for what are no frames, or of another size than those before."""
+        if frames.ndim != 4 or frames.shape[-1] != 3:
+            raise InputError(f"Frames of shape {tuple(frames.shape)} cannot be written: give [n, height, width, 3].")
+        size = (int(frames.shape[1]), int(frames.shape[2]))
+        if self._size not in (None, size):
+            raise InputError(f"Frames of {size[1]} x {size[0]} do not fit this video: all must be of one size.")
+        self._size = size
+
+    def _encode(self, frames: torch.Tensor, rest: Sequence[Any] = ()) -> bytes:
+        """A fragmented MP4 of these frames and their sound, their times being those in the whole video.
+
+        Args:
+            rest: packets of sound behind them.
+        """
+        buffer = io.BytesIO()
+        options = {
+            "movflags": "frag_keyframe+delay_moov+default_base_moof+skip_trailer",
+            "fragment_index": str(self.written.fragments + 1),
+        }
+        if self.written.frames:
+            options["movflags"] += "+frag_discont"  # times go on where those of the fragments before ended
+        with av.open(buffer, "w", format="mp4", options=options) as container:
+            images = self._add_images(container)
+            delay = self._delay() if self.written.frames and len(frames) < REORDERED else 0
+            heard = None if self._sound is None else container.add_stream_from_template(self._sound.stream, opaque=True)
+            for index, frame in enumerate(frames, self.written.frames):
+                _mux(container, images, _decoded_earlier(images.encode(self._image(frame, index)), delay))
+                # Frame by frame, so that both streams are interleaved as players want them.
+                if self._sound is not None:
+                    packets = self._sound.encode(Fraction(index + 1) / self.fps)
+                    _mux(container, heard, packets, self._sound.priming)
+            _mux(container, images, _decoded_earlier(images.encode(None), delay))
+            if self._sound is not None:
+                _mux(container, heard, rest, self._sound.priming)
+        return buffer.getvalue()
+
+    def _delay(self) -> int:
+        """Frames by which a frame is decoded before it is shown, where the encoder has enough of them to reorder.
+
+        The header of the first fragment states it for all; of fewer frames the encoder would have none.
+        """
+        assert self._size is not None
+        blank = torch.zeros(*self._size, 3, dtype=torch.uint8)
+        with av.open(os.devnull, "w", format="null") as container:
+            images = self._add_images(container)
+            packets = [p for n in range(REORDERED) for p in images.encode(self._image(blank, n))]
+            packets += images.encode(None)
+        return int(packets[0].pts - packets[0].dts)
+
+    def _add_images(self, container: Any) -> Any:
+        assert self._size is not None
+        options = {"crf": str(self.crf), "preset": "medium"}
+        stream = container.add_stream(_h264(), rate=self.fps, options=options)
+        stream.height, stream.width = (side + side % 2 for side in self._size)  # 4:2:0 halves both
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = max(1, round(self.fps))  # a fragment a second
+        stream.codec_context.time_base = 1 / self.fps
+        stream.codec_context.colorspace = stream.codec_context.color_primaries = BT709
+        stream.codec_context.color_trc = BT709
+        return stream
+
+    def _image(self, frame: torch.Tensor, index: int) -> Any:
+        rgb = to_bytes(frame).cpu().numpy()
+        height, width = rgb.shape[:2]
+        rgb = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+        image = image.reformat(format="yuv420p", dst_colorspace="ITU709")
+        image.pts, image.time_base = index, 1 / self.fps
+        return image
+
+    def _count(self, frames: torch.Tensor, data: bytes, size: int) -> None:
+        """Frames whose fragments are among `data` are written, and with them `size` bytes in all."""
+        fragments = sum(kind == b"moof" for kind, _ in _boxes(data))
+        self.written = Written(self.written.frames + len(frames), size, self.written.fragments + fragments)
+
+
+class VideoWriter(_Fragments):
     """Writes an H.264 (yuv420p) MP4 with AAC sound. Leaving its context without an error puts it in place.
 
     Args:
@@ -231,25 +343,15 @@ class VideoWriter:
         comment: str = "",
     ) -> None:
         check_output(Path(path))
+        super().__init__(fps, crf, written)
         self.files = OutputFiles.of(path)
-        if not fps > 0:
-            raise InputError(f"{fps} frames a second make no video: InfiniteTalk uses 25.")
-        self.fps = Fraction(fps).limit_denominator(1001)
-        self.crf = crf
         self.comment = comment
-        self.written = written or Written()
         self._resumed = self.written.frames > 0
-        self._size: tuple[int, int] | None = None  # height, width as given
         self._sound = None if sound is None else _SoundTrack(sound, rate)
         if self._sound is not None:
             # The encoder has a memory: it is brought to where it was by the same sound once more.
             for frame in range(self.written.frames):
                 self._sound.encode(Fraction(frame + 1) / self.fps)
-
-    @property
-    def seconds(self) -> float:
-        """Length of what has been appended."""
-        return float(self.written.frames / self.fps)
 
     def append(self, frames: torch.Tensor) -> Written:
         """Add frames [n, H, W, 3], uint8 or float in [0, 1], all of one size, and the sound that goes with them.
@@ -257,17 +359,11 @@ class VideoWriter:
         When it returns they are on the disk. Raises InfiniteTalkError when the file cannot be written; what was
         appended before stays.
         """
-        if frames.ndim != 4 or frames.shape[-1] != 3:
-            raise InputError(f"Frames of shape {tuple(frames.shape)} cannot be written: give [n, height, width, 3].")
-        size = (int(frames.shape[1]), int(frames.shape[2]))
-        if self._size not in (None, size):
-            raise InputError(f"Frames of {size[1]} x {size[0]} do not fit this video: all must be of one size.")
-        self._size = size
+        self._check(frames)
         if len(frames) == 0:
             return self.written
         with self.explained():
             data = self._encode(frames)
-            boxes = _boxes(data)
             if self._resumed:
                 self._check_headers(data)
             if self.written.frames == 0:
@@ -275,13 +371,11 @@ class VideoWriter:
                 replace_file(self.files.partial, self.files.temporary, data)
                 size_now = len(data)
             else:
-                fragments = data[next(begin for kind, begin in boxes if kind == b"moof") :]
+                fragments = _without_header(data)
                 _add_whole(self.files.partial, self.written.bytes, fragments)
                 size_now = self.written.bytes + len(fragments)
         self._resumed = False
-        self.written = Written(
-            self.written.frames + len(frames), size_now, self.written.fragments + sum(k == b"moof" for k, _ in boxes)
-        )
+        self._count(frames, data, size_now)
         return self.written
 
     def close(self) -> None:
@@ -314,50 +408,6 @@ class VideoWriter:
     def kept(self) -> str:
         """What an error leaves, in a sentence."""
         return f"What was finished is in {self.files.partial}, which plays ({self.seconds:.1f} s)."
-
-    # --- encoding
-
-    def _encode(self, frames: torch.Tensor) -> bytes:
-        """A fragmented MP4 of these frames and their sound, their times being those in the whole video."""
-        buffer = io.BytesIO()
-        options = {
-            "movflags": "frag_keyframe+delay_moov+default_base_moof+skip_trailer",
-            "fragment_index": str(self.written.fragments + 1),
-        }
-        if self.written.frames:
-            options["movflags"] += "+frag_discont"  # times go on where those of the fragments before ended
-        with av.open(buffer, "w", format="mp4", options=options) as container:
-            images = self._add_images(container)
-            heard = None if self._sound is None else container.add_stream_from_template(self._sound.stream, opaque=True)
-            for index, frame in enumerate(frames, self.written.frames):
-                _mux(container, images, images.encode(self._image(frame, index)))
-                # Frame by frame, so that both streams are interleaved as players want them.
-                if self._sound is not None:
-                    packets = self._sound.encode(Fraction(index + 1) / self.fps)
-                    _mux(container, heard, packets, self._sound.priming)
-            _mux(container, images, images.encode(None))
-        return buffer.getvalue()
-
-    def _add_images(self, container: Any) -> Any:
-        assert self._size is not None
-        options = {"crf": str(self.crf), "preset": "medium"}
-        stream = container.add_stream(_h264(), rate=self.fps, options=options)
-        stream.height, stream.width = (side + side % 2 for side in self._size)  # 4:2:0 halves both
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = max(1, round(self.fps))  # a fragment a second
-        stream.codec_context.time_base = 1 / self.fps
-        stream.codec_context.colorspace = stream.codec_context.color_primaries = BT709
-        stream.codec_context.color_trc = BT709
-        return stream
-
-    def _image(self, frame: torch.Tensor, index: int) -> Any:
-        rgb = to_bytes(frame).cpu().numpy()
-        height, width = rgb.shape[:2]
-        rgb = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-        image = image.reformat(format="yuv420p", dst_colorspace="ITU709")
-        image.pts, image.time_base = index, 1 / self.fps
-        return image
 
     def _check_headers(self, data: bytes) -> None:
         """Reject frames of another encoder than that of the partial file, whose header holds for all of them."""
@@ -413,17 +463,88 @@ class VideoWriter:
             raise InfiniteTalkError(sentence) from error
 
 
+class StreamWriter(_Fragments):
+    """Writes an H.264 (yuv420p) MP4 with AAC sound that is read as it grows: a header, then fragments with each window.
+
+    Nothing that is written is changed later, so that the file may be a pipe. Its sound comes late by what the encoder
+    holds back of it (1,024 samples, 21 ms at 48 kHz), and the last of it with `close`.
+
+    Args:
+        file: open for bytes, and left open.
+        fps, crf: as of `VideoWriter`.
+    """
+
+    def __init__(self, file: BinaryIO, fps: float = 25, crf: int = 18) -> None:
+        super().__init__(fps, crf)
+        self.file = file
+
+    def append(
+        self, frames: torch.Tensor, sound: np.ndarray | torch.Tensor | None = None, rate: int | None = None
+    ) -> None:
+        """Write frames [n, H, W, 3], uint8 or float in [0, 1], all of one size, and the sound that goes with them.
+
+        Args:
+            sound: float32 in [-1, 1], [samples] or [channels, samples]; of all windows, or of none.
+            rate: samples a second of the sound.
+
+        Raises InfiniteTalkError when nobody reads the file any more, or it takes nothing.
+        """
+        self._check(frames)
+        if len(frames) == 0:
+            return
+        if self.written.frames and (sound is None) != (self._sound is None):
+            raise InputError("Either all windows of a stream have sound, or none: give silence where there is none.")
+        if self._sound is not None and sound is not None:
+            self._sound.extend(sound, rate)
+        elif sound is not None:
+            self._sound = _SoundTrack(sound, rate)
+        data = self._encode(frames)
+        data = _without_header(data) if self.written.frames else data
+        self._write(data)
+        self._count(frames, data, self.written.bytes + len(data))
+
+    def close(self) -> None:
+        """Write the rest of the sound."""
+        if self._sound is not None and self._size is not None:
+            nothing = torch.zeros(0, *self._size, 3, dtype=torch.uint8)
+            data = self._encode(nothing, [*self._sound.encode(self._sound.seconds), *self._sound.finish()])
+            self._write(_without_header(data))
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+            self.file.flush()
+        except BrokenPipeError as error:
+            raise InfiniteTalkError(
+                f"The stream's reader has closed it, after {self.written.frames} frames ({self.seconds:.1f} s)."
+            ) from error
+        except OSError as error:
+            raise InfiniteTalkError(
+                f"The stream takes nothing any more ({error.strerror or error}), after {self.written.frames} frames "
+                f"({self.seconds:.1f} s)."
+            ) from error
+
+
 def to_bytes(frames: torch.Tensor) -> torch.Tensor:
     """Frames as uint8, where they are: floats in [0, 1] rounded, what is beyond them cut off."""
     return frames if frames.dtype == torch.uint8 else (frames.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-def _mux(container: Any, stream: Any, packets: list[Any], later: int = 0) -> None:
+def _mux(container: Any, stream: Any, packets: Sequence[Any], later: int = 0) -> None:
     """Write packets of another container's stream as those of `stream`, `later` ticks of their own time base."""
     for packet in packets:
         packet.pts, packet.dts = packet.pts + later, packet.dts + later
         packet.stream = stream
         container.mux(packet)
+
+
+def _decoded_earlier(packets: list[Any], delay: int) -> list[Any]:
+    """Packets in the order in which they are shown, each to be decoded `delay` ticks before."""
+    for packet in packets:
+        packet.dts = packet.pts - delay if delay else packet.dts
+    return packets
 
 
 def _boxes(data: bytes) -> list[tuple[bytes, int]]:
@@ -434,6 +555,11 @@ def _boxes(data: bytes) -> list[tuple[bytes, int]]:
         found.append((data[offset + 4 : offset + 8], offset))
         offset += size if size > 1 else int.from_bytes(data[offset + 8 : offset + 16], "big")
     return found
+
+
+def _without_header(data: bytes) -> bytes:
+    """The fragments of an MP4 alone."""
+    return data[next(begin for kind, begin in _boxes(data) if kind == b"moof") :]
 
 
 def _add_whole(path: Path, size: int, data: bytes) -> None:
@@ -472,13 +598,13 @@ class _SoundTrack:
     """
 
     def __init__(self, sound: np.ndarray | torch.Tensor, rate: int | None) -> None:
-        wave = sound.detach().cpu().numpy() if isinstance(sound, torch.Tensor) else np.asarray(sound)
-        wave = wave[None] if wave.ndim == 1 else wave
-        if wave.ndim != 2 or wave.shape[0] not in (1, 2) or wave.shape[1] == 0:
+        wave = _channels(sound)
+        if wave.shape[1] == 0:
             raise InputError(f"Sound of shape {wave.shape} cannot be written: give one or two channels of samples.")
         if rate is None or rate < 1:
             raise InputError("The sound's samples a second are not known: give its rate.")
-        self.wave = wave.astype(np.float32, copy=False)
+        self.wave = wave
+        self._begin = 0  # sample of the recording that is the first of them
         self.rate = rate
         self.layout = "mono" if wave.shape[0] == 1 else "stereo"
         self.position = 0  # samples taken so far
@@ -493,14 +619,25 @@ class _SoundTrack:
 
     @property
     def seconds(self) -> Fraction:
-        return Fraction(self.wave.shape[1], self.rate)
+        return Fraction(self._begin + self.wave.shape[1], self.rate)
+
+    def extend(self, sound: np.ndarray | torch.Tensor, rate: int | None) -> None:
+        """The recording goes on; what of it is encoded is dropped."""
+        wave = _channels(sound)
+        if rate != self.rate or len(wave) != len(self.wave):
+            raise InputError(
+                f"The sound changes from {len(self.wave)} channels at {self.rate} Hz to {len(wave)} at {rate}: a "
+                "stream keeps them."
+            )
+        self.wave = np.concatenate([self.wave[:, self.position - self._begin :], wave], axis=1)
+        self._begin = self.position
 
     def encode(self, until: Fraction) -> list[Any]:
         """Packets of the sound up to `until` seconds."""
-        end = min(int(until * self.rate), self.wave.shape[1])
+        end = min(int(until * self.rate), self._begin + self.wave.shape[1])
         if end <= self.position:
             return []
-        piece = np.ascontiguousarray(self.wave[:, self.position : end])
+        piece = np.ascontiguousarray(self.wave[:, self.position - self._begin : end - self._begin])
         frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=self.layout)
         frame.sample_rate, frame.pts, frame.time_base = self.rate, self.position, Fraction(1, self.rate)
         self.position = end
@@ -522,6 +659,15 @@ class _SoundTrack:
         if packets and self.priming == 0:
             self.priming = max(0, -(packets[0].pts or 0))
         return packets
+
+
+def _channels(sound: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Sound as float32 [channels, samples]."""
+    wave = sound.detach().cpu().numpy() if isinstance(sound, torch.Tensor) else np.asarray(sound)
+    wave = wave[None] if wave.ndim == 1 else wave
+    if wave.ndim != 2 or wave.shape[0] not in (1, 2):
+        raise InputError(f"Sound of shape {wave.shape} cannot be written: give one or two channels of samples.")
+    return wave.astype(np.float32, copy=False)
 
 
 def _h264() -> str:

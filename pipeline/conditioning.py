@@ -36,6 +36,7 @@ __all__ = [
     "WindowCondition",
     "WindowConditioner",
     "WindowInputs",
+    "WindowSpeech",
     "keyframe_condition",
     "window_audio",
     "with_silence",
@@ -69,6 +70,18 @@ class FrameSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class WindowSpeech(Protocol):
+    """A window of the plan -> features of the speech in it, [1, frames, 5, layers, hidden].
+
+    Attributes:
+        shape: (layers, hidden).
+    """
+
+    shape: tuple[int, int]
+
+    def __call__(self, window: Window, /) -> Tensor: ...
 
 
 # --- what a pass is given ----------------------------------------------------------------------------------------
@@ -140,7 +153,7 @@ class Conditioning:
         context: prompt embeddings [n, text_dim], one for each window; the last one goes on (see `prompts`).
         negative: embedding of the negative prompt [m, text_dim]; not read where every cfg is 1.
         audio: for each speaker, one row of speech features per video frame [rows, layers, hidden]. Speakers may differ
-            in length: the longest one counts, the others hold their last row.
+            in length: the longest one counts, the others hold their last row. Or what gives each window its rows.
         source: the image as the only item, or the frames of a source video; see `load_image` for what they may be.
             A source shorter than the video goes on with its last frame.
         nag: a prompt to move away from inside the text attention; None: without.
@@ -148,7 +161,7 @@ class Conditioning:
 
     context: Sequence[Tensor]
     negative: Tensor
-    audio: Sequence[Tensor]
+    audio: Sequence[Tensor] | WindowSpeech
     source: FrameSource
     nag: NormalizedAttention | None = None
 
@@ -184,7 +197,7 @@ class Conditioner(Protocol):
     def __call__(self, window: Window, carried: Tensor | None, /) -> WindowCondition: ...
 
     def prepare(self, window: Window, /) -> None:
-        """Begin with what the window that comes next needs, while another one is computed."""
+        """Begin with what the window behind this one needs, while this one is computed."""
 
 
 class WindowConditioner:
@@ -246,10 +259,13 @@ class WindowConditioner:
         return WindowCondition(inputs, tuple(y[0, 4:].shape), front, source)
 
     def prepare(self, window: Window) -> None:
-        """Begin to read the source frames of the window that comes next, while another one is computed."""
-        shared = self._condition_of is not None and self._condition_of[0] == self._nearest(window.start)
+        """Begin to read the source frames of the window behind this one, while this one is computed."""
+        if window.index + 1 >= len(self.plan.windows):
+            return
+        following = self.plan.windows[window.index + 1]
+        shared = self._condition_of is not None and self._condition_of[0] == self._nearest(following.start)
         if self.plan.schedule.start > 0 or not shared:
-            self._read_ahead(window)
+            self._read_ahead(following)
 
     def _read_ahead(self, window: Window) -> None:
         self._ahead = (window.index, self._reader.submit(self._read, window))
@@ -267,7 +283,10 @@ class WindowConditioner:
 
     def audio(self, window: Window) -> Tensor:
         """Features of the speech in the window, [speakers, frames, 5, layers, hidden]."""
-        return with_silence(window_audio(self.given.audio, window, self.plan.total), self.plan.masks)
+        speech = self.given.audio
+        if not isinstance(speech, Sequence):
+            return speech(window)
+        return with_silence(window_audio(speech, window, self.plan.total), self.plan.masks)
 
     def image(self, index: int) -> Tensor:
         """Source frame [3, H, W] in [-1, 1]; beyond either end the nearest one."""
@@ -311,11 +330,9 @@ class WindowConditioner:
 def _check_conditioning(given: Conditioning, plan: Plan) -> None:
     if len(given.source) < 1:
         raise InputError("The source video holds no frame: give another.")
-    if len(given.audio) != plan.speakers:
-        raise InputError(f"Speech features of {len(given.audio)} speakers for a plan of {plan.speakers}: plan anew.")
-    shapes = {tuple(features.shape[1:]) for features in given.audio}
-    if len(shapes) != 1 or any(features.ndim != 3 or len(features) == 0 for features in given.audio):
-        raise InputError(f"Speech features {sorted(shapes)} do not fit: give [rows, layers, hidden], alike for all.")
+    speech = given.audio if isinstance(given.audio, Sequence) else None
+    if speech is not None:
+        _check_features(speech, plan)
     if not isinstance(given.context, Sequence) or not given.context:
         raise InputError("The prompt is a sequence of embeddings [n, text_dim], one or more: put one into a list.")
     windows = len(plan.windows)
@@ -323,13 +340,25 @@ def _check_conditioning(given: Conditioning, plan: Plan) -> None:
         logger.warning(
             "The prompt has %d pieces, the video %d windows: the rest is not used", len(given.context), windows
         )
-    named = [("speech features", f) for f in given.audio] + [("prompt", piece) for piece in given.context]
+    if plan.mode.distilled and len(given.context) > 1:
+        raise InputError(f"The mode {plan.config.mode} has one prompt for the whole video, not {len(given.context)}.")
+    if plan.mode.distilled and len(given.source) > 1:
+        raise InputError(f"The mode {plan.config.mode} takes one image, not {len(given.source)}: give the first alone.")
+    named = [("speech features", f) for f in speech or ()] + [("prompt", piece) for piece in given.context]
     named.append(("negative", given.negative))
     if given.nag is not None:
         named.append(("negative (NAG)", given.nag.negative))
     for name, tensor in named:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"The {name} embedding holds NaN or infinite values: check the encoder and its input.")
+
+
+def _check_features(speech: Sequence[Tensor], plan: Plan) -> None:
+    if len(speech) != plan.speakers:
+        raise InputError(f"Speech features of {len(speech)} speakers for a plan of {plan.speakers}: plan anew.")
+    shapes = {tuple(features.shape[1:]) for features in speech}
+    if len(shapes) != 1 or any(features.ndim != 3 or len(features) == 0 for features in speech):
+        raise InputError(f"Speech features {sorted(shapes)} do not fit: give [rows, layers, hidden], alike for all.")
 
 
 # --- condition channels of single windows ------------------------------------------------------------------------

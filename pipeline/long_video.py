@@ -9,17 +9,19 @@ on the last frames of the window before. Nothing is kept but those, so memory do
 
 Modes. `infinitetalk`: the condition is a source frame in every window, and the motion latents (of the image at first,
 then of the frames carried over) stand clean at the front of the latents throughout. `multitalk`: later windows are
-conditioned on the carried frames themselves, whose latents stand at the front noised to each step's sigma.
+conditioned on the carried frames themselves, whose latents stand at the front noised to each step's sigma. `flashtalk`:
+as `infinitetalk`, but that the first window, too, gives out none of its motion frames, and begins so many earlier.
 
 Random numbers come from one generator on the CPU, so that a seed means the same on every device. The order of draws is
 that of the public loop: a window's noise; in later windows one draw of the motion latents' shape before the first step
-and one after every step, which `multitalk` uses and `infinitetalk` only takes.
+and one after every step, which `multitalk` uses, `infinitetalk` only takes, and `flashtalk` does not draw: its
+scheduler does, noise of the whole window after every step.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +65,7 @@ class FinishedWindow:
     """What a window adds to the video.
 
     Attributes:
-        index, count: which of how many windows.
+        index, count: which of how many windows; 0 where their number is not known.
         frames: new frames [n, H, W, 3] on the CPU, float32 in [0, 1], or uint8 where that was asked for.
         latents: the whole window's clean latents [16, T, H / 8, W / 8], the carried part included.
         state: what the next one needs.
@@ -135,9 +137,14 @@ def generate_windows(
     fallback: Mapping[str, str],
     start: RunState | None = None,
     frames_dtype: torch.dtype = torch.float32,
+    windows: Iterable[Window] | None = None,
 ) -> Iterator[FinishedWindow]:
-    """`generate` with a conditioner of the caller's."""
-    config, schedule, count = plan.config, plan.schedule, len(plan.windows)
+    """`generate` with a conditioner of the caller's.
+
+    Args:
+        windows: in place of the plan's, each asked for when the one before was handed out; their count is then 0.
+    """
+    config, schedule, count = plan.config, plan.schedule, len(plan.windows) if windows is None else 0
     device = torch.device(config.device)
     generator = torch.Generator("cpu").manual_seed(int(config.seed))
     modes = FallbackModes(model, config.attention_policy, fallback, schedule.steps, device)
@@ -148,7 +155,7 @@ def generate_windows(
         generator.set_state(start.generator)
         first, carried, modes.floor = start.windows, start.carried.to(device), start.floor
 
-    for window in plan.windows[first:]:
+    for window in plan.windows[first:] if windows is None else windows:
 
         def report(step: int, clean: torch.Tensor, index: int = window.index) -> None:
             if callbacks.preview is not None:
@@ -157,8 +164,7 @@ def generate_windows(
                 callbacks.progress(index, count, step + 1, schedule.steps)
 
         condition = conditioner(window, carried)
-        if not window.is_last:
-            conditioner.prepare(plan.windows[window.index + 1])
+        conditioner.prepare(window)
         x = draw(condition.shape, generator, device)
         if condition.source is not None:
             x = schedule.scheduler.add_noise(condition.source, x, schedule.start)

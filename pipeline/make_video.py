@@ -3,7 +3,8 @@
     result = make_video(Job(files=..., audio=("speech.wav",), image="portrait.png", out="talking.mp4"))
 
 Whatever can be rejected is rejected before the first large file is read. The encoders are loaded, used and let go one
-after the other, so that the largest part in memory next to the DiT is the VAE.
+after the other, so that the largest part in memory next to the DiT is the VAE; where speech is encoded as it streams,
+wav2vec2 stays too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..fp8_optimization import Quantization, how_linears_run, quantize_linears
-from ..media.audio import load_speech, read_audio
+from ..media.audio import TARGET_LUFS, load_speech, read_audio
 from ..media.images import load_image, pad_image
 from ..media.masks import load_mask
 from ..media.mixing import arrange, mix
@@ -54,12 +55,13 @@ from ..wanvideo.runtime.parallel import ALONE, Mesh, check_tokens
 from ..wanvideo.runtime.precision import fp16_accumulation
 from .attention_policy import SAFER, bind
 from .bounds import check_numbers, shown
-from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner
+from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner, WindowSpeech
+from .flashtalk import SAMPLES_A_FRAME, SpeechRing, SpeechRows, with_silence_around
 from .humo import TRAINED_FRAMES, HuMoConditioner, References, plan_humo
 from .journal import Journal, describe, describe_config, finished_windows
 from .loaded_models import LoadedModels
 from .long_video import Callbacks, generate_windows
-from .plan import HUMO, GenerateConfig, Plan, mode_by_name, plan_video
+from .plan import FLASHTALK, HUMO, MODES, GenerateConfig, Plan, mode_by_name, plan_video
 from .processes import Processes, Seat
 from .prompts import Piece, encode_pieces, parse_prompt
 from .recorder import Discarder, Recorder
@@ -90,6 +92,9 @@ NOT_WHAT = (
 SOUND_RATE = 48000
 """Hz. Of the sound of several recordings together."""
 
+NO_FILE = "-"
+"""`Job.out` of a video that is handed out window by window, see `stream`."""
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -118,7 +123,8 @@ class Job:
     Attributes:
         files: the checkpoints.
         audio: one recording per speaker, one to four; of HuMo one or none.
-        out: the video file to write (.mp4). What is there is replaced when all of the new one is made.
+        out: the video file to write (.mp4). What is there is replaced when all of the new one is made. `NO_FILE` for
+            the functions in `stream`, which write none.
         image: the image that speaks; or `video`: a source video whose movements are kept. One of the two, but for HuMo.
         references: images of what HuMo is to show: persons, clothes, things.
         one_after_the_other: each recording begins where the one before ends, instead of all at once.
@@ -249,14 +255,16 @@ def _make(job: Job, events: Events, loaded: LoadedModels, mesh: Mesh) -> Result:
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
     events.stage("Checking the inputs")
     job = named(job)
+    if str(job.out) == NO_FILE:
+        raise InputError(f"The video {NO_FILE} would be no file: name one, or take the windows of `stream_video`.")
     checked = check(job)
     device, plan = checked.device, checked.plan
 
     files = OutputFiles.of(job.out)
-    with files.locked() if mesh.first else nullcontext(), torch.inference_mode(), _explained_memory(device):
+    with files.locked() if mesh.first else nullcontext(), torch.inference_mode(), explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
-        sound, rate = _sound(job.audio, job.one_after_the_other) if job.audio else (None, None)
+        sound, rate = sound_of(job)
         written = None if start is None else start.written
         writer = VideoWriter(job.out, FPS, sound, rate, written=written, comment=job.comment)
         if start is not None and start.state.windows == len(plan.windows):
@@ -265,21 +273,10 @@ def _make(job: Job, events: Events, loaded: LoadedModels, mesh: Mesh) -> Result:
             seconds = time.monotonic() - begin
             return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, GuardStats(), {}, {})
 
-        # 2. Encode the conditions.
-        loaded.begin(_loaded_as(job, checked))
-        audio = _speech_features(job, checked, events)
-        context, negative = loaded.get("prompts", lambda: _encode_prompts(job, checked, events))
-        events.stage("Loading the image encoder and the VAE" if job.files.clip_vision else "Loading the VAE")
-        clip = loaded.get("image encoder", lambda: _load_image_encoder(job, checked))
-        vae = loaded.get("VAE", lambda: _load_vae(job, checked))
-        decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
+        # 2. Encode the conditions, and load the model.
+        ready = make_ready(job, checked, events, loaded, mesh)
 
-        # 3. Load the model.
-        model = loaded.get("model", lambda: _load_model(job, checked, events))
-        model.mesh = mesh
-        _check_widths(checked.dit, context, audio)
-
-        # 4. Generate; each window is written while the next one is made.
+        # 3. Generate; each window is written while the next one is made.
         state = None if start is None else start.state
         events.stage("Generating" if job.compile_settings is None else "Generating, the first step compiles the model")
         with (
@@ -295,14 +292,12 @@ def _make(job: Job, events: Events, loaded: LoadedModels, mesh: Mesh) -> Result:
                 recorder.check()
 
             callbacks = Callbacks(progress=events.step, check_interrupt=check_interrupt)
-            followed = FollowedVae(vae, decoder, events, mesh)
-            conditioner = _conditioner(checked, followed, clip, context, negative, audio)
-            windows = generate_windows(model, followed, conditioner, plan, callbacks, SAFER, state, torch.uint8)
-            for window in windows:
+            parts = (ready.model, ready.vae, ready.conditioner, plan, callbacks, SAFER)
+            for window in generate_windows(*parts, state, torch.uint8):
                 recorder.add(window)
 
-    # 5. Say what really ran.
-    linears = how_linears_run(model.blocks, device)
+    # 4. Say what really ran.
+    linears = how_linears_run(ready.model.blocks, device)
     logger.info("%s", what_ran(linears, job.attention_mode, job.attention_policy, kernels))
     seconds = time.monotonic() - begin
     return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels, linears)
@@ -359,6 +354,32 @@ def devices_of(first: torch.device, gpus: int) -> tuple[torch.device, ...]:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """What makes the windows of a job; `speech` is what they are conditioned on."""
+
+    model: WanModel
+    vae: FollowedVae
+    conditioner: Conditioner
+    speech: Sequence[Tensor] | WindowSpeech
+
+
+def make_ready(job: Job, checked: Checked, events: Events, loaded: LoadedModels, mesh: Mesh = ALONE) -> Ready:
+    """Encode the conditions and load the model. Raises CheckpointError where they do not fit each other."""
+    loaded.begin(_loaded_as(job, checked))
+    audio = _speech_features(job, checked, events)
+    context, negative = loaded.get("prompts", lambda: _encode_prompts(job, checked, events))
+    events.stage("Loading the image encoder and the VAE" if job.files.clip_vision else "Loading the VAE")
+    clip = loaded.get("image encoder", lambda: _load_image_encoder(job, checked))
+    vae = loaded.get("VAE", lambda: _load_vae(job, checked))
+    decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
+    model = loaded.get("model", lambda: _load_model(job, checked, events))
+    _check_widths(checked.dit, context, audio)
+    model.mesh = mesh
+    followed = FollowedVae(vae, decoder, events, mesh)
+    return Ready(model, followed, _conditioner(checked, followed, clip, context, negative, audio), audio)
+
+
+@dataclass(frozen=True)
 class FollowedVae:
     """A VAE, and what decodes, itself or a small decoder; `events` follow their work, which a mesh shares."""
 
@@ -407,7 +428,7 @@ class Checked:
         dit: shapes of the model, as its files state them.
         source: the image, or the frames of the source video; none of HuMo.
         references: HuMo's images, of the video's size [3, H, W] in [-1, 1].
-        speech: 16 kHz waveform of each speaker, as far as frames are made of it.
+        speech: 16 kHz waveform of each speaker, as far as frames are made of it; none where it is still to come.
         prompt: pieces of the prompt.
         plan: size, windows, schedule and masks.
     """
@@ -433,8 +454,12 @@ def named(job: Job) -> Job:
     )
 
 
-def check(job: Job) -> Checked:
-    """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints."""
+def check(job: Job, *, live: bool = False) -> Checked:
+    """Reject what cannot work, and plan the rest. Reads recordings, images and the headers of the checkpoints.
+
+    Args:
+        live: the speech comes later, and the plan is that of its first window.
+    """
     device = choose_device(job.device)
     text_encoder_device = device if job.text_encoder_device == "auto" else choose_device(job.text_encoder_device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -446,15 +471,19 @@ def check(job: Job) -> Checked:
     prompt = parse_prompt(job.prompt)
     _check_paths(job)
     _check_missing(job)
-    check_output(Path(job.out), input_files(job))
+    if str(job.out) != NO_FILE:
+        check_output(Path(job.out), input_files(job))
     _check_kinds_of_files(job.files)
     dit = inspect_dit(job.files.model, job.files.adapter, job.quantization)
     policy = bind(job.attention_policy, job.attention_mode, dit.num_layers)
     job = replace(job, config=replace(job.config, device=device, attention_policy=policy))
     check_mode(job.attention_mode, dit.num_heads, dit.head_dim, device, dtype)
-    plan, source, references, speech = (_plan_humo if job.config.mode == HUMO else _plan_talking)(job, dit)
+    planned = _plan_humo(job, dit) if job.config.mode == HUMO else _plan_talking(job, dit, live)
+    plan, source, references, speech = planned
     if len(prompt) > len(plan.windows) and job.config.mode == HUMO:
         raise InputError("HuMo makes one window, and the prompt has pieces for several: leave out the '|'.")
+    if len(prompt) > 1 and plan.mode.distilled:
+        raise InputError(f"The mode {job.config.mode} has one prompt for the whole video: leave out the '|'.")
     _check_encoders(job.files)
     inspect_loras(dit, job.loras)
     _check_gpus(job, plan, dit)
@@ -466,9 +495,9 @@ Planned = tuple[Plan, FrameSource, Sequence[Tensor], Sequence[np.ndarray]]
 """A plan, the source frames, the reference images, and the 16 kHz speech that frames are made of."""
 
 
-def _plan_talking(job: Job, dit: WanConfig) -> Planned:
+def _plan_talking(job: Job, dit: WanConfig, live: bool) -> Planned:
     """Of an image or a source video that speaks."""
-    _check_model_can_speak(dit, job.files)
+    _check_model_can_speak(dit, job)
     speaker = job.files.adapter or job.files.model
     if mode_by_name(speaker) not in (None, job.config.mode):
         logger.warning(
@@ -479,19 +508,31 @@ def _plan_talking(job: Job, dit: WanConfig) -> Planned:
         )
     if job.references:
         raise InputError(f"Reference images are read in the mode {HUMO} alone: give the person's as the image.")
-    if not job.audio:
+    if not job.audio and not live:
         raise InputError("Give a recording of speech: one for each speaker.")
+    if job.video is not None and job.config.mode == FLASHTALK:
+        raise InputError(f"The mode {FLASHTALK} animates an image, not a source video: give an image.")
     source = _open_source(job)
     masks = [load_mask(path) for path in job.masks]
-    speech = [load_speech(path) for path in job.audio]
+    # As it streams, speech is brought to one loudness window by window.
+    loudness = None if encodes_streams(job.config) else TARGET_LUFS
+    speech = [load_speech(path, target_lufs=loudness) for path in job.audio]
     if job.one_after_the_other and speech:
         speech = arrange(speech, one_after_the_other=True)
     if job.max_frames is not None:
         speech = [waveform[: Wav2Vec2Features.samples_of(job.max_frames, FPS)] for waveform in speech]
     frames = [Wav2Vec2Features.frames_of(len(waveform), FPS) for waveform in speech]
+    if live:
+        frames = [max(1, job.config.frames - job.config.motion_frames)]
     techniques = fitted(job.config.techniques, dit, Path(job.files.model).name)
     config = replace(job.config, total_frames=max(frames, default=0), techniques=techniques)
     return plan_video(config, load_image(source[0]).size, frames, masks or None), source, (), speech
+
+
+def encodes_streams(config: GenerateConfig) -> bool:
+    """Whether speech is encoded window by window, as it comes."""
+    mode = MODES.get(config.mode)  # whether there is such a mode is said by `plan_video`
+    return mode is not None and (config.speech_encoding or mode.speech[0]) == "stream"
 
 
 def _plan_humo(job: Job, dit: WanConfig) -> Planned:
@@ -663,8 +704,20 @@ def _paths(value: object, strings: bool) -> Iterator[Path]:
             yield from _paths(item, strings)
 
 
-def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
-    name = Path(files.model).name
+def _check_model_can_speak(config: WanConfig, job: Job) -> None:
+    files, name = job.files, Path(job.files.model).name
+    if job.config.mode == FLASHTALK:
+        if files.adapter is not None:
+            raise InputError(
+                f"FlashTalk's audio layers are in its model: leave out the adapter {Path(files.adapter).name}."
+            )
+        if config.model_type == "i2v" and config.audio is None:
+            raise CheckpointError(f"The model {name} has no audio layers, which FlashTalk's has: give its folder.")
+        if any(lora.strength for lora in job.loras):
+            logger.warning(
+                "FlashTalk is distilled to few steps already: a step LoRA on top of it spoils it, and other LoRAs were "
+                "not tried."
+            )
     if config.humo is not None:
         raise CheckpointError(f"The model {name} is HuMo: choose the mode {HUMO}; InfiniteTalk needs Wan2.1 I2V 14B.")
     if config.model_type != "i2v":
@@ -681,15 +734,17 @@ def _check_model_can_speak(config: WanConfig, files: ModelFiles) -> None:
             raise InputError(f"InfiniteTalk needs a {what} model: give its file.")
 
 
-def _sound(recordings: Sequence[str | Path], one_after_the_other: bool) -> tuple[np.ndarray, int]:
+def sound_of(job: Job) -> tuple[np.ndarray, int] | tuple[None, None]:
     """The sound of the video: the recordings as they are, on one time line; mono samples and their rate in Hz."""
-    waves = [read_audio(path) for path in recordings]
+    waves = [read_audio(path) for path in job.audio]
+    if not waves:
+        return None, None
     if len(waves) == 1:
         return waves[0]
     import soxr
 
     resampled = [soxr.resample(wave, rate, SOUND_RATE) for wave, rate in waves]
-    return mix(arrange(resampled, one_after_the_other=one_after_the_other)), SOUND_RATE
+    return mix(arrange(resampled, one_after_the_other=job.one_after_the_other)), SOUND_RATE
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -755,17 +810,26 @@ def _load_decoder(job: Job, checked: Checked) -> SmallDecoder:
     return SmallDecoder.load(job.files.decoder, dtype=checked.dtype, device=checked.device)
 
 
-def _speech_features(job: Job, checked: Checked, events: Events) -> list[Tensor]:
-    """Features [frames, layers, hidden] of each recording; the encoder is let go."""
-    if not checked.speech:
+def _speech_features(job: Job, checked: Checked, events: Events) -> Sequence[Tensor] | WindowSpeech:
+    """Features [frames, layers, hidden] of each recording, after which the encoder goes; or FlashTalk's windows."""
+    if not checked.speech and job.config.mode == HUMO:
         return []
-    events.stage("Encoding the recording" if len(checked.speech) == 1 else "Encoding the recordings")
+    events.stage("Encoding the recordings" if len(checked.speech) > 1 else "Encoding the recording")
     if job.config.mode == HUMO:
         assert job.files.whisper is not None
         whisper = WhisperFeatures.load(job.files.whisper, dtype=_whisper_dtype(checked.device), device=checked.device)
         return [whisper(waveform) for waveform in checked.speech]
     assert job.files.wav2vec is not None
     features = Wav2Vec2Features.load(job.files.wav2vec, dtype=torch.float32, device=checked.device)
+    if job.config.mode == FLASHTALK:
+        plan = checked.plan
+        if not checked.speech:
+            return SpeechRing(features)
+        speech = checked.speech[0][: plan.total * SAMPLES_A_FRAME]
+        if plan.speech_encoding == "stream":
+            return SpeechRing(features, speech)
+        lead = plan.config.motion_frames
+        return SpeechRows(features(with_silence_around(speech, lead, plan.windows[-1].end)), lead)
     return [features(waveform) for waveform in checked.speech]
 
 
@@ -779,12 +843,13 @@ def _conditioner(
     clip: ClipLike | None,
     context: Sequence[Tensor],
     negative: Tensor,
-    audio: Sequence[Tensor],
+    audio: Sequence[Tensor] | WindowSpeech,
 ) -> Conditioner:
     """What gives each window its condition."""
     stage, humo = Callbacks().stage, checked.dit.humo
     if humo is None:
         return WindowConditioner(vae, clip, Conditioning(context, negative, audio, checked.source), checked.plan, stage)
+    assert isinstance(audio, Sequence)
     given = References(context[0], negative, audio[0] if audio else None, checked.references)
     channels = checked.dit.in_dim > checked.dit.out_dim
     return HuMoConditioner(vae, given, checked.plan, stage, channels=channels, features=(humo.blocks, humo.channels))
@@ -838,7 +903,7 @@ def _load_model(job: Job, checked: Checked, events: Events) -> WanModel:
     return model
 
 
-def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[Tensor]) -> None:
+def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[Tensor] | WindowSpeech) -> None:
     if context[0].shape[1] != config.text_dim:
         raise CheckpointError(
             f"The text encoder gives tokens of {context[0].shape[1]} numbers, the model reads {config.text_dim}; "
@@ -846,7 +911,7 @@ def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[
         )
     if config.audio is None:
         return
-    given = tuple(audio[0].shape[1:])
+    given = tuple(audio[0].shape[1:]) if isinstance(audio, Sequence) else audio.shape
     if given[0] * given[1] != config.audio.blocks * config.audio.channels:
         raise CheckpointError(
             f"wav2vec2 gives {given[0]} x {given[1]} features per frame, the adapter reads {config.audio.blocks} x "
@@ -855,7 +920,7 @@ def _check_widths(config: WanConfig, context: Sequence[Tensor], audio: Sequence[
 
 
 @contextmanager
-def _explained_memory(device: torch.device) -> Iterator[None]:
+def explained_memory(device: torch.device) -> Iterator[None]:
     """Out of memory becomes an InfiniteTalkError that says what helps."""
     try:
         yield

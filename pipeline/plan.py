@@ -24,7 +24,19 @@ from .schedulers import make_scheduler
 from .techniques import Technique, check_techniques
 from .windows import Window, plan_windows
 
-__all__ = ["HUMO", "MODES", "GenerateConfig", "Mode", "Plan", "mode_by_name", "plan_schedule", "plan_video"]
+__all__ = [
+    "FLASHTALK",
+    "HUMO",
+    "MODES",
+    "RING_FRAMES",
+    "SPEECH_ENCODINGS",
+    "GenerateConfig",
+    "Mode",
+    "Plan",
+    "mode_by_name",
+    "plan_schedule",
+    "plan_video",
+]
 
 
 @dataclass(frozen=True)
@@ -37,27 +49,45 @@ class Mode:
         first_motion: the source image's latents stand at the front of the first window.
         noised: the latents at the front are noised to each step's sigma; otherwise they stay clean.
         draws: in later windows, noise of their shape is drawn at each step, used or not.
+        early: the first window too gives out none of its motion frames, and begins so many before the video.
+        distilled: made for one speaker and one pass of each step, from one image and one prompt; all else is rejected.
+        speech: how the speech may be encoded, one of `SPEECH_ENCODINGS`; the first one is the usual.
     """
 
     carried_condition: bool = False
     first_motion: bool = True
     noised: bool = False
     draws: bool = True
+    early: bool = False
+    distilled: bool = False
+    speech: tuple[str, ...] = ("once",)
 
 
 HUMO = "humo"
 """A model of its own, whose videos have one window: see `humo.plan_humo`."""
 
+FLASHTALK = "flashtalk"
+"""InfiniteTalk distilled to four steps and windows of a second, see `flashtalk`."""
+
+SPEECH_ENCODINGS = ("once", "stream")
+"""`once`: the whole recording. `stream`: for each window the last `RING_FRAMES` video frames of it, as it comes."""
+
+RING_FRAMES = 200
+"""8 s."""
+
 MODES: dict[str, Mode] = {
     "infinitetalk": Mode(),
     "multitalk": Mode(carried_condition=True, first_motion=False, noised=True),
     HUMO: Mode(first_motion=False, draws=False),
+    FLASHTALK: Mode(draws=False, early=True, distilled=True, speech=("stream", "once")),
 }
 
 
 def mode_by_name(path: str | Path) -> str | None:
-    """The row of `MODES` that the name of an adapter or a merged model speaks of; None: of neither."""
+    """The row of `MODES` that the name of an adapter or a merged model speaks of; None: of none."""
     name = Path(path).name.lower()
+    if FLASHTALK in name:
+        return FLASHTALK
     return "infinitetalk" if "infinite" in name else "multitalk" if "multitalk" in name else None
 
 
@@ -83,6 +113,7 @@ class GenerateConfig:
         mode: one of `MODES`.
         color_correction: 0 to 1, how far each frame takes on the colors of the first condition image.
         color_method: how, one of `COLOR_METHODS`.
+        speech_encoding: one of `SPEECH_ENCODINGS` that the mode has; None: its usual one.
         attention_policy: mode of the attention kernels, or (step, steps) -> mode. None: the model's own.
         tiled_vae: encode and decode in tiles, for small GPUs.
         techniques: what else changes the passes of a step, see `techniques`.
@@ -112,6 +143,7 @@ class GenerateConfig:
     mode: str = "infinitetalk"
     color_correction: float = 1.0
     color_method: str = "reinhard"
+    speech_encoding: str | None = None
     attention_policy: AttentionPolicy | None = None
     tiled_vae: bool = False
     techniques: tuple[Technique, ...] = ()
@@ -144,6 +176,10 @@ class Plan:
     speakers: int
     masks: torch.Tensor
 
+    @property
+    def speech_encoding(self) -> str:
+        return self.config.speech_encoding or self.mode.speech[0]
+
 
 def plan_video(
     config: GenerateConfig,
@@ -166,11 +202,19 @@ def plan_video(
     if config.color_method not in COLOR_METHODS:
         raise InputError(f"There is no color method '{config.color_method}': choose one of {', '.join(COLOR_METHODS)}.")
     check_numbers(**{name: value for name, value in vars(config).items() if name in BOUNDS})
+    mode = MODES[config.mode]
+    if config.speech_encoding not in (None, *mode.speech):
+        raise InputError(
+            f"The mode {config.mode} has no speech encoding '{config.speech_encoding}': choose "
+            f"{' or '.join(mode.speech)}."
+        )
+    if mode.distilled:
+        _check_distilled(config, len(speech), masks)
     width, height = fit_size(image, config.width, config.height, config.area)
     check_window(config.frames, width, height)
     planes = latent_masks(masks, len(speech), image, width, height)
     total = max(speech) if config.total_frames is None else config.total_frames
-    windows = plan_windows(total, config.frames, config.motion_frames)
+    windows = plan_windows(total, config.frames, config.motion_frames, early=mode.early)
     schedule = plan_schedule(
         config.scheduler,
         config.steps,
@@ -183,7 +227,31 @@ def plan_video(
         apg=(config.apg_momentum, config.apg_norm_threshold) if config.use_apg else None,
         techniques=config.techniques,
     )
-    return Plan(config, MODES[config.mode], width, height, total, tuple(windows), schedule, len(speech), planes)
+    plan = Plan(config, mode, width, height, total, tuple(windows), schedule, len(speech), planes)
+    if plan.speech_encoding == "stream" and config.frames > RING_FRAMES:
+        raise InputError(
+            f"Windows of {config.frames} frames are longer than the {RING_FRAMES} whose speech is read: set fewer, or "
+            "the speech encoding to once."
+        )
+    return plan
+
+
+def _check_distilled(config: GenerateConfig, speakers: int, masks: Sequence[torch.Tensor] | None) -> None:
+    """Raise InputError for what a model that was distilled to one pass was not made for."""
+    what = f"The mode {config.mode}"
+    scales = [
+        scale
+        for value in (config.cfg, config.audio_cfg)
+        for scale in (value if isinstance(value, Sequence) else [value])
+    ]
+    if any(scale != 1 for scale in scales):
+        raise InputError(f"{what} makes one pass of each step, without guidance: set cfg and audio_cfg to 1.")
+    if config.start_step:
+        raise InputError(f"{what} begins from noise alone: leave the start step at 0.")
+    if speakers > 1:
+        raise InputError(f"{what} has one speaker, not {speakers}: give one recording, or mix them into one.")
+    if masks is not None:
+        raise InputError(f"{what} has one speaker, who is not confined: give no masks.")
 
 
 def plan_schedule(

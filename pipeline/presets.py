@@ -14,7 +14,7 @@ from ..wanvideo.checkpoints.reading import json_object
 from ..wanvideo.errors import CheckpointError, InputError
 from .bounds import BOUNDS
 from .make_video import Job
-from .plan import HUMO, GenerateConfig
+from .plan import FLASHTALK, HUMO, GenerateConfig
 
 __all__ = ["PRESETS", "build_job", "mode_defaults", "preset_values", "stated_defaults"]
 
@@ -27,6 +27,19 @@ HUMO_17B: dict[str, Any] = {"steps": 50, "shift": 5.0, "scheduler": "unipc", "cf
 HUMO_1_7B = HUMO_17B | {"cfg": 7.0, "audio_cfg": 7.5, "image_cfg": 4.0}
 """The public settings of HuMo's two models."""
 
+STREAM: dict[str, Any] = {
+    "frames": 33,
+    "motion_frames": 5,
+    "steps": 4,
+    "shift": 5.0,
+    "scheduler": "flashtalk",
+    "cfg": 1.0,
+    "audio_cfg": 1.0,
+    "color_method": "flashtalk",
+}
+FLASHTALK_14B = STREAM | {"width": 448, "height": 768}
+"""The public settings of SoulX-FlashTalk."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 4, "cfg": 1.0, "audio_cfg": 1.0},
     "quality": QUALITY,
@@ -37,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tiled_vae": True,
         "text_encoder_device": "cpu",  # UMT5-XXL would take more of the GPU than all the rest
     },
+    "stream": STREAM | {"mode": FLASHTALK},
 }
 """Name -> fields of `GenerateConfig` and `Job` with their values."""
 
@@ -87,8 +101,15 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def mode_defaults(mode: str | None, model: str | Path) -> dict[str, Any]:
-    """Settings of a mode whose public ones are not those of InfiniteTalk; of HuMo's two models by the file's header."""
+def mode_defaults(mode: str | None, model: str | Path, preset: str | None = None) -> dict[str, Any]:
+    """Settings of a mode whose public ones are not those of InfiniteTalk; of HuMo's two models by the file's header.
+
+    Args:
+        mode: None: that of the preset, where it has one.
+    """
+    mode = mode or PRESETS.get(preset or "", {}).get("mode")
+    if mode == FLASHTALK:
+        return FLASHTALK_14B
     if mode != HUMO:
         return {}
     try:

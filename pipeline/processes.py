@@ -156,7 +156,8 @@ class Processes:
         for rank, device in enumerate(self.devices):
             ours, theirs = context.Pipe()
             place = (rank, len(self.devices), device, self.passes, Path(self._folder.name), 2 * self.time_limit, level)
-            process = context.Process(target=_process, args=(theirs, self.work, *place), name=f"GPU process {rank}")
+            name = f"GPU process {rank}"
+            process = context.Process(target=_process, args=(theirs, self.work, *place), name=name, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -220,6 +220,12 @@ def _distill_grid(steps: int, shift: float) -> np.ndarray:
     return _shifted(np.array([0.999, 0.75, 0.5, 0.25], dtype=np.float32), shift)
 
 
+def _flashtalk_grid(steps: int, shift: float) -> np.ndarray:
+    levels = {4: [1000, 750, 500, 250], 2: [1000, 500]}.get(steps)
+    u = np.linspace(1000, 1, steps) if levels is None else np.array(levels)
+    return _shifted(u.astype(np.float32) / np.float32(1000), shift)
+
+
 def _res_grid(steps: int, shift: float) -> np.ndarray:
     training = _shifted(torch.linspace(1, 0.003 / 1.002, 1000), shift)
     sigmas: np.ndarray = training[[min(round(i * 1000 / steps), 999) for i in range(steps)]].numpy()
@@ -242,6 +248,7 @@ _PLAIN: dict[str, tuple[type[Scheduler], _Grid]] = {
     "flowmatch_distill": (Scheduler, _distill_grid),
     "multitalk": (Scheduler, _multitalk_grid),
     "res_multistep": (ResMultistep, _res_grid),
+    "flashtalk": (LCM, _flashtalk_grid),
 }
 _WITH_BETA = ("unipc", "dpm++", "dpm++_sde", "euler", "lcm")
 _WHOLE_TIMESTEPS = (_solver_grid,)

@@ -3,15 +3,20 @@
 A video of `total` frames is made in windows of `frames` = 4n + 1. Each window after the first begins with the last
 `motion` = 4m + 1 frames of the one before, so that starts advance by `frames - motion`. What runs past `total` is made
 for the recording's tail played backwards, and cut off.
+
+Where the first window gives out none of its `motion` frames either (`early`), it begins so many frames before the
+video.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from ..wanvideo.errors import InputError
 
-__all__ = ["AUDIO_CONTEXT", "Window", "audio_rows", "latent_frames", "plan_windows"]
+__all__ = ["AUDIO_CONTEXT", "Window", "audio_rows", "latent_frames", "plan_windows", "windows_from"]
 
 AUDIO_CONTEXT = 5
 """Rows of speech features for each frame: its own, and two on either side."""
@@ -25,7 +30,8 @@ class Window:
         index: place in the plan, from 0.
         start: first frame.
         frames: length, the part that is cut off included.
-        overlap: frames at the front that the window before has given out (0 in the first window, then the motion).
+        overlap: frames at the front that are not given out: the window before has (the motion; 0 in the first window
+            unless it begins early).
         new: frames that this window gives out; they follow the overlap.
         is_last: whether the plan ends here.
     """
@@ -48,13 +54,14 @@ def latent_frames(frames: int) -> int:
     return (frames - 1) // 4 + 1
 
 
-def plan_windows(total: int, frames: int, motion: int) -> list[Window]:
+def plan_windows(total: int, frames: int, motion: int, *, early: bool = False) -> list[Window]:
     """The windows of a video of `total` frames; one is enough when it covers them all.
 
     Args:
         total: frames of the finished video, at least 1.
         frames: window length, 4n + 1 (InfiniteTalk is trained on 81).
         motion: frames carried over, 4n + 1 and below `frames` (9 or 25).
+        early: the first window begins `motion` frames before the video.
 
     Raises:
         InputError: lengths of another form.
@@ -70,14 +77,21 @@ def plan_windows(total: int, frames: int, motion: int) -> list[Window]:
             f"Each window of {frames} frames would begin with {motion} frames of the one before and leave no room for "
             "new ones: set the motion frames below the window's."
         )
-    advance = frames - motion
-    count = 1 + max(0, -(-(total - frames) // advance))
-    plan = []
-    for index in range(count):
-        start, overlap = index * advance, motion if index else 0
-        new = min(frames, total - start) - overlap
-        plan.append(Window(index, start, frames, overlap, new, index == count - 1))
+    plan: list[Window] = []
+    for window in windows_from(frames, motion, early=early):
+        plan.append(window)
+        if window.end >= total:
+            break
+    plan[-1] = replace(window, new=total - window.start - window.overlap, is_last=True)
     return plan
+
+
+def windows_from(frames: int, motion: int, *, early: bool = False) -> Iterator[Window]:
+    """The windows of a video without an end, arguments as in `plan_windows`."""
+    for index in itertools.count():
+        overlap = motion if index or early else 0
+        start = index * (frames - motion) - (motion if early else 0)
+        yield Window(index, start, frames, overlap, frames - overlap, is_last=False)
 
 
 def audio_rows(window: Window, total: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from ..pipeline.attention_policy import POLICIES
 from ..pipeline.bounds import BOUNDS, check_numbers, shown
 from ..pipeline.guidance import FORMULAS
 from ..pipeline.make_video import Job
-from ..pipeline.plan import MODES
+from ..pipeline.plan import MODES, SPEECH_ENCODINGS
 from ..pipeline.presets import PRESETS, build_job, mode_defaults, preset_values, stated_defaults
 from ..pipeline.schedulers import SCHEDULERS
 from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
@@ -44,6 +44,7 @@ CHOICES = {
     "scheduler": SCHEDULERS,
     "guidance": FORMULAS,
     "color_method": COLOR_METHODS,
+    "speech_encoding": SPEECH_ENCODINGS,
     "attention_policy": tuple(POLICIES),
     "attention_mode": ATTENTION_MODES,
     "quantization": tuple(QUANTIZATIONS),
@@ -131,4 +132,5 @@ def build(base: Mapping[str, Any], given: Mapping[str, Any]) -> Job:
     settings = {"audio": (), **base, **given}
     preset = settings.pop("preset", None)
     model = settings["files"].model
-    return build_job(settings, preset, mode_defaults(settings.get("mode"), model) | stated_defaults(model))
+    defaults = mode_defaults(settings.get("mode"), model, preset) | stated_defaults(model)
+    return build_job(settings, preset, defaults)

@@ -105,6 +105,7 @@ def _steps() -> dict[str, Step]:
         _benchmark("vae", seconds=45, limit=150),
         _benchmark("forward", seconds=75, limit=300),
         _benchmark("window", "--profile", seconds=150, limit=300),
+        _benchmark("stream", seconds=300, limit=500),
         _benchmark("lipsync", seconds=210, limit=400),
         _benchmark("block_swap", "--rounds", "3", seconds=80, limit=300),
         Step(

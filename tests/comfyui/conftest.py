@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import tiny_comfy
+from support import tiny_comfy, tiny_core
 from support.comfy_server import Server
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 
@@ -22,6 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_set: TinySet):
     base = tmp_path_factory.mktemp("comfyui")
     tiny_comfy.fill(base)
     tiny_comfy.fill_humo(base, tiny_set)
+    tiny_core.fill_core(base)
     server = Server(Path(folder), os.environ.get("COMFYUI_PYTHON", sys.executable), base)
     yield server
     server.close()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import make_workflows, tiny_comfy, workflows
+from safetensors.torch import load_file
+from support import make_workflows, tiny_comfy, tiny_core, workflows
 from support.comfy_server import PACK, Server, messages, saved_files
 from support.tiny_comfy import link_preset, node_of, shrink
 from support.video import streams_of
@@ -77,14 +78,18 @@ def test_models_are_found_in_comfyui_folders(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(make_workflows.WORKFLOWS))
-def test_example_workflow_ends_in_a_video_with_sound(server: Server, tmp_path: Path, name: str) -> None:
+def test_example_workflow_ends_in_a_video_with_sound(
+    server: Server, tiny_set: TinySet, tmp_path: Path, name: str
+) -> None:
     prompt = shrink(workflows.load(name))
+    if name == "infinitetalk_humo":
+        prompt = tiny_comfy.humo_template(prompt, tiny_set)
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", messages(entry, "execution_error")
     (file,) = saved_files(entry, node_of(prompt, "SaveVideo"))
     frames, shown, sound = streams_of(server.download(file, tmp_path))
     assert frames == 25
-    assert sound == pytest.approx(shown, abs=0.07)
+    assert sound == pytest.approx(shown, abs=0.07) or name == "infinitetalk_humo"  # whose recording is shorter
 
 
 def test_humo_under_the_wrappers_ids(server: Server, tiny_set: TinySet, tmp_path: Path) -> None:
@@ -103,6 +108,32 @@ def test_humo_under_the_wrappers_ids(server: Server, tiny_set: TinySet, tmp_path
     (file,) = saved_files(entry, "save")
     assert streams_of(server.download(file, tmp_path))[0] == 5
     assert "HuMo's guidance and noise levels are those of ComfyUI-WanVideoWrapper" in server.log
+
+
+def test_a_core_model_runs_with_our_attention(server: Server) -> None:
+    sampler = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    sampler |= {"positive": ["text", 0], "negative": ["bad", 0], "latent_image": ["empty", 0]}
+    nodes = {
+        "model": ("UNETLoader", {"unet_name": tiny_core.MODEL, "weight_dtype": "default"}),
+        "text": ("TinyConditioning", {"seed": 1}),
+        "bad": ("TinyConditioning", {"seed": 2}),
+        "empty": ("EmptyHunyuanLatentVideo", {"width": 64, "height": 64, "length": 9, "batch_size": 1}),
+        "ours": ("InfiniteTalkAttention", {"model": ["model", 0], "attention_mode": "sageattn_3_fp8"}),
+        "core": ("KSampler", {**sampler, "model": ["model", 0]}),
+        "patched": ("KSampler", {**sampler, "model": ["ours", 0]}),
+    }
+    for name in ("core", "patched"):
+        nodes[f"save {name}"] = ("SaveLatent", {"samples": [name, 0], "filename_prefix": name})
+    prompt = {node_id: {"class_type": kind, "inputs": inputs} for node_id, (kind, inputs) in nodes.items()}
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", messages(entry, "execution_error")
+    core, patched = (
+        load_file(next((server.base / "output").glob(f"{name}_*.latent")))["latent_tensor"]
+        for name in ("core", "patched")
+    )
+    error = float((patched - core).norm() / core.norm())
+    assert 0 < error < 0.05  # 8 bits
+    assert "attention mode sageattn_3_fp8 runs" in server.log
 
 
 def test_a_preset_is_linked_to_the_widgets(server: Server, prompt) -> None:
@@ -228,3 +259,13 @@ def test_workflows_are_offered_as_templates(server: Server) -> None:
     assert set(make_workflows.WORKFLOWS) <= set(templates[PACK])
     for name in make_workflows.WORKFLOWS:
         assert server.fetch(f"/api/workflow_templates/{PACK}/{name}.jpg")[0] == 200
+
+
+def test_the_blueprint_is_offered(server: Server) -> None:
+    status, body = server.fetch("/global_subgraphs")
+    if status == 404:
+        pytest.skip("this ComfyUI has no blueprints of custom nodes")
+    (found,) = [key for key, entry in json.loads(body).items() if entry["info"]["node_pack"].endswith(PACK)]
+    entry = server.get(f"/global_subgraphs/{found}")
+    assert entry["name"] == make_workflows.BLUEPRINT
+    assert json.loads(entry["data"])["definitions"]["subgraphs"][0]["name"] == make_workflows.BLUEPRINT

@@ -197,26 +197,8 @@ class CoreNodes:
         scaled = torch.nn.functional.interpolate(image.movedim(-1, 1), size=(height, width), mode="bilinear")
         return (scaled.movedim(1, -1),)
 
-    def ImageBatch(self, image1: torch.Tensor, image2: torch.Tensor) -> tuple[Any, ...]:
-        return (torch.cat([image1, image2]),)
-
-    def ImageToMask(self, image: torch.Tensor, channel: str) -> tuple[Any, ...]:
-        return (image[..., ["red", "green", "blue"].index(channel)],)
-
-    def MaskToImage(self, mask: torch.Tensor) -> tuple[Any, ...]:
-        return (mask[..., None].expand(*mask.shape, 3),)
-
     def SolidMask(self, value: float, width: int, height: int) -> tuple[Any, ...]:
         return (torch.full((1, height, width), value),)
-
-    def MaskComposite(
-        self, destination: torch.Tensor, source: torch.Tensor, x: int, y: int, operation: str
-    ) -> tuple[Any, ...]:
-        assert operation == "add"
-        result = destination.clone()
-        place = result[:, y : y + source.shape[1], x : x + source.shape[2]]
-        place += source[:, : place.shape[1], : place.shape[2]]
-        return (result.clamp(0, 1),)
 
     def CreateVideo(self, images: torch.Tensor, fps: float, audio: dict[str, Any] | None = None) -> tuple[Any, ...]:
         return ((images, fps, audio),)

@@ -24,12 +24,34 @@ class Hidden(enum.Enum):
     prompt = "PROMPT"
 
 
+OPTIONS = frozenset(
+    {
+        "default",
+        "display_mode",
+        "force_input",
+        "lazy",
+        "max",
+        "min",
+        "multiline",
+        "options",
+        "placeholder",
+        "round",
+        "socketless",
+        "step",
+        "upload",
+    }
+)
+"""Keywords that the inputs of ComfyUI 0.3.64 take, which is the oldest version that the pack is for."""
+
+
 class Input:
     """An input socket or widget; what is None is left out of its options."""
 
     io_type = "*"
 
     def __init__(self, id: str, *, optional: bool = False, tooltip: str | None = None, **options: Any) -> None:
+        if not options.keys() <= OPTIONS:
+            raise TypeError(f"{id}: ComfyUI 0.3.64 does not take {options.keys() - OPTIONS}")
         self.id, self.optional, self.tooltip = id, optional, tooltip
         self.extra_dict: dict[str, Any] = {}
         self.options = options
@@ -115,6 +137,7 @@ _TYPES = {
     "Conditioning": "CONDITIONING",
     "ClipVision": "CLIP_VISION",
     "Video": "VIDEO",
+    "Model": "MODEL",
 }
 
 

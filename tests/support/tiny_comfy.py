@@ -19,6 +19,7 @@ from support.workflows import ROOT
 
 FOLDERS = {
     "dit": "diffusion_models",
+    "gguf": "diffusion_models",
     "adapter": "diffusion_models",
     "multi_adapter": "diffusion_models",
     "lora": "loras",
@@ -34,6 +35,8 @@ def fill(base: Path) -> None:
     sources = _sources(make_tiny(base / "tiny"), base / "lora.safetensors")
     for names in (REAL, TINY):
         for kind, name in names.items():
+            if kind not in FOLDERS:  # HuMo's, see `fill_humo`
+                continue
             folder = base / "models" / FOLDERS[kind]
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(sources[kind], folder / name)
@@ -59,6 +62,7 @@ def _sources(tiny: TinySet, lora: Path) -> dict[str, Path]:
     save_file(pairs, lora)
     return {
         "dit": tiny.model,
+        "gguf": tiny.model,  # read as what it is, whatever its name
         "adapter": tiny.adapter,
         "multi_adapter": tiny.adapter,
         "lora": lora,
@@ -123,6 +127,17 @@ def fill_humo(base: Path, tiny: TinySet) -> None:
     soundfile.write(base / "input/humo.wav", samples.numpy(), 16_000)
 
 
+def humo_template(prompt: dict[str, Any], tiny: TinySet) -> dict[str, Any]:
+    """The example workflow of HuMo on the models and the recording of `fill_humo`."""
+    parts = {"humo": tiny.humo, "vae": tiny.vae, "text": tiny.text_encoder, "whisper": tiny.whisper}
+    names = {REAL[kind]: humo_name(path) for kind, path in parts.items()} | {"speech.wav": "humo.wav"}
+    for node in prompt.values():
+        node["inputs"] = {
+            name: names.get(value, value) if isinstance(value, str) else value for name, value in node["inputs"].items()
+        }
+    return prompt
+
+
 def humo_prompt(tiny: TinySet) -> dict[str, Any]:
     """A workflow of the wrapper's ids, to the latents of 5 frames: 17B, a reference image, speech."""
     texts = {"positive_prompt": "a man", "negative_prompt": "bad", "t5": ["t5", 0]}
@@ -174,11 +189,11 @@ def shrink(
     for node in prompt.values():
         inputs = node["inputs"]
         for name, value in (("width", size), ("height", size), ("steps", steps)):
-            if name in inputs and node["class_type"] not in ("SolidMask",):
+            if name in inputs:
                 inputs[name] = value
         if "frame_window_size" in inputs:
             inputs["frame_window_size"] = window
-        if node["class_type"] == "InfiniteTalkSpeech":
+        if node["class_type"] in ("InfiniteTalkSpeech", "InfiniteTalkHuMo"):
             inputs["num_frames"] = frames
         if inputs.get("start_step"):
             inputs["start_step"] = 1
@@ -196,14 +211,19 @@ PRESET_LINKS = {
     "InfiniteTalkSampler": ("steps", "cfg", "shift", "scheduler"),
     "InfiniteTalkSpeech": ("audio_cfg_scale",),
     "InfiniteTalkModelLoader": ("quantization", "block_swap_args"),
-    "InfiniteTalkLongVideo": ("tiled_vae",),
+    "InfiniteTalkLongVideo": ("tiled_vae", "frame_window_size", "motion_frame", "colormatch", "mode"),
     "InfiniteTalkTextEncode": ("device",),
 }
 
 
 def link_preset(prompt: dict[str, Any], preset: str, outputs: Sequence[str]) -> None:
-    """Give the nodes of `prompt` the settings of a preset; `outputs` are the names of the preset node's, in order."""
+    """Give the nodes of `prompt` the settings of a preset; `outputs` are the names of the preset node's, in order.
+
+    The length of windows stays what `shrink` made it.
+    """
     prompt["900"] = {"class_type": "InfiniteTalkPreset", "inputs": {"preset": preset}}
     for class_type, names in PRESET_LINKS.items():
         for name in names:
+            if name == "frame_window_size":
+                continue
             prompt[node_of(prompt, class_type)]["inputs"][name] = ["900", list(outputs).index(name)]

@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "example_workflows"
+SUBGRAPHS = ROOT / "subgraphs"
 
 WIDGET_TYPES = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 
@@ -33,11 +34,6 @@ CORE: dict[str, Look] = {
     "GetVideoComponents": Look([("video", "VIDEO")], [], [("images", "IMAGE"), ("audio", "AUDIO"), ("fps", "FLOAT")]),
     "CLIPVisionLoader": Look([], ["clip_name"], [("CLIP_VISION", "CLIP_VISION")]),
     "ImageScale": Look([("image", "IMAGE")], ["upscale_method", "width", "height", "crop"], [("IMAGE", "IMAGE")]),
-    "SolidMask": Look([], ["value", "width", "height"], [("MASK", "MASK")]),
-    "MaskComposite": Look([("destination", "MASK"), ("source", "MASK")], ["x", "y", "operation"], [("MASK", "MASK")]),
-    "MaskToImage": Look([("mask", "MASK")], [], [("IMAGE", "IMAGE")]),
-    "ImageBatch": Look([("image1", "IMAGE"), ("image2", "IMAGE")], [], [("IMAGE", "IMAGE")]),
-    "ImageToMask": Look([("image", "IMAGE")], ["channel"], [("MASK", "MASK")]),
     "CreateVideo": Look([("images", "IMAGE"), ("audio", "AUDIO")], ["fps"], [("VIDEO", "VIDEO")]),
     "SaveVideo": Look([("video", "VIDEO")], ["filename_prefix", "format", "codec"], []),
 }

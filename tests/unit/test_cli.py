@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import numpy as np
@@ -728,6 +729,7 @@ def test_a_second_run_to_one_output(run: Callable[..., Ran], tmp_path: Path, mon
 
 SAYS = """
 import sys
+from unittest import mock
 from wanvideo_infinitetalk.cli import parser
 parser.COMMANDS = (parser.Command("say", "", lambda p: None, lambda args: parser._say("video: f\\xfcr.mp4")),)
 sys.exit(parser.main(["say"]))
@@ -971,6 +973,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "start_step": ("--start-step 2", 2),
     "color_correction": ("--color-correction 0.25", 0.25),
     "color_method": ("--color-method mkl", "mkl"),
+    "speech_encoding": ("--speech-encoding once", "once"),
     "attention_mode": ("--attention-mode eager", "eager"),
     "attention_policy": ("--attention-policy ends_16bit", "ends_16bit"),
     "quantization": ("--quantization fp8_e5m2", "fp8_e5m2"),
@@ -1144,7 +1147,8 @@ def test_recordings_one_after_the_other(
     assert second[begin:].any()
     assert not first[begin:].any()
     assert not second[:begin].any()
-    wave, rate = generate._sound([tmp_path / "speech.wav", tmp_path / "second.wav"], True)
+    recordings = (tmp_path / "speech.wav", tmp_path / "second.wav")
+    wave, rate = generate.sound_of(mock.Mock(audio=recordings, one_after_the_other=True))
     assert len(wave) / rate == pytest.approx(SECONDS + 0.4, abs=0.001)
 
 

@@ -118,7 +118,7 @@ for name, rounds in runs.items():
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
-    return measured(folder, guard_cost=2, block_swap=2, linear=1, fused=1, vram=0, vae=1, forward=1, window=0)
+    return measured(folder, guard_cost=2, block_swap=2, linear=1, fused=1, vram=0, vae=1, forward=1, window=0, stream=0)
 
 
 @pytest.mark.slow
@@ -130,6 +130,17 @@ def test_lip_sync_is_read_from_a_video(tmp_path: Path) -> None:
     assert row["identity, dB"] > 22
     assert "sdpa, disabled: correlation lost" in {goal["what"] for goal in reports["lipsync"]["goals"]}
     assert_not_judged(reports)
+
+
+def test_a_stream_is_measured_with_both_decoders(reports: dict[str, dict]) -> None:
+    (table,) = reports["stream"]["tables"]
+    assert [row["decoder"] for row in table["rows"]] == ["Wan VAE", "taew2_1"]
+    assert table["title"].startswith("32 x 32, 13 / 5 frames, 1 steps")
+    for row in table["rows"]:
+        assert row["frames"] == 20
+        assert 0 < row["window, s"] <= row["longest window, s"]
+        assert row["first image, s"] > 0
+        assert row["frames per second"] == pytest.approx(8 / row["longest window, s"])  # of one window of 8 frames
 
 
 def test_guards_are_compared_and_counted(reports: dict[str, dict]) -> None:

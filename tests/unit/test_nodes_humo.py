@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_comfy
+from support import tiny_comfy, workflows
 from support.comfy_host import Host, NodeError, hosted
+from support.tiny_comfy import node_of, shrink
+from support.video import streams_of
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 
 
@@ -30,6 +32,13 @@ def latents(host: Host, prompt: dict[str, Any]) -> torch.Tensor:
     samples = host.run(prompt, "sampler")["sampler"][0]["samples"]
     assert torch.isfinite(samples).all()
     return samples
+
+
+def test_the_example_workflow_ends_in_a_video_with_sound(host: Host, tiny_set: TinySet) -> None:
+    prompt = tiny_comfy.humo_template(shrink(workflows.load("infinitetalk_humo")), tiny_set)
+    frames, shown, sound = streams_of(host.run(prompt)[node_of(prompt, "SaveVideo")][0])
+    assert frames == 25
+    assert 0 < sound <= shown
 
 
 @pytest.mark.parametrize("small", [False, True])

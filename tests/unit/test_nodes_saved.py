@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,6 @@ SOCKETS = {
     "WANVIDCONTEXT": ("InfiniteTalkSampler", "context_options"),
     "LOOPARGS": ("InfiniteTalkSampler", "loop_args"),
     "FREEINITARGS": ("InfiniteTalkSampler", "freeinit_args"),
-    "WANVIDIMAGE_EMBEDS": ("InfiniteTalkSampler", "image_embeds"),
 }
 
 
@@ -96,8 +97,6 @@ def test_the_sockets_of_unsupported_nodes_stop_the_prompt(host: Host, prompt, so
     class_type, name = SOCKETS[socket]
     public_id = next(key for key, row in UNSUPPORTED.items() if row.outputs[0][0] == socket)
     prompt["900"] = {"class_type": public_id, "inputs": widgets(host, public_id)}
-    if socket == "WANVIDIMAGE_EMBEDS":
-        prompt["900"]["inputs"] = {"embeds_1": prompt[node_of(prompt, class_type)]["inputs"]["image_embeds"]}
     prompt[node_of(prompt, class_type)]["inputs"][name] = ["900", 0]
     with pytest.raises(NodeError, match="not part of this pack") as caught:
         host.run(prompt)
@@ -376,3 +375,44 @@ def test_a_long_video_has_nothing_to_preview(host: Host, prompt) -> None:
     embeds = host.run(prompt)[node_of(prompt, "InfiniteTalkLongVideo")][0]
     with pytest.raises(InputError, match="nothing to preview"):
         call(host, "WanVideoPreviewEmbeds", embeds=embeds)
+
+
+# --- joined descriptions -----------------------------------------------------------------------------------------
+
+
+def descriptions() -> dict[str, tuple[Any, Any, Any]]:
+    """Kind -> (first, second, both as one)."""
+    from wanvideo_infinitetalk.comfy_nodes.types import ClipEmbeds, HuMoVideo, LongVideo, OneWindow
+
+    look, other = ClipEmbeds(torch.ones(1, 2, 3)), torch.zeros(20, 3, 8, 8)
+    image = torch.ones(3, 64, 64)
+    long = LongVideo(None, 64, 64, 17, 9, torch.ones(1, 4, 4, 3), look, "auto", "mkl", False, False, "a.mp4")
+    later = replace(long, start_images=None, clip=None, color_match="hm", output_path="b.mp4")
+    humo = HuMoVideo(None, 64, 64, 9, (image,), None, 1.0, 2.0, (0.0, 1.0), False, "official")
+    speech = replace(humo, images=(), audio=torch.ones(9, 5, 8), audio_cfg=3.0)
+    window, empty = OneWindow(64, 64, 9, other, look), OneWindow(64, 64, 9, None, ClipEmbeds(other))
+    return {
+        "window": (window, empty, replace(window, clip=empty.clip)),
+        "long": (long, later, replace(long, color_match="hm", output_path="b.mp4")),
+        "humo": (humo, speech, replace(speech, images=humo.images)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["window", "long", "humo"])
+def test_the_second_description_wins_where_both_state_something(host: Host, kind: str) -> None:
+    first, second, both = descriptions()[kind]
+    (found,) = host.nodes["WanVideoCombineEmbeds"].execute(embeds_1=first, embeds_2=second).args
+    assert [getattr(found, field.name) is getattr(both, field.name) for field in fields(both)] == [True] * len(
+        fields(both)
+    )
+
+
+def test_descriptions_of_two_kinds_or_sizes_are_not_joined(host: Host) -> None:
+    combine = host.nodes["WanVideoCombineEmbeds"].execute
+    kinds = descriptions()
+    for first, second in itertools.permutations(kinds, 2):
+        with pytest.raises(InputError, match="not run together here: connect one of them"):
+            combine(embeds_1=kinds[first][0], embeds_2=kinds[second][0])
+    for first, second, _ in kinds.values():
+        with pytest.raises(InputError, match=r"different sizes \(64 x 64, .*; 80 x 64"):
+            combine(embeds_1=first, embeds_2=replace(second, width=80))

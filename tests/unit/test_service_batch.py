@@ -117,6 +117,17 @@ def test_a_batch_and_the_workers_need_no_package_of_a_service() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_flashtalk_from_lines(tiny_set: TinySet, tmp_path: Path) -> None:
+    """The mode of all lines, and of one by its preset."""
+    inputs = write_inputs(tmp_path)
+    names = {name: getattr(tiny_set, name) for name in ("vae", "text_encoder", "clip_vision", "wav2vec")}
+    files = [part for name, path in names.items() for part in (f"--{name.replace('_', '-')}", str(path))]
+    line = {"image": inputs["image"].name, "audio": inputs["audio"].name, "frames": 9, "steps": 1, "max_frames": 6}
+    jobs = write(tmp_path, line | {"out": "a.mp4", "mode": "flashtalk"}, line | {"out": "b.mp4", "preset": "stream"})
+    assert main(["batch", str(jobs), "--model", str(tiny_set.flashtalk), *files]) == 0
+    assert [len(VideoFrames(tmp_path / name)) for name in ("a.mp4", "b.mp4")] == [6, 6]
+
+
 def test_humo_from_lines(tiny_set: TinySet, tmp_path: Path) -> None:
     """References in place of the image, with a recording and without."""
     inputs = write_inputs(tmp_path)

@@ -81,6 +81,24 @@ def test_frames_and_sound_come_back_in_order(tmp_path) -> None:
     assert 0.15 < np.sqrt((loud**2).mean()) < 0.25
 
 
+def test_frames_of_short_windows_are_shown_at_their_times(tmp_path) -> None:
+    """An encoder reorders none of one or two frames, and those of the first window."""
+    sizes = (8, 2, 4, 1, 3)
+    with VideoWriter(tmp_path / "v.mp4", FPS) as writer:
+        for index, size in enumerate(sizes):
+            writer.append(_frames(size, start=sum(sizes[:index])))
+        times = [_times(writer.files.partial)]
+    times.append(_times(tmp_path / "v.mp4"))
+    assert times == [list(range(sum(sizes)))] * 2
+    assert len(VideoFrames(tmp_path / "v.mp4")) == sum(sizes)
+
+
+def _times(path: Path) -> list[float]:
+    """When each frame is shown, in frames."""
+    with av.open(str(path)) as container:
+        return [float(frame.pts * frame.time_base * FPS) for frame in container.decode(video=0)]
+
+
 def test_the_finished_file_is_an_ordinary_mp4_alone_in_its_folder(tmp_path) -> None:
     path = tmp_path / "new" / "folder" / "out.mp4"
     _write(path, 1.0, 16000)

@@ -41,6 +41,18 @@ def test_windows_follow_each_other(case) -> None:
 
 @given(lengths)
 @settings(deadline=None)
+def test_windows_that_begin_early_give_out_every_frame_once(case) -> None:
+    total, frames, motion = case
+    plan = plan_windows(total, frames, motion, early=True)
+    new = [range(w.start + motion, w.start + motion + w.new) for w in plan]
+    assert [f for frames in new for f in frames] == list(range(total))
+    assert plan[0].start == -motion
+    assert all(w.overlap == motion and w.new >= 1 for w in plan)
+    assert [w.is_last for w in plan] == [False] * (len(plan) - 1) + [True]
+
+
+@given(lengths)
+@settings(deadline=None)
 def test_frames_take_their_own_rows(case) -> None:
     total, frames, motion = case
     for window in plan_windows(total, frames, motion):

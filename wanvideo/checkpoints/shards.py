@@ -1,6 +1,7 @@
 """Checkpoints in several files: Hugging Face's parts (`model-00001-of-00007.safetensors`) and their index.
 
-The index, the folder that holds one, or any of the parts stand for the whole.
+The index, the folder that holds one, or any of the parts stand for the whole; so does a folder in which a model has the
+name that diffusers gives it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _MODEL_ENDINGS = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt
 
 MAX_PARTS = 1000
 
+_DIFFUSERS_MODEL = "diffusion_pytorch_model.safetensors"
+"""The one file of a model's folder, beside which there may be those of other models."""
+
 
 def index_in(folder: Path) -> Path | None:
     """The index of a checkpoint in parts that `folder` holds, None without one. CheckpointError for several."""
@@ -32,10 +36,13 @@ def index_in(folder: Path) -> Path | None:
 def parts_of(path: Path) -> list[Path]:
     """The files that make up the checkpoint `path`: itself, or all parts in order.
 
-    Raises CheckpointError where `path` is a folder without an index, is no regular file, or parts are missing.
+    Raises CheckpointError where `path` is a folder with neither an index nor a file of diffusers' name, is no regular
+    file, or parts are missing.
     """
     if path.is_dir():
         index = index_in(path)
+        if index is None and (path / _DIFFUSERS_MODEL).is_file():
+            return [path / _DIFFUSERS_MODEL]
         if index is None:
             inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in _MODEL_ENDINGS)
             hint = f"name the model file inside it ({some(inside)})" if inside else "it holds no model file"
