@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from wanvideo_infinitetalk.pipeline.guidance import guide
+from wanvideo_infinitetalk.pipeline.long_video import FinishedWindow
+from wanvideo_infinitetalk.pipeline.make_video import Job, _make_in_process
 from wanvideo_infinitetalk.pipeline.processes import Seat
+from wanvideo_infinitetalk.pipeline.recorder import Recorder
 from wanvideo_infinitetalk.wanvideo.encoders.split import decode_split
 from wanvideo_infinitetalk.wanvideo.encoders.vae import WanVAE
 from wanvideo_infinitetalk.wanvideo.errors import InputError
@@ -85,7 +90,29 @@ def misbehave(seat: Seat, how: tuple[int, str]) -> str:
     return f"least {seat.mesh.least(seat.mesh.world.rank, seat.device)}"
 
 
-WORKS = {"forwards": forwards, "guided": guided, "decoded": decoded, "misbehave": misbehave}
+def frames_of(make: Callable[[], object]) -> np.ndarray:
+    """The frames that a video is made of, as they come to the video encoder: [n, H, W, 3] in 0 to 255."""
+    found = []
+    add = Recorder.add
+
+    def noted(recorder: Recorder, window: FinishedWindow) -> None:
+        found.append(window.frames.numpy().astype(int))
+        add(recorder, window)
+
+    Recorder.add = noted  # type: ignore[method-assign]
+    try:
+        make()
+    finally:
+        Recorder.add = add  # type: ignore[method-assign]
+    return np.concatenate(found) if found else np.zeros(0, int)
+
+
+def video(seat: Seat, job: Job) -> np.ndarray:
+    """The frames of a job as all processes make it together."""
+    return frames_of(lambda: _make_in_process(seat, job))
+
+
+WORKS = {"video": video, "forwards": forwards, "guided": guided, "decoded": decoded, "misbehave": misbehave}
 
 
 def work(seat: Seat, asked: tuple[str, Any]) -> Any:
