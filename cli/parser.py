@@ -291,6 +291,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "faster on consumer GPUs and less exact",
     )
     group.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1 ... (auto)")
+    _add_number(group, "--gpus", "how many GPUs compute the video together, --device being the first (1)")
+    _add_number(group, "--guidance-gpus", "of them, how many divide a step's passes; the rest divide each frame (1)")
     _add_number(group, "--blocks-to-swap", "of the model's 40 transformer blocks, how many wait in host memory (0)")
     group.add_argument(
         "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles: slower, less GPU memory"
@@ -485,6 +487,8 @@ def _run_serve(args: argparse.Namespace) -> None:
     from ..pipeline.plan import HUMO
     from ..service.server import check_packages, serve
 
+    if args.gpus is not None or args.guidance_gpus is not None:
+        raise InputError("A service makes each video on one GPU, with a worker for each: leave out --gpus.")
     check_packages("web" if args.page else "serve")
     others = ("whisper",) if args.mode == HUMO else ("clip_vision", "wav2vec")
     given = {name: getattr(args, name) for name in (*NEEDED_FILES, *others)}

@@ -19,6 +19,7 @@ from ..wanvideo.kernels.rope import Grid, Rotation, rotate, rotation_1d
 from ..wanvideo.linear.base import read_rows
 from ..wanvideo.modules.attention import attention
 from ..wanvideo.modules.elementwise import AffineNorm
+from ..wanvideo.runtime.parallel import TokenSplit
 
 __all__ = [
     "AudioProjModel",
@@ -371,6 +372,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         human_num: int | None = None,
         *,
         attention_mode: str | None = None,
+        split: TokenSplit | None = None,
     ) -> torch.Tensor:
         """Attend inside every frame, to one speaker or to several.
 
@@ -383,6 +385,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
                 Not read when there is one speaker: there is nothing to route.
             human_num: the number of speakers n; by default read off the map, and 1 without one.
             attention_mode: instead of the one given at construction.
+            split: how image tokens are divided among processes, where x and the map are a share of them.
 
         Returns:
             [1, T*S, C], contiguous.
@@ -410,11 +413,11 @@ class SingleStreamMultiAttention(SingleStreamAttention):
             audio,
             shape,
             attention_mode,
-            q_positions=self.query_positions(x_ref_attn_map[:, :voiced]),
+            q_positions=self.query_positions(x_ref_attn_map[:, :voiced], split),
             k_positions=self.key_positions(human_num, tokens // human_num, audio.device),
         )
 
-    def query_positions(self, x_ref_attn_map: torch.Tensor) -> torch.Tensor:
+    def query_positions(self, x_ref_attn_map: torch.Tensor, split: TokenSplit | None = None) -> torch.Tensor:
         """Maps of the speakers and of the background [n+1, L] -> rotary position of every image token [L] float32.
 
         Each speaker's row is stretched to that speaker's range; a token takes the value of its largest row.
@@ -422,8 +425,10 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         maps = x_ref_attn_map.float()
         speakers = int(maps.shape[0]) - 1
         ranges = speaker_ranges(speakers, self.class_range, self.class_interval)
-        lowest = maps.amin(-1, keepdim=True)
-        stretched = (maps - lowest) / (maps.amax(-1, keepdim=True) - lowest + 1e-8)  # [n+1, L] in [0, 1]
+        lowest, highest = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
+        if split is not None:
+            lowest, highest = split.lowest(lowest), split.highest(highest)
+        stretched = (maps - lowest) / (highest - lowest + 1e-8)  # [n+1, L] in [0, 1]
         rows = [stretched[i] * (high - low) + low for i, (low, high) in enumerate(ranges)]
         rows.append(torch.full_like(rows[0], self.class_range / 2))
         return torch.stack(rows).gather(0, maps.argmax(0, keepdim=True)).squeeze(0)

@@ -90,6 +90,8 @@ BOUNDS: dict[str, Bound] = {
     # Job
     "max_frames": Bound(1, 10_000_000, whole=True, optional=True),
     "blocks_to_swap": Bound(0, 1000, whole=True),
+    "gpus": Bound(1, 64, whole=True),
+    "guidance_gpus": Bound(1, 3, whole=True),  # no step has more passes
     "lora_strength": Bound(-1000, 1000),
     "prompt_weight": Bound(0, 100),  # the product of a piece's weights
     # The sampler node

@@ -16,7 +16,7 @@ s_t = 1 it takes two passes, `full` and `prompt` (the prompt alone): v = v_promp
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,10 @@ class Formula:
 
     def velocity(self, evaluate: Evaluate, projection: Projection | None = None) -> torch.Tensor:
         """The guided velocity, by one call of `evaluate` per pass."""
-        found = {which: evaluate(which) for which in self.passes}
+        return self.combine({which: evaluate(which) for which in self.passes}, projection)
+
+    def combine(self, found: Mapping[Pass, torch.Tensor], projection: Projection | None = None) -> torch.Tensor:
+        """The guided velocity of those of the passes."""
         base = velocity = found[self.base]
         for term in self.terms:
             difference = found[term.plus] - found[term.minus]

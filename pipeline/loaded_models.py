@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 __all__ = ["LoadedModels"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A part that is more than memory, and ends by `close`."""
+
+    def close(self) -> None: ...
 
 
 class LoadedModels:
@@ -37,7 +44,7 @@ class LoadedModels:
             wanted: name -> all that decides what the part is.
         """
         self._wanted = wanted
-        self._kept = {name: kept for name, kept in self._kept.items() if wanted.get(name) == kept[0]}
+        self._let_go([name for name, kept in self._kept.items() if wanted.get(name) != kept[0]])
         self.reused = self.names
         if self.reused:
             logger.info("Still loaded: %s.", ", ".join(self.reused))
@@ -51,4 +58,10 @@ class LoadedModels:
 
     def clear(self) -> None:
         """Let go of everything."""
-        self._kept = {}
+        self._let_go(self.names)
+
+    def _let_go(self, names: Collection[str]) -> None:
+        for name in names:
+            _, part = self._kept.pop(name)
+            if isinstance(part, Closing):
+                part.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from ..wanvideo.checkpoints.lora import LoraSpec, apply_loras, inspect_loras
 from ..wanvideo.checkpoints.state_dict import check_part
 from ..wanvideo.encoders.clip import ClipVision
 from ..wanvideo.encoders.small_decoder import SmallDecoder, denormalizes
+from ..wanvideo.encoders.split import decode_split
 from ..wanvideo.encoders.text import TextEncoder, text_quantization
 from ..wanvideo.encoders.vae import VideoDecoder, WanVAE
 from ..wanvideo.errors import CheckpointError, InfiniteTalkError, InputError
@@ -50,20 +51,22 @@ from ..wanvideo.runtime.compilation import (
     described,
 )
 from ..wanvideo.runtime.offload import BlockSwap, Offloader
+from ..wanvideo.runtime.parallel import ALONE, Mesh, check_tokens
 from ..wanvideo.runtime.precision import fp16_accumulation
 from .attention_policy import SAFER, bind
 from .bounds import check_numbers, shown
 from .conditioning import ClipLike, Conditioner, Conditioning, FrameSource, WindowConditioner, WindowSpeech
 from .flashtalk import SAMPLES_A_FRAME, SpeechRing, SpeechRows, with_silence_around
 from .humo import TRAINED_FRAMES, HuMoConditioner, References, plan_humo
-from .journal import Journal, describe, describe_config
+from .journal import Journal, describe, describe_config, finished_windows
 from .loaded_models import LoadedModels
 from .long_video import Callbacks, generate_windows
 from .plan import FLASHTALK, HUMO, MODES, GenerateConfig, Plan, mode_by_name, plan_video
+from .processes import Processes, Seat
 from .prompts import Piece, encode_pieces, parse_prompt
-from .recorder import Recorder
+from .recorder import Discarder, Recorder
 from .sampling import what_ran
-from .techniques import fitted
+from .techniques import cache_of, fitted
 
 __all__ = ["DEFAULT_NEGATIVE", "DEFAULT_PROMPT", "Events", "Job", "ModelFiles", "Result", "choose_device", "make_video"]
 
@@ -80,7 +83,10 @@ FPS = 25
 FILES_OF_A_JOB = ("files", "audio", "image", "video", "masks", "references")
 """Fields of a `Job` where a string is a path."""
 
-NOT_WHAT = ("out", "comment", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings")
+NOT_WHAT = (
+    *("out", "comment", "resume", "config", "device", "text_encoder_device", "blocks_to_swap", "compile_settings"),
+    *("gpus", "guidance_gpus"),
+)
 """Fields of a `Job` which do not decide what is made, and the config, of which a part does."""
 
 SOUND_RATE = 48000
@@ -137,8 +143,11 @@ class Job:
         text_encoder_quantization: how the text encoder's linears are stored, one of `TEXT_QUANTIZATIONS`.
         blocks_to_swap: transformer blocks that wait in host memory while others run.
         compile_settings: how the model is compiled by torch.compile, which may change the last bits; None: not at all.
+        gpus: how many GPUs compute the video together, the device being the first of them; on a CPU, processes.
+        guidance_gpus: among how many of them the passes of a step are divided (`gpus` is a multiple of it); the rest
+            divide the tokens of each frame.
         resume: go on after the last finished window of an earlier run of this job that ended too early. What is made
-            must be the same; devices, blocks_to_swap, compile_settings and tiled_vae may differ.
+            must be the same; devices, their number, blocks_to_swap, compile_settings and tiled_vae may differ.
         comment: a text that the video file carries in its metadata.
     """
 
@@ -165,6 +174,8 @@ class Job:
     text_encoder_quantization: str = "disabled"
     blocks_to_swap: int = 0
     compile_settings: CompileSettings | None = None
+    gpus: int = 1
+    guidance_gpus: int = 1
     resume: bool = False
     comment: str = ""
 
@@ -229,7 +240,16 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
         InfiniteTalkError: while it runs, or when the file cannot be written.
     """
     events = events or Events()
-    loaded = loaded or LoadedModels()
+    here = LoadedModels() if loaded is None else loaded
+    try:
+        return _make(job, events, here, ALONE) if job.gpus == 1 else _make_on_gpus(job, events, here)
+    finally:
+        if loaded is None:
+            here.clear()
+
+
+def _make(job: Job, events: Events, loaded: LoadedModels, mesh: Mesh) -> Result:
+    """Make the video; where several processes do so together, each of them calls this, and the first one writes it."""
     begin = time.monotonic()
 
     # 1. Check everything, and plan size, windows, schedule and masks, before any weights are read.
@@ -240,27 +260,29 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
     checked = check(job)
     device, plan = checked.device, checked.plan
 
-    with OutputFiles.of(job.out).locked() as files, torch.inference_mode(), explained_memory(device):
+    files = OutputFiles.of(job.out)
+    with files.locked() if mesh.first else nullcontext(), torch.inference_mode(), explained_memory(device):
         journal = Journal(files, _what(job), _how(job, device))
         start = journal.start(job.resume)
         sound, rate = sound_of(job)
         written = None if start is None else start.written
         writer = VideoWriter(job.out, FPS, sound, rate, written=written, comment=job.comment)
         if start is not None and start.state.windows == len(plan.windows):
-            writer.close()  # it ended while the video was put in place
+            if mesh.first:
+                writer.close()  # it ended while the video was put in place
             seconds = time.monotonic() - begin
             return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, GuardStats(), {}, {})
 
         # 2. Encode the conditions, and load the model.
-        ready = make_ready(job, checked, events, loaded)
+        ready = make_ready(job, checked, events, loaded, mesh)
 
         # 3. Generate; each window is written while the next one is made.
         state = None if start is None else start.state
         events.stage("Generating" if job.compile_settings is None else "Generating, the first step compiles the model")
         with (
             count_kernels() as kernels,
-            writer,
-            Recorder(writer, journal, kernels, events.window_done) as recorder,
+            writer if mesh.first else nullcontext(),
+            Recorder(writer, journal, kernels, events.window_done) if mesh.first else Discarder() as recorder,
             compile_limits(job.compile_settings),
             fp16_accumulation(job.fp16_accumulation),
         ):
@@ -281,6 +303,56 @@ def make_video(job: Job, events: Events | None = None, loaded: LoadedModels | No
     return Result(Path(job.out), plan.total, plan.width, plan.height, seconds, kernels.guards, kernels, linears)
 
 
+# -------------------------------------------------------------------------------------------------------- several GPUs
+
+
+def _make_on_gpus(job: Job, events: Events, loaded: LoadedModels) -> Result:
+    """`make_video` by processes of their own; where they fail, what is finished stays, and is named."""
+    events.stage("Checking the inputs")
+    checked = check(named(job))
+    devices = devices_of(checked.device, job.gpus)
+    loaded.begin({"processes": {"devices": str(devices), "guidance": str(job.guidance_gpus)}})
+    processes = loaded.get("processes", lambda: Processes(devices, job.guidance_gpus, _make_in_process))
+    kinds = {entry.name: getattr(events, entry.name) for entry in fields(Events)}
+    try:
+        result: Result = processes.call(job, lambda kind, value: kinds[kind](*value), events.check_interrupt)
+    except InfiniteTalkError as error:
+        loaded.clear()
+        files = OutputFiles.of(job.out)
+        if str(files.partial) not in str(error) and (windows := finished_windows(files)):
+            error.args = (
+                f"{error} {windows} finished windows are in {files.partial}, and resuming goes on from there.",
+            )
+        raise
+    return result
+
+
+def _make_in_process(seat: Seat, job: Job) -> Result | None:
+    """The part of one of the processes; their models stay loaded."""
+    names = [entry.name for entry in fields(Events)]
+    first = seat.mesh.first
+
+    def follow(kind: str, *values: object) -> None:
+        if first and kind != "check_interrupt":
+            seat.send(kind, values)
+        seat.alive()
+
+    events = Events(**{name: partial(follow, name) for name in names})
+    loaded = seat.memory.setdefault("loaded", LoadedModels())
+    result = _make(replace(job, device=str(seat.device)), events, loaded, seat.mesh)
+    return replace(result, kernels=dict(result.kernels), linears=dict(result.linears)) if first else None
+
+
+def devices_of(first: torch.device, gpus: int) -> tuple[torch.device, ...]:
+    """The devices of so many processes: GPUs from this one on, or the CPU for all of them. Raises InputError."""
+    if first.type != "cuda":
+        return (first,) * gpus
+    begin, there = first.index or 0, torch.cuda.device_count()
+    if begin + gpus > there:
+        raise InputError(f"{gpus} GPUs from number {begin} on are not here: this machine has {there}.")
+    return tuple(torch.device("cuda", begin + number) for number in range(gpus))
+
+
 @dataclass(frozen=True)
 class Ready:
     """What makes the windows of a job; `speech` is what they are conditioned on."""
@@ -291,7 +363,7 @@ class Ready:
     speech: Sequence[Tensor] | WindowSpeech
 
 
-def make_ready(job: Job, checked: Checked, events: Events, loaded: LoadedModels) -> Ready:
+def make_ready(job: Job, checked: Checked, events: Events, loaded: LoadedModels, mesh: Mesh = ALONE) -> Ready:
     """Encode the conditions and load the model. Raises CheckpointError where they do not fit each other."""
     loaded.begin(_loaded_as(job, checked))
     audio = _speech_features(job, checked, events)
@@ -302,23 +374,28 @@ def make_ready(job: Job, checked: Checked, events: Events, loaded: LoadedModels)
     decoder = vae if job.files.decoder is None else loaded.get("decoder", lambda: _load_decoder(job, checked))
     model = loaded.get("model", lambda: _load_model(job, checked, events))
     _check_widths(checked.dit, context, audio)
-    followed = FollowedVae(vae, decoder, events)
+    model.mesh = mesh
+    followed = FollowedVae(vae, decoder, events, mesh)
     return Ready(model, followed, _conditioner(checked, followed, clip, context, negative, audio), audio)
 
 
 @dataclass(frozen=True)
 class FollowedVae:
-    """A VAE, and what decodes, itself or a small decoder; `events` follow their work."""
+    """A VAE, and what decodes, itself or a small decoder; `events` follow their work, which a mesh shares."""
 
     vae: WanVAE
     decoder: VideoDecoder
     events: Events
+    mesh: Mesh = ALONE
 
     def encode(self, video: Tensor, *, tiled: bool = False) -> Tensor:
-        return self.vae.encode(video, tiled=tiled, callback=partial(self.events.part, "Encoding"))
+        return self.mesh.same(self.vae.encode(video, tiled=tiled, callback=partial(self.events.part, "Encoding")))
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        return self.decoder.decode(latents, tiled=tiled, callback=partial(self.events.part, "Decoding"))
+        callback = partial(self.events.part, "Decoding")
+        if self.mesh.world is None:
+            return self.decoder.decode(latents, tiled=tiled, callback=callback)
+        return decode_split(self.decoder, latents, self.mesh.world, tiled=tiled, callback=callback)
 
 
 def choose_device(name: str) -> torch.device:
@@ -387,6 +464,7 @@ def check(job: Job, *, live: bool = False) -> Checked:
     text_encoder_device = device if job.text_encoder_device == "auto" else choose_device(job.text_encoder_device)
     dtype = job.base_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_numbers(max_frames=job.max_frames, blocks_to_swap=job.blocks_to_swap)
+    check_numbers(gpus=job.gpus, guidance_gpus=job.guidance_gpus)
     check_with_block_swap(job.compile_settings, _swap(job))
     for lora in job.loras:
         check_numbers(lora_strength=lora.strength)
@@ -408,6 +486,7 @@ def check(job: Job, *, live: bool = False) -> Checked:
         raise InputError(f"The mode {job.config.mode} has one prompt for the whole video: leave out the '|'.")
     _check_encoders(job.files)
     inspect_loras(dit, job.loras)
+    _check_gpus(job, plan, dit)
     check_compiler(job.compile_settings, device)  # the last check, which takes seconds
     return Checked(device, text_encoder_device, dtype, dit, source, references, speech, prompt, plan)
 
@@ -489,6 +568,22 @@ def _plan_humo(job: Job, dit: WanConfig) -> Planned:
     images = [load_image(path) for path in job.references]
     plan = plan_humo(job.config, frames, len(images), channels=dit.in_dim > dit.out_dim)
     return plan, (), [pad_image(image, plan.width, plan.height) for image in images], speech
+
+
+def _check_gpus(job: Job, plan: Plan, dit: WanConfig) -> None:
+    """Reject what several GPUs cannot compute together."""
+    if job.gpus == 1 and job.guidance_gpus == 1:
+        return
+    if job.gpus % job.guidance_gpus:
+        raise InputError(
+            f"{job.guidance_gpus} GPUs for the passes do not divide {job.gpus}: give a number that does, such as 1."
+        )
+    if job.compile_settings is not None:
+        raise InputError("A compiled model runs on one GPU: leave out compilation, or the number of GPUs.")
+    if job.guidance_gpus > 1 and cache_of(job.config.techniques) is not None:
+        raise InputError("A step cache decides from pass to pass: divide tokens alone, or leave out the cache.")
+    places = (plan.height // 8 // dit.patch_size[1]) * (plan.width // 8 // dit.patch_size[2])
+    check_tokens(job.gpus // job.guidance_gpus, dit.num_heads, places)
 
 
 def _check_missing(job: Job) -> None:
@@ -583,6 +678,7 @@ def _how(job: Job, device: torch.device) -> dict[str, str]:
         "the number of swapped blocks": str(job.blocks_to_swap),
         "tiling of the VAE": str(job.config.tiled_vae),
         "compilation": described(job.compile_settings),
+        "the number of GPUs": str(job.gpus),
         "torch": torch.__version__,
     }
 

@@ -15,6 +15,7 @@ import torch
 
 from ..wanvideo.errors import InfiniteTalkError
 from ..wanvideo.modules.attention import AttentionMode, canonical_mode, count_kernels, mode_supported
+from ..wanvideo.runtime.parallel import mesh_of
 from .attention_policy import safer_modes
 from .guidance import Pass
 
@@ -137,11 +138,11 @@ def check_finite(
         evaluate: the model in this step, to find where they begin; `passes`: the ones that this step made.
     """
     if not bool(torch.isfinite(velocity).all()):
-        raise NonFinite(step, *_first_bad_block(model, evaluate, passes))
+        raise NonFinite(step, *_first_bad_block(model, evaluate, passes, velocity.device))
 
 
 def _first_bad_block(
-    model: object, evaluate: Callable[[Pass], torch.Tensor], passes: Sequence[Pass]
+    model: object, evaluate: Callable[[Pass], torch.Tensor], passes: Sequence[Pass], device: torch.device
 ) -> tuple[int | None, tuple[str, ...]]:
     """The first block whose output is not finite, and the kernels called by then, found by running the step again.
 
@@ -160,13 +161,16 @@ def _first_bad_block(
         return hook
 
     handles = [block.register_forward_hook(look(index)) for index, block in enumerate(blocks)]
+    mesh, index = mesh_of(model), len(blocks)
     try:
         with count_kernels() as kernels:
             for which in passes:
                 evaluate(which)
-                if bad:
+                # Each process sees its own tokens; all of them go on, or stop, together.
+                index = mesh.least(min(bad, default=len(blocks)), device)
+                if index < len(blocks):
                     break
     finally:
         for handle in handles:
             handle.remove()
-    return (bad[0] if bad else None), tuple(kernels)
+    return (index if index < len(blocks) else None), tuple(kernels)

@@ -26,7 +26,7 @@ from ..wanvideo.runtime.host import to_host
 from .journal import Journal
 from .long_video import FinishedWindow, RunState
 
-__all__ = ["WAITING", "Recorder"]
+__all__ = ["WAITING", "Discarder", "Recorder"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,3 +111,19 @@ class Recorder:
                 logger.warning("%s", failure)
         finally:
             self._thread.shutdown()
+
+
+class Discarder:
+    """In place of a `Recorder` where another process writes the windows."""
+
+    def add(self, window: FinishedWindow) -> None:
+        """Nothing."""
+
+    def check(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Discarder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing."""

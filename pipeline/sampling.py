@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..fp8_optimization import listed
 from ..wanvideo.errors import InputError
 from ..wanvideo.modules.attention import KernelCounts
 from ..wanvideo.modules.techniques import NormalizedAttention
+from ..wanvideo.runtime.parallel import mesh_of
 from .guidance import Formula, Pass, Projection
 from .kept_keys import KeptKeys
 from .nonfinite import FallbackModes, NonFinite, check_finite
@@ -127,6 +128,11 @@ class Schedule:
             raise InputError(f"The start step {self.start} leaves none of {self.steps} steps: set it below that.")
 
     @property
+    def passes(self) -> Iterator[Pass]:
+        """Those of each step, one after the other."""
+        return (which for formula in self.formulas for which in formula.passes)
+
+    @property
     def steps(self) -> int:
         """Of the whole schedule."""
         return len(self.scheduler)
@@ -167,6 +173,8 @@ def denoise(
     Raises InfiniteTalkError when the last fallback gives non-finite values too.
     """
     keys = KeptKeys(model, x.device) if kept is None else kept
+    split = mesh_of(model).passes
+    numbers = {which: number for number, which in enumerate(dict.fromkeys(schedule.passes))}
 
     def attempt() -> tuple[Tensor, Tensor]:
         scheduler = copy.copy(schedule.scheduler)  # multistep solvers begin a history
@@ -208,7 +216,11 @@ def denoise(
                 return compute() if reuse is None else reuse.velocity(which, step, seen, t, compute)
 
             formula = schedule.formulas[step]
-            velocity = formula.velocity(evaluate, projection)
+            if split is None:
+                found = {which: evaluate(which) for which in formula.passes}
+            else:
+                found = split.evaluate(formula.passes, numbers, evaluate, x)
+            velocity = formula.combine(found, projection)
             try:
                 check_finite(velocity, step, model, evaluate, formula.passes)
             except NonFinite:

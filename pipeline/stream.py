@@ -147,6 +147,8 @@ def _checked(job: Job, *, live: bool) -> Checked:
         raise InputError("A stream keeps nothing that a later run could go on with: leave resume out.")
     if job.comment:
         raise InputError("A stream carries no comment: leave it out.")
+    if job.gpus > 1:
+        raise InputError(f"A stream is computed on one GPU, not {job.gpus}: leave out their number.")
     return check(named(job), live=live)
 
 

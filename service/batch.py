@@ -93,12 +93,15 @@ def run_jobs(
         resume: keep videos that are there, and go on with those that an earlier run has begun.
     """
     loaded = LoadedModels()
-    for line in lines:
-        if resume and OutputFiles.of(line.job.out).video.is_file():
-            yield line, None
-            continue
-        try:
-            made: Result | InfiniteTalkError = make_reusing(replace(line.job, resume=resume), follow(line), loaded)
-        except InfiniteTalkError as error:
-            made = error
-        yield line, made
+    try:
+        for line in lines:
+            if resume and OutputFiles.of(line.job.out).video.is_file():
+                yield line, None
+                continue
+            try:
+                made: Result | InfiniteTalkError = make_reusing(replace(line.job, resume=resume), follow(line), loaded)
+            except InfiniteTalkError as error:
+                made = error
+            yield line, made
+    finally:
+        loaded.clear()

@@ -29,6 +29,7 @@ __all__ = ["SETTINGS", "build", "read_json", "schema", "settings_of"]
 NOT_SETTINGS = {
     *("image", "video", "masks", "references", "loras"),  # files
     *("device", "text_encoder_device", "base_dtype", "fp16_accumulation", "compile_settings"),  # the owner's
+    *("gpus", "guidance_gpus"),  # likewise
     *("total_frames", "resume", "comment"),  # follow from the job
 }
 

@@ -199,6 +199,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a file": (bad(out="v.mp4"), "written to no file"),
     "going on": (bad(resume=True), "leave resume out"),
     "a comment": (bad(comment="made"), "carries no comment"),
+    "GPUs": (bad(gpus=2), "computed on one GPU"),
     "an image that is missing": (bad(image="missing.png"), "missing.png"),
     "no rate of speech": (bad(rate=100), "states 100 samples a second"),
 }

@@ -29,6 +29,7 @@ from ..errors import InputError
 from ..kernels.linear import Activations
 from ..kernels.rope import Grid, Rotation, RotationTables
 from ..linear.base import read_rows
+from ..runtime.parallel import ALONE, Mesh, TokenSplit, check_tokens
 from .attention import AttentionMode, attention, resolve_mode
 from .elementwise import (
     AffineNorm,
@@ -188,7 +189,7 @@ class KeysValues:
 class Conditions(NamedTuple):
     """What one forward gives to every block."""
 
-    grid: Grid
+    grid: Grid  # of the tokens here: [T, 1, s] where they are divided among processes, and S is the places of a frame
     rotation: Rotation  # cos, sin [L, 1, D/2]
     time: torch.Tensor  # [B, 6, C] float32
     text: torch.Tensor  # [B, text_len, C]
@@ -203,6 +204,8 @@ class Conditions(NamedTuple):
     image_keys: KeysValues | None = None
     enhance: float | None = None
     nag: NormalizedAttention | None = None  # with embedded tokens [B, text_len, C]
+    split: TokenSplit | None = None
+    places: int = 0  # S
 
 
 class BlockModes(NamedTuple):
@@ -255,18 +258,33 @@ class WanSelfAttention(_Projections):
         *,
         attention_mode: str = "sdpa",
         enhance: float | None = None,
+        split: TokenSplit | None = None,
+        places: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, L, C] -> the attended tokens [B, L, C], and with masks [n+1, H*W] the reference map [n+1, L]."""
+        """x [B, L, C] -> the attended tokens [B, L, C], and with masks [n+1, H*W] the reference map [n+1, L].
+
+        With `split`, x is a share of the tokens: T*s of T*S, where S is `places`.
+        """
+        values = (
+            None if split is None else split.heads(self._heads(self.v(x)), grid[0], places)
+        )  # while q, k are computed
         q, k = qk_norm_rope(
             self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.norm_q.eps
         )  # [B, L, H, D] each
-        v = self._heads(self.v(x))
         reference_map = None
         if speaker_masks is not None:
-            reference_map = get_attn_map_with_target(q, k, grid, speaker_masks)
-        out = attention(q, k, v, attention_mode=attention_mode)
+            reference, shape = k, grid
+            if split is not None:
+                reference, shape = split.gather(k[:, : grid[1] * grid[2]], 1, places), (1, 1, places)
+            reference_map = get_attn_map_with_target(q, reference, shape, speaker_masks)
+        if split is None or values is None:
+            out = attention(q, k, self._heads(self.v(x)), attention_mode=attention_mode)
+        else:
+            queries, keys = split.heads(q, grid[0], places), split.heads(k, grid[0], places)
+            attended = attention(queries(), keys(), values(), attention_mode=attention_mode)
+            out = split.tokens(attended, grid[0], places)
         if enhance is not None:
-            out = (out * cross_frame_gain(q, k, grid, enhance)).to(out.dtype)
+            out = (out * cross_frame_gain(q, k, grid, enhance, split, places)).to(out.dtype)
         return self.o(out.flatten(2)), reference_map
 
 
@@ -366,6 +384,8 @@ class WanBlock(nn.Module):
             given.speaker_masks,
             attention_mode=modes.self_attention,
             enhance=given.enhance,
+            split=given.split,
+            places=given.places,
         )
 
         norm, rows = self.norm3, self.cross_attn.reads_rows(device)
@@ -386,7 +406,13 @@ class WanBlock(nn.Module):
             norm, rows = self.norm_x, self.audio_cross_attn.reads_rows(device)
             x, normed = add_affine_norm(x, branch, factor, norm.weight, norm.bias, norm.eps, rows)
             branch = self.audio_cross_attn(
-                normed, given.audio, given.grid, reference_map, given.speakers, attention_mode=modes.audio
+                normed,
+                given.audio,
+                given.grid,
+                reference_map,
+                given.speakers,
+                attention_mode=modes.audio,
+                split=given.split,
             )
             factor = given.audio_scale
         if given.humo_audio is not None:
@@ -516,6 +542,8 @@ class WanModel(nn.Module):
         patch_features = config.patch_size[0] * config.patch_size[1] * config.patch_size[2] * config.out_dim
         self.head = Head(dim, patch_features, config.eps)
         self._rotations = RotationTables(config.head_dim)
+        self.mesh: Mesh = ALONE
+        """How several processes compute together: each of them calls `forward`, and gets its result."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -579,9 +607,17 @@ class WanModel(nn.Module):
         batch, grid = int(latents.shape[0]), self.patch_embedding.grid(latents)
         time, block_time = self.embed_time(t, batch)  # [B, C], [B, 6, C] float32
         speakers = 0 if audio is None else int(audio.shape[0])
+        rotation, split, places = self._rotations.get(grid, latents.device), self.mesh.tokens, grid[1] * grid[2]
+        local = grid
+        if split is not None:
+            if batch != 1:
+                raise InputError(f"several GPUs compute one video at a time, not {batch}")
+            check_tokens(split.size, self.config.num_heads, places)
+            local = (grid[0], 1, split.counts(places)[split.rank])
+            rotation = Rotation(*(split.take(table, grid[0], axis=0) for table in rotation))
         given = Conditions(
-            grid=grid,
-            rotation=self._rotations.get(grid, latents.device),
+            grid=local,
+            rotation=rotation,
             time=block_time,
             text=_embedded(text_keys, lambda: self.embed_text(context, batch)),
             clip=None if clip_fea is None else _embedded(image_keys, lambda: self.embed_clip(clip_fea, batch)),
@@ -595,9 +631,13 @@ class WanModel(nn.Module):
             image_keys=image_keys,
             enhance=enhance,
             nag=None if nag is None else dataclasses.replace(nag, negative=self.embed_text(nag.negative, batch)),
+            split=split,
+            places=places,
         )
         mode = self.attention_mode if attention_mode is None else attention_mode
         tokens = self.patch_embedding(latents)  # [B, L, C]
+        if split is not None:
+            tokens = split.take(tokens, grid[0])
         if residual is not None and residual.reuse and residual.value is not None:
             tokens = tokens + residual.value.to(tokens)
         else:
@@ -607,7 +647,10 @@ class WanModel(nn.Module):
                     tokens = self.run_block(index, block, tokens, given, BlockModes.of(mode, index))
             if residual is not None and embedded is not None:
                 residual.value = tokens - embedded
-        return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
+        patches = self.head(tokens, time)
+        if split is not None:
+            patches = split.gather(patches, grid[0], places)
+        return self._unpatchify(patches, grid).to(x.dtype)
 
     def run_block(
         self, index: int, block: nn.Module, tokens: torch.Tensor, given: Conditions, modes: BlockModes

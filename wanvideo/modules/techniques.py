@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.rope import Grid
+from ..runtime.parallel import TokenSplit
 
 __all__ = ["BlockResidual", "NormalizedAttention", "cross_frame_gain", "normalized_guidance"]
 
@@ -61,7 +62,9 @@ def normalized_guidance(
     return torch.lerp(z, guided.mul_(limit), alpha).to(positive.dtype)  # `guided` is fresh, and as large as all tokens
 
 
-def cross_frame_gain(q: torch.Tensor, k: torch.Tensor, grid: Grid, weight: float) -> torch.Tensor:
+def cross_frame_gain(
+    q: torch.Tensor, k: torch.Tensor, grid: Grid, weight: float, split: TokenSplit | None = None, places: int = 0
+) -> torch.Tensor:
     """The factor by which Enhance-A-Video (Luo et al. 2025, arXiv 2502.07508) strengthens an attention's output.
 
     The cross-frame intensity is the mean of what a place of the image attends to itself in the other frames, were there
@@ -71,6 +74,7 @@ def cross_frame_gain(q: torch.Tensor, k: torch.Tensor, grid: Grid, weight: float
     Args:
         q, k: [B, L, H, D], L = frames * rows * columns of the grid.
         weight: the temperature; larger is stronger.
+        split: how the `places` of a frame are divided, where q and k are a share of them.
 
     Returns:
         [B, 1, 1, 1] float32.
@@ -87,4 +91,6 @@ def cross_frame_gain(q: torch.Tensor, k: torch.Tensor, grid: Grid, weight: float
     shares = (scores.float() * q.shape[-1] ** -0.5).softmax(-1)
     itself = shares.diagonal(dim1=-2, dim2=-1).sum(-1)  # of `frames`, which all shares add up to
     intensity: torch.Tensor = ((frames - itself) / (frames * (frames - 1))).mean((1, 2))
+    if split is not None:
+        intensity = split.mean(intensity, places)
     return (intensity * (frames + weight)).clamp_min(1)[:, None, None, None]
