@@ -596,6 +596,10 @@ def _run_measure(args: argparse.Namespace) -> None:
 
     if args.motion_frames is not None and args.frames is None:
         raise InputError("--motion-frames alone does not say where joins are: give --frames too.")
+    if args.report is not None and args.report.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"The page {args.report} would not be read as one: let its name end in .html.")
+    if args.report is not None and not args.report.absolute().parent.is_dir():
+        raise InputError(f"The folder of the page {args.report} does not exist: make it first.")
     motion = GenerateConfig.motion_frames if args.motion_frames is None else args.motion_frames
     footage = read_video(
         args.video,

@@ -226,6 +226,8 @@ def read_frames(
     if reference is not None:
         covered = cover_image(Image.fromarray(reference), width, height)
         reference = ((covered.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    if faces and len(speech) > 1:
+        _check_recordings(name, len(faces), len(speech))
     finder = _finder(frames, fps, max(1, len(speech)), faces, reference)
     small = max(1, max(width, height) // SMALL)
     wanted = _reduced(frames[0] if reference is None else reference, small)
@@ -245,11 +247,8 @@ def read_frames(
         before = reduced
         progress(index + 1, count)
     found = finder.faces()
-    if len(speech) > 1 and len(found) != len(speech):
-        raise InputError(
-            f"{name} shows {len(found)} faces where {len(speech)} recordings are given: give one recording for each "
-            "face, from left to right, or say with --face where the faces are."
-        )
+    if len(speech) > 1:
+        _check_recordings(name, len(found), len(speech))
     loud = [loudness(one) for one in speech]
     changes = np.array(change)
     return Footage(
@@ -291,6 +290,14 @@ def _finder(frames: Sequence[Frame], fps: float, count: int, faces: Sequence[Box
     logger.warning("Without landmarks the mouth is taken to be where the image moves most; for landmarks: %s", INSTALL)
     mouths = [scaled(box, factor) for box in moving_mouths(samples, fps, count)]
     return Boxes("the part that moves most", samples, factor, mouths=mouths, reference=reference)
+
+
+def _check_recordings(name: str, faces: int, recordings: int) -> None:
+    if faces != recordings:
+        raise InputError(
+            f"Faces in {name}: {faces}, recordings: {recordings}. Give one recording for all, or one for each face "
+            "from left to right; --face says where faces are."
+        )
 
 
 def _reduced(frame: Frame, factor: int) -> Floats:

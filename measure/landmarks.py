@@ -158,7 +158,8 @@ class LandmarkModel:
         points, score = self._points(cut(image, corner, turn @ np.array([side, 0.0]), self._points.side))
         if float(_sigmoid(score.ravel())[0]) < SCORE:
             return None
-        return points.reshape(-1, 3)[:, :2] / self._points.side * side @ turn.T + corner
+        found: Landmarks = points.reshape(-1, 3)[:, :2] / self._points.side * side @ turn.T + corner
+        return found
 
 
 def _rotation(across: Floats) -> Floats:

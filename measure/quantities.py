@@ -205,8 +205,8 @@ OF_SPEAKERS = {
     "lag": Quantity("mouth comes after the sound by", "ms", "-40 to 40", _lag),
     "correlation_with_others": Quantity("mouth follows another's speech", "", "below 0.3", _correlation_with_others),
     "open_in_silence": Quantity("open in pauses (0 closed, 1 as in speech)", "", "below 0.2", _open_in_silence),
-    "eyes_identity": Quantity("eyes like the reference's", "dB", "24 and more, of a still head", _identity("eyes")),
-    "face_identity": Quantity("face without mouth, likewise", "dB", "24 and more, of a still head", _identity("face")),
+    "eyes_identity": Quantity("eyes like the reference's", "dB", "22 and more, of a still head", _identity("eyes")),
+    "face_identity": Quantity("face without mouth, likewise", "dB", "26 and more, of a still head", _identity("face")),
 }
 """Name -> what is measured of each speaker."""
 

@@ -117,7 +117,7 @@ def _row(name: str, quantity: Quantity, value: Value) -> str:
 
 
 def _speaker_plots(footage: Footage, speaker: Speaker, who: str) -> list[str]:
-    times = (np.arange(footage.frames) + 0.5) / footage.fps
+    times = _times(footage)
     plots = [_plot(f"Opening of the mouth of {who}, {speaker.face.unit}", times, {"opening": speaker.opening})]
     if speaker.curve is not None and speaker.loud is not None:
         count = min(int(footage.seconds * RATE), len(speaker.loud))
@@ -129,7 +129,7 @@ def _speaker_plots(footage: Footage, speaker: Speaker, who: str) -> list[str]:
         scaled = {name: line / max(float(np.abs(line).max()), 1e-9) for name, line in pair.items()}
         plots.append(_plot(f"Mouth of {who} and speech between 1 and 10 Hz, each of its largest", at, scaled))
         title = f"Correlation of {who} with the speech, by how much the mouth comes after it"
-        plots.append(_plot(title, 1000 * SHIFTS, {"correlation": speaker.curve.values}, "ms"))
+        plots.append(_plot(title, SHIFTS * 1000.0, {"correlation": speaker.curve.values}, "ms"))
     errors = {name: _psnr(np.array(values)) for name, values in speaker.face.errors.items()}
     errors = {name: values for name, values in errors.items() if np.isfinite(values).any()}
     if errors:
@@ -138,7 +138,7 @@ def _speaker_plots(footage: Footage, speaker: Speaker, who: str) -> list[str]:
 
 
 def _video_plots(footage: Footage) -> list[str]:
-    times = (np.arange(footage.frames) + 0.5) / footage.fps
+    times = _times(footage)
     joins = [join / footage.fps for join in footage.joins or ()]
     moved = footage.colors - footage.colors[0]
     plots = [
@@ -152,6 +152,11 @@ def _video_plots(footage: Footage) -> list[str]:
         likeness = {"background": _psnr(footage.background)}
         plots.append(_plot("Likeness of the background to the reference, dB", times, likeness, marks=joins))
     return plots
+
+
+def _times(footage: Footage) -> Floats:
+    """Seconds of the middle of each frame."""
+    return np.linspace(0.5, footage.frames - 0.5, footage.frames) / footage.fps
 
 
 def _psnr(errors: Floats) -> Floats:

@@ -147,8 +147,9 @@ def test_each_of_two_mouths_has_its_own_recording() -> None:
         assert value(own, "correlation_with_others", speaker) < 0.4
     swapped = read_frames(video, FPS, speech[::-1], faces=TWO)
     assert max(value(swapped, "correlation", speaker) for speaker in (0, 1)) < 0.4
-    assert "recording of another" in reason(read_frames(video, FPS, speech[:1], faces=TWO), "correlation_with_others")
-    with pytest.raises(InputError, match="2 faces where 3 recordings"):
+    alone = read_frames(video[:75], FPS, speech[:1], faces=TWO)
+    assert "recording of another" in reason(alone, "correlation_with_others")
+    with pytest.raises(InputError, match="2, recordings: 3"):
         read_frames(video, FPS, [*speech, babble(5)], faces=TWO)
 
 
@@ -358,6 +359,8 @@ def test_every_report_has_every_quantity(tmp_path: Path, capsys: pytest.CaptureF
         (["--face", "1,2,3"], "is no box"),
         (["--face", "0,0,500,500"], "is no box"),
         (["--motion-frames", "9"], "give --frames too"),
+        (["--report", "page.mp4"], "let its name end in .html"),
+        (["--report", "nowhere/page.html"], "make it first"),
         (["--audio", "nothing.wav"], "does not exist"),
         (["--reference", "nothing.png"], "nothing.png"),
     ],
@@ -412,6 +415,13 @@ def test_faces_are_followed_from_left_to_right() -> None:
     assert footage.how == "landmarks"
     assert right[0] - left[0] == pytest.approx(still.shape[1], abs=4)
     assert value(footage, "eyes_identity") > 24  # the heads have moved, and were followed
+    blind = [frame.copy() for frame in frames]
+    for index, frame in enumerate(blind):
+        for column in (100, 142):  # over both eyes of the left face
+            frame[107:131, column + index : column + index + 26] = (240, 210, 180)
+    painted = read_frames(blind, FPS, [], reference=wide)
+    assert value(painted, "eyes_identity") < 18
+    assert value(painted, "eyes_identity", 1) > 24
     black = read_frames([np.zeros_like(still)] * 50, FPS, [babble(1)])
     assert not black.speakers
     assert "no face" in reason(black, "background_identity")
