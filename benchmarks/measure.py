@@ -53,7 +53,7 @@ def main() -> int:
     report = Report("measure", "The measure of talking videos", torch.device("cpu"), given.small)
     steps = [0] if given.small else MOVED
     foreign = {path.stem: loudness(load_speech(path)) for path in given.recordings}
-    rows, errors, strangers, above = [], [], [], 0
+    rows, errors, pairs, above = [], [], [], 0
     for path in given.videos:
         footage = read_video(path)
         speech = load_speech(path)
@@ -69,7 +69,7 @@ def main() -> int:
         above += sum(one.best > max(FOLLOWS, one.chance) for one in others)
         best = [one.best for one in others]
         errors += wrong
-        strangers += best
+        pairs += best
         rows.append(
             {
                 "video": path.stem,
@@ -84,9 +84,9 @@ def main() -> int:
         )
     report.table("Each video with its own sound, with it moved, and with foreign recordings", rows)
     report.goal("worst error of a lag, ms", max(errors), NEAR)
-    if strangers:
-        half, most = np.percentile(strangers, [50, 95])
-        print(f"\n{len(strangers)} foreign pairs: median {half:.3f}, {above} would be taken to follow")
+    if pairs:
+        half, most = np.percentile(pairs, [50, 95])
+        print(f"\n{len(pairs)} foreign pairs: median {half:.3f}, {above} would be taken to follow")
         report.goal("95th percentile of the correlation with foreign recordings", float(most), FOLLOWS)
     return report.finish(given.json)
 

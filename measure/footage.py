@@ -86,7 +86,7 @@ class Footage:
         background: mean squared error against the reference, outside all faces; NaN without a face.
         joins: frames with which a window begins; None where that is unknown.
         uneven: whether the file's frames come at uneven times.
-        picture, sound: seconds of the file's images and of its sound; sound None without one.
+        sound: seconds of the file's sound; None without one.
         sound_late: seconds by which the file's sound comes after the recordings; None where both are not there.
     """
 
@@ -104,7 +104,6 @@ class Footage:
     background: Floats
     joins: list[int] | None
     uneven: bool
-    picture: float
     sound: float | None
     sound_late: float | None
     no_face: str = ""
@@ -266,7 +265,6 @@ def read_frames(
         background=np.array(background),
         joins=None if window is None else _joins(count, window, motion or 0),
         uneven=False,
-        picture=count / fps,
         sound=None,
         sound_late=None,
         no_face="" if found else "no face was found: say with --face where one is",

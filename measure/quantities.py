@@ -20,7 +20,7 @@ __all__ = ["OF_SPEAKERS", "OF_VIDEOS", "Absent", "Quantity", "Value", "measured"
 Floats = NDArray[np.float64]
 
 FOLLOWS = 0.3
-"""Correlation from which a mouth follows a recording: of strangers, 95 in 100 stay below it (docs/measure.md)."""
+"""Correlation from which a mouth follows a recording: of foreign ones 95 in 100 stay below it (docs/measure.md)."""
 
 END = 2.0
 """Seconds at the end of a video whose identity counts."""
@@ -71,7 +71,9 @@ def _correlation(footage: Footage, speaker: Speaker) -> Value:
         return Absent("the recording is silent")
     if np.ptp(speaker.opening) == 0:
         return Absent("the mouth does not move")
-    return Absent("the recording is shorter than a second") if speaker.curve is None else speaker.curve.best
+    if speaker.curve is None:
+        return Absent("the recording is shorter than a second, or as loud all the time")
+    return speaker.curve.best
 
 
 def _lag(footage: Footage, speaker: Speaker) -> Value:
@@ -190,12 +192,12 @@ def _frozen(footage: Footage) -> Value:
 def _sound_longer(footage: Footage) -> Value:
     if footage.sound is None:
         return Absent("the video has no sound")
-    return 1000 * (footage.sound - footage.picture)
+    return 1000 * (footage.sound - footage.seconds)
 
 
 def _sound_late(footage: Footage) -> Value:
     if footage.sound_late is None:
-        return Absent("there are no recordings beside the video's own sound in which it is found")
+        return Absent("there are no recordings that the video's own sound is like")
     return 1000 * footage.sound_late
 
 
@@ -223,7 +225,7 @@ OF_VIDEOS = {
     ),
     "black_frames": Quantity("black frames", "", "0", lambda footage: float(footage.dark.sum())),
     "frozen_frames": Quantity("frames that are the one before again", "", "0", _frozen),
-    "sound_longer": Quantity("sound is longer than the picture by", "ms", "-40 to 40", _sound_longer),
+    "sound_longer": Quantity("sound is longer than the images by", "ms", "-40 to 40", _sound_longer),
     "sound_late": Quantity("sound comes after the recordings by", "ms", "-10 to 10", _sound_late),
 }
 """Name -> what is measured of the whole video."""

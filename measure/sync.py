@@ -1,8 +1,8 @@
 """A mouth's opening against speech: how closely it follows, how late, and whether it closes in silence.
 
 Both are compared between 1 and 10 Hz, where syllables are: what is slower, such as a pause at the end that half of all
-recordings have, makes strangers alike, and frames say nothing about what is faster. Each is clipped at twice its usual
-size, so that one onset does not count for a sentence.
+recordings have, makes foreign recordings alike, and frames say nothing about what is faster. Each is clipped at twice
+its deviation, so that one onset does not count for a sentence.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def loudness(speech: NDArray[np.floating]) -> Floats:
 
 
 def in_band(signal: Floats) -> Floats:
-    """A signal [n] at `RATE` between 1 and 10 Hz, clipped at twice its usual size."""
+    """A signal [n] at `RATE` between 1 and 10 Hz, clipped at twice its deviation."""
     sections = butter(2, BAND, "bandpass", fs=RATE, output="sos")
     filtered: Floats = sosfiltfilt(sections, signal - signal.mean())
-    usual = 1.4826 * float(np.median(np.abs(filtered)))  # the deviation, of a normal distribution
-    return np.clip(filtered, -2 * usual, 2 * usual)
+    most = 2 * float(filtered.std())
+    return np.clip(filtered, -most, most)
 
 
 @dataclass(frozen=True)

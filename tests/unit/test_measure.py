@@ -124,7 +124,18 @@ def test_lags_are_in_seconds_at_any_rate(fps: float) -> None:
     assert curve.best > 0.9
 
 
-def test_strangers_stay_low_and_have_no_lag() -> None:
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_who_is_silent_most_of_the_time_is_found_as_well(share: float) -> None:
+    speech = babble(10)
+    speech[: int(len(speech) * (1 - share))] = 0
+    jitter = np.random.default_rng(0).normal(0, 0.01, SECONDS * FPS)  # of landmarks
+    curve = correlations(mouth(speech, 0.08) + jitter, FPS, loudness(speech))
+    assert curve is not None
+    assert curve.best > 0.9
+    assert curve.lag == pytest.approx(0.08, abs=0.02)
+
+
+def test_foreign_recordings_stay_low_and_have_no_lag() -> None:
     """50 pairs; the highest of all shifts counts."""
     loud = [loudness(babble(seed)) for seed in range(30)]
     openings = [mouth(babble(seed)) for seed in range(5)]
