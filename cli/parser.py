@@ -596,6 +596,78 @@ def _run_doctor(args: argparse.Namespace) -> None:
         raise BackendUnavailableError(f"No attention mode of {lacking} is supported here; the table says why.")
 
 
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="any video of people who talk")
+    parser.add_argument(
+        "--audio",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="A",
+        help="what is said, from the video's beginning: one recording, or one for each face from left to right; "
+        "otherwise the video's own sound",
+    )
+    parser.add_argument("--reference", type=Path, metavar="P", help="the image it was made from; otherwise frame 1")
+    parser.add_argument(
+        "--face",
+        type=_box,
+        action="append",
+        default=[],
+        dest="faces",
+        metavar="L,T,R,B",
+        help="box of a face that keeps still, in pixels of the video, in place of landmarks; repeatable",
+    )
+    _add_number(parser, "--frames", "frames per window, of the command that made it: where joins are")
+    _add_number(parser, "--motion-frames", "frames that a window begins with, of the one before (with --frames: 9)")
+    parser.add_argument("--json", action="store_true", help="write JSON to stdout in place of tables")
+    parser.add_argument("--report", type=Path, metavar="H", help="write a page with plots, such as out.html")
+
+
+def _box(given: str) -> tuple[float, float, float, float]:
+    try:
+        left, top, right, bottom = (float(side) for side in given.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r} is no box: give left,top,right,bottom in pixels") from None
+    return left, top, right, bottom
+
+
+def _run_measure(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ..measure.footage import read_video
+    from ..measure.report import as_json, as_page
+    from ..pipeline.plan import GenerateConfig
+    from .terminal import measure_tables
+
+    if args.motion_frames is not None and args.frames is None:
+        raise InputError("--motion-frames alone does not say where joins are: give --frames too.")
+    if args.report is not None and args.report.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"The page {args.report} would not be read as one: let its name end in .html.")
+    if args.report is not None and not args.report.absolute().parent.is_dir():
+        raise InputError(f"The folder of the page {args.report} does not exist: make it first.")
+    motion = GenerateConfig.motion_frames if args.motion_frames is None else args.motion_frames
+    footage = read_video(
+        args.video,
+        args.audio,
+        reference=args.reference,
+        faces=args.faces,
+        window=args.frames,
+        motion=motion,
+    )
+    if args.report is not None:
+        args.report.write_text(as_page(footage), encoding="utf-8")
+        logger.info("The page with plots is %s", args.report)
+    if args.json:
+        _say(json.dumps(as_json(footage), indent=1, ensure_ascii=False))
+        return
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    with _stdout("what was measured"):
+        out.print(*measure_tables(footage), sep="\n")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 COMMANDS = (
@@ -606,6 +678,9 @@ COMMANDS = (
     ),
     Command("demo", "make a small video with tiny models, to see that everything works", _add_demo, _run_demo),
     Command("doctor", "try every attention mode and quantization on this machine", _add_doctor, _run_doctor),
+    Command(
+        "measure", "see whether the mouths of a video follow the speech, and what drifts", _add_measure, _run_measure
+    ),
     Command("make-tiny", "write the demo's tiny models, in the public formats", _add_make_tiny, _run_make_tiny),
 )
 

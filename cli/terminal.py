@@ -11,10 +11,13 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..measure.footage import Footage
+from ..measure.quantities import Absent
+from ..measure.report import rows, shown, summary
 from ..pipeline.make_video import Events
 from .doctor import Report
 
-__all__ = ["ProgressBar", "doctor_tables", "log_to_stderr"]
+__all__ = ["ProgressBar", "doctor_tables", "log_to_stderr", "measure_tables"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,20 @@ def doctor_tables(report: Report) -> tuple[Table, Table, str]:
     supported = ", ".join(f"{name}: {'yes' if there else 'NO'}" for name, there in report.precisions.items())
     where = report.environment.get("gpu", "the CPU")
     return kernels, linears, f"On {where}, torch {report.environment['torch']}. A mode of each precision: {supported}."
+
+
+def measure_tables(footage: Footage) -> list[Table | str]:
+    """What was measured, a table for each speaker and one for the whole video."""
+    tables: list[Table | str] = [f"{footage.name}: {summary(footage)}"]
+    for heading, entries in rows(footage):
+        table = Table(title=heading.capitalize(), title_justify="left")
+        for name in ("name", "what", "measured", "good"):
+            table.add_column(name)
+        for name, quantity, value in entries:
+            style = "dim" if isinstance(value, Absent) else ""
+            table.add_row(name, quantity.title, shown(quantity, value), quantity.good, style=style)
+        tables.append(table)
+    return tables
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -635,7 +635,7 @@ class SpeechModel:
         masks: Tensor | None,
     ) -> SpeechEmbeds:
         """Features per speaker of ComfyUI's AUDIO values, and the sound of all together."""
-        speech = [load_speech(*_samples(audio), target_lufs=None) for audio in recordings]
+        speech = [load_speech(*speaker_samples(audio), target_lufs=None) for audio in recordings]
         if smooth:
             speech = [smooth_transients(waveform, SAMPLE_RATE) for waveform in speech]
         if normalize:
@@ -676,7 +676,7 @@ class WhisperModel:
 
     def embed(self, audio: dict[str, Any]) -> Tensor:
         """Features [frames, groups, width] of an AUDIO, as loud as it is; 25 frames a second."""
-        waveform = load_speech(*_samples(audio), target_lufs=None)
+        waveform = load_speech(*speaker_samples(audio), target_lufs=None)
         with comfyui.ordinary_tensors():
             self.features.to(comfyui.device())
             rows = self.features(waveform)
@@ -685,7 +685,7 @@ class WhisperModel:
         return rows
 
 
-def _samples(audio: dict[str, Any]) -> tuple[Tensor, int]:
+def speaker_samples(audio: dict[str, Any]) -> tuple[Tensor, int]:
     """(samples [channels, n], rate in Hz) of a speaker's AUDIO; InputError as `checked_audio`, and for a batch."""
     waveform, rate = checked_audio(audio)
     if len(waveform) > 1:

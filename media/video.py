@@ -694,15 +694,19 @@ class VideoFrames:
 
     Args:
         path: any media file of `containers.FORMATS`.
-        fps: the rate to read at. Frames of the file are repeated or left out to meet it.
+        fps: the rate to read at; None: the file's own, on average. Frames of the file are repeated or left out to meet
+            it.
         keep: frames behind the newest one that can still be asked for without reading the file anew.
+
+    Attributes:
+        times: when each frame of the file is shown, in seconds from its beginning.
 
     Raises:
         InputError: when the file is missing or holds no video.
     """
 
-    def __init__(self, path: str | Path, fps: float = 25, keep: int = 128) -> None:
-        self.path, self.fps, self.keep = Path(path).expanduser(), Fraction(fps).limit_denominator(1001), keep
+    def __init__(self, path: str | Path, fps: float | None = 25, keep: int = 128) -> None:
+        self.path, self.keep = Path(path).expanduser(), keep
         check_file(self.path, "video")
         with self._explained(), open_media(self.path) as container:
             stream = self._stream(container)
@@ -715,6 +719,9 @@ class VideoFrames:
         if not times:
             raise InputError(f"{self.path} holds no frame: give another video.")
         last = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else Fraction(0)
+        if fps is None:
+            fps = float(1 / last) if last else 25.0
+        self.fps, self.times = Fraction(fps).limit_denominator(1001), times
         self._length: int = max(1, round((times[-1] + last) * self.fps))
         self._restart()
 

@@ -22,6 +22,7 @@ LAYERS = [
     "service",
     "cli",
     "pipeline",
+    "measure",
     "media",
     "multitalk.whisper",
     "multitalk.wav2vec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -230,6 +231,22 @@ def test_loudness_is_brought_to_where_it_is_asked(host: Host) -> None:
     assert integrated_loudness(mono, 22_050) == pytest.approx(-14.0, abs=0.2)
     silence = {"waveform": torch.zeros(1, 1, 8000), "sample_rate": 8000}
     assert not run(host, "InfiniteTalkNormalizeLoudness", audio=silence, lufs=-14.0)[0]["waveform"].any()
+
+
+def test_a_video_is_measured_against_each_recording(host: Host) -> None:
+    from wanvideo_infinitetalk.measure import footage
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(50, 32, 96, 3, generator=generator)
+    numbers = {"fps": 25.0, "frame_window_size": 21, "motion_frame": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footage, "missing", lambda: "a package")  # where landmarks are, too
+        report, found, page = run(host, "InfiniteTalkMeasure", images=images, audio_1=sound(2.0), **numbers)
+        two = run(host, "InfiniteTalkMeasure", images=images, audio_1=sound(2.0), audio_2=sound(2.0), **numbers)
+    assert "correlation" in report
+    assert json.loads(found)["whole"]["join_change"]["value"] == pytest.approx(1, abs=0.2)
+    assert page.startswith("<!doctype html>")
+    assert [len(json.loads(one)["speakers"]) for one in (found, two[1])] == [1, 2]
 
 
 def test_the_hub_is_named_when_it_cannot_be_reached(host: Host) -> None:
