@@ -431,6 +431,19 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--retries", type=int, default=1, metavar="N", help="deaths of a worker that a job survives (%(default)s)"
     )
     network.add_argument("--page", action="store_true", help="show a page for browsers, too (Gradio)")
+    cluster = parser.add_argument_group("many machines")
+    cluster.add_argument(
+        "--cluster", metavar="ADDRESS", help="make the videos on a Ray cluster: HOST:PORT of its head, or auto"
+    )
+    cluster.add_argument(
+        "--storage", metavar="URL", help="folder or fsspec address that all its machines reach (DIR/storage)"
+    )
+    cluster.add_argument(
+        "--workers", type=int, metavar="N", help="how many; they wait for their place (as many as find one)"
+    )
+    cluster.add_argument(
+        "--gpus", type=float, metavar="N", help="that a worker asks for, 0 to 1 (1, with --device cpu 0)"
+    )
     _add_files(parser, needed=False)
     _add_size(parser)
     _add_sampling(parser)
@@ -442,6 +455,11 @@ def _run_serve(args: argparse.Namespace) -> None:
     from ..service.server import check_packages, serve
 
     check_packages("web" if args.page else "serve")
+    cluster = {"address": args.cluster, "storage": args.storage, "count": args.workers, "gpus": args.gpus}
+    if args.cluster is None:
+        for name in ("storage", "workers", "gpus"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for many machines: give --cluster ADDRESS too, or leave it out.")
     others = ("whisper",) if args.mode == HUMO else ("clip_vision", "wav2vec")
     given = {name: getattr(args, name) for name in (*NEEDED_FILES, *others)}
     if not any(given.values()):
@@ -463,6 +481,7 @@ def _run_serve(args: argparse.Namespace) -> None:
         device=args.device or "auto",
         retries=args.retries,
         page=args.page,
+        cluster=None if args.cluster is None else cluster,
         verbose=args.verbose,
         started=lambda address: _say(f"service: {address}"),
     )

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -25,13 +24,12 @@ import numpy as np
 import pytest
 import soundfile
 from fastapi.testclient import TestClient
-from support.service_files import FRAMES, SETTINGS, WINDOWS, base_of, write_inputs
+from support.service_files import FRAMES, NO_WORKERS, SETTINGS, WINDOWS, base_of, write_inputs
 from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.media.video import VideoFrames
 from wanvideo_infinitetalk.pipeline.bounds import BOUNDS
 from wanvideo_infinitetalk.pipeline.loaded_models import LoadedModels
-from wanvideo_infinitetalk.service import api as api_module
 from wanvideo_infinitetalk.service import server, worker
 from wanvideo_infinitetalk.service.access import Access, is_loopback
 from wanvideo_infinitetalk.service.api import create_app
@@ -42,7 +40,6 @@ from wanvideo_infinitetalk.service.settings import SETTINGS as FIELDS
 from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 ALICE, BOB = "alice-has-this-token", "bob-has-another-token"
-NO_WORKERS = SimpleNamespace(devices=["cpu"], alive=1, restarts=0)
 
 
 @dataclass
@@ -414,11 +411,11 @@ def test_the_service_says_what_it_offers(api: Api) -> None:
 
 def test_the_doctor_is_asked_once(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(api_module, "_examine", lambda device: asked.append(device) or {"healthy": True})
+    monkeypatch.setattr(NO_WORKERS, "examine", lambda: asked.append("it") or {"healthy": True})
     with served(tiny_set, tmp_path) as api:
         for _ in range(2):
             assert api.http.get("/api/doctor").json() == {"healthy": True}
-    assert asked == ["cpu"]
+    assert asked == ["it"]
 
 
 @pytest.mark.slow
