@@ -41,11 +41,9 @@ def measure(nodes: int, jobs: int, kill: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         base = {"files": make_tiny(Path(temporary) / "models", random=True).model_files}
         folder = ServiceFolder.make(Path(temporary) / "service")
-        request = SETTINGS | {"image": new_id(), "audio": [new_id()]}
-        for kind, id, name in (
-            ("image", request["image"], "portrait.png"),
-            ("audio", request["audio"][0], "speech.wav"),
-        ):
+        image, audio = new_id(), new_id()
+        request = {**SETTINGS, "image": image, "audio": [audio]}
+        for kind, id, name in (("image", image, "portrait.png"), ("audio", audio, "speech.wav")):
             upload = folder.upload("local", kind, id)
             upload.parent.mkdir(parents=True)
             with as_file(files(assets) / name) as path:

@@ -247,6 +247,7 @@ class ClusterWorkers:
             mark = context.enter_context(self.storage.marked())
             connect(self.address)
             context.callback(ray.shutdown)
+            ray.put(None)  # sets up how Ray sends values, which several threads cannot do at once
             count = self._fitting() if self.count is None else self.count
             self.devices = [self.base["device"]] * count
             for job in self.queue.running():  # of a service that died: Ray ends its workers, which disturb nothing
@@ -287,9 +288,9 @@ class ClusterWorkers:
         kind = ray.remote(ClusterWorker).options(num_cpus=1, num_gpus=self.gpus, max_concurrency=4)
         pause = 0.0
         while not self._ending.wait(pause):
-            began, job = time.monotonic(), None
-            worker = kind.remote(self.storage.url, self.base, self.verbose)
+            began, job, worker = time.monotonic(), None, None
             try:
+                worker = kind.remote(self.storage.url, self.base, self.verbose)
                 place = self._placed(worker.place.remote(mark), number)
                 logger.info("Worker %d is process %d on %s.", number, place.process, place.host)
                 gone = worker.live.remote()
@@ -305,10 +306,11 @@ class ClusterWorkers:
             except Exception:
                 logger.exception("Worker %d is given up:", number)
             finally:
-                ray.kill(worker)
+                if worker is not None:
+                    ray.kill(worker)
                 if self._living.pop(number, None) is not None:
                     with self._lock:
-                        self.restarts += 1
+                        self.restarts += not self._ending.is_set()
             lived = time.monotonic() - began
             pause = 0.0 if job is not None or lived > LONGEST_PAUSE else min(max(1.0, 2 * pause), LONGEST_PAUSE)
 

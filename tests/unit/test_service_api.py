@@ -37,7 +37,7 @@ from wanvideo_infinitetalk.service.folder import ServiceFolder
 from wanvideo_infinitetalk.service.queue import Progress, Queue
 from wanvideo_infinitetalk.service.requests import KINDS, Limits, Requests
 from wanvideo_infinitetalk.service.settings import SETTINGS as FIELDS
-from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 ALICE, BOB = "alice-has-this-token", "bob-has-another-token"
 
@@ -477,3 +477,16 @@ def test_the_command_serves_until_it_is_told_to_end(tiny_set: TinySet, tmp_path:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("given", [["--storage", "s3://bucket"], ["--workers", "2"], ["--gpus", "1"]])
+def test_options_of_many_machines_need_a_cluster(given: list[str], tmp_path: Path, capsys) -> None:
+    assert main(["serve", str(tmp_path / "service"), *given]) == 2
+    assert f"{given[0]} is for many machines: give --cluster ADDRESS too" in capsys.readouterr().err
+
+
+def test_a_cluster_needs_ray(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = server.importlib.util.find_spec
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    with pytest.raises(InfiniteTalkError, match=r"not installed \(ray\): .* -m pip install '\.\[cluster\]'"):
+        server.serve(tmp_path / "service", base_of(tiny_set), cluster={"address": "127.0.0.1:6379"})
