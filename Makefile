@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: help demo test test-slow lint types format hooks test-oldest test-comfyui test-web sanitize gpu clean
+.PHONY: help demo test test-slow lint types format hooks test-oldest test-comfyui test-web test-cluster sanitize gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -86,6 +86,17 @@ test-comfyui: $(VENV)/.ready ## a real ComfyUI with this pack; COMFYUI=<folder>
 test-web: .venv-web/.ready ## the page, in headless Chromium too
 	.venv-web/bin/python -m pytest tests/unit/test_service_page.py tests/web --slow 1 $(PYTEST_ARGS)
 
+# Jobs on a local Ray cluster, in an environment of its own: Ray is large, and starting two nodes takes a while.
+.venv-cluster/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-cluster
+	.venv-cluster/bin/python -m pip install -q --upgrade pip
+	.venv-cluster/bin/python -m pip install -q $(TORCH_INDEX) '$(TORCH)'
+	.venv-cluster/bin/python -m pip install -q -e '.[dev,cluster]'
+	touch $@
+
+test-cluster: .venv-cluster/.ready ## jobs on a Ray cluster of two local nodes
+	OMP_NUM_THREADS=1 .venv-cluster/bin/python -m pytest tests/unit/test_service_cluster.py $(PYTEST_ARGS)
+
 # The reduced GPU set under NVIDIA's memory checker. Without the caching allocator it sees reads past a tensor's end.
 sanitize: $(VENV)/.ready ## the reduced GPU set under NVIDIA's memory checker
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
@@ -97,4 +108,4 @@ gpu: $(VENV)/.ready ## suite, memory checker, benchmarks and doctor on a GPU mac
 	$(BIN)/python tools/gpu_run.py $(GPU_ARGS)
 
 clean: ## remove what make has made
-	rm -rf .venv .venv-oldest .venv-web .build build *.egg-info out
+	rm -rf .venv .venv-oldest .venv-web .venv-cluster .build build *.egg-info out

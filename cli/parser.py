@@ -264,7 +264,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def _add_machine(parser: argparse.ArgumentParser, together: bool = True) -> None:
+    """`together`: several GPUs may compute a video."""
     from ..fp8_optimization import QUANTIZATIONS
     from ..pipeline.attention_policy import POLICIES
     from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
@@ -291,8 +292,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "faster on consumer GPUs and less exact",
     )
     group.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1 ... (auto)")
-    _add_number(group, "--gpus", "how many GPUs compute the video together, --device being the first (1)")
-    _add_number(group, "--guidance-gpus", "of them, how many divide a step's passes; the rest divide each frame (1)")
+    if together:
+        _add_number(group, "--gpus", "how many GPUs compute the video together, --device being the first (1)")
+        _add_number(group, "--guidance-gpus", "of them, how many divide a step's passes; the rest divide frames (1)")
     _add_number(group, "--blocks-to-swap", "of the model's 40 transformer blocks, how many wait in host memory (0)")
     group.add_argument(
         "--tiled-vae", action="store_true", default=None, help="encode and decode in tiles: slower, less GPU memory"
@@ -477,19 +479,36 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--retries", type=int, default=1, metavar="N", help="deaths of a worker that a job survives (%(default)s)"
     )
     network.add_argument("--page", action="store_true", help="show a page for browsers, too (Gradio)")
+    cluster = parser.add_argument_group("many machines")
+    cluster.add_argument(
+        "--cluster", metavar="ADDRESS", help="make the videos on a Ray cluster: HOST:PORT of its head, or auto"
+    )
+    cluster.add_argument(
+        "--storage", metavar="URL", help="folder or fsspec address that all its machines reach (DIR/storage)"
+    )
+    cluster.add_argument(
+        "--workers", type=int, metavar="N", help="how many; they wait for their place (as many as find one)"
+    )
+    cluster.add_argument(
+        "--worker-gpus", type=float, metavar="N", help="that a worker asks for, 0 to 1 (1, with --device cpu 0)"
+    )
     _add_files(parser, needed=False)
     _add_size(parser)
     _add_sampling(parser)
-    _add_machine(parser)
+    _add_machine(parser, together=False)
 
 
 def _run_serve(args: argparse.Namespace) -> None:
     from ..pipeline.plan import HUMO
     from ..service.server import check_packages, serve
 
-    if args.gpus is not None or args.guidance_gpus is not None:
-        raise InputError("A service makes each video on one GPU, with a worker for each: leave out --gpus.")
     check_packages("web" if args.page else "serve")
+    cluster = {"address": args.cluster, "storage": args.storage, "count": args.workers, "gpus": args.worker_gpus}
+    if args.cluster is None:
+        for name in ("storage", "workers", "worker_gpus"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is for many machines: give --cluster ADDRESS too, or leave it out.")
     others = ("whisper",) if args.mode == HUMO else ("clip_vision", "wav2vec")
     given = {name: getattr(args, name) for name in (*NEEDED_FILES, *others)}
     if not any(given.values()):
@@ -511,6 +530,7 @@ def _run_serve(args: argparse.Namespace) -> None:
         device=args.device or "auto",
         retries=args.retries,
         page=args.page,
+        cluster=None if args.cluster is None else cluster,
         verbose=args.verbose,
         started=lambda address: _say(f"service: {address}"),
     )

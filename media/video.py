@@ -114,6 +114,22 @@ class OutputFiles:
                 self.lock.unlink()
             lock.release()
 
+    def add(self, size: int, data: bytes) -> None:
+        """Let the partial file be its first `size` bytes and `data`, boxes of MP4; on return they are on the disk.
+
+        Whatever dies meanwhile, players find all of them or none. Raises OSError.
+        """
+        if size:
+            _add_whole(self.partial, size, data)
+        else:
+            self.journal.unlink(missing_ok=True)  # of an earlier run, whose frames are replaced now
+            replace_file(self.partial, self.temporary, data)
+
+    def put_in_place(self) -> None:
+        """Let what is in the temporary file be the video, in one step. Raises OSError."""
+        _put_in_place(self.temporary, self.video)
+        self.remove_unfinished()
+
     def remove_unfinished(self) -> None:
         """Remove what stands next to a video that is whole. Raises OSError."""
         for file in (self.temporary, self.journal, self.partial):  # without a journal nothing goes on with the partial
@@ -366,16 +382,11 @@ class VideoWriter(_Fragments):
             data = self._encode(frames)
             if self._resumed:
                 self._check_headers(data)
-            if self.written.frames == 0:
-                self.files.journal.unlink(missing_ok=True)  # of an earlier run, whose frames are replaced now
-                replace_file(self.files.partial, self.files.temporary, data)
-                size_now = len(data)
-            else:
-                fragments = _without_header(data)
-                _add_whole(self.files.partial, self.written.bytes, fragments)
-                size_now = self.written.bytes + len(fragments)
+            if self.written.frames:
+                data = _without_header(data)
+            self.files.add(self.written.bytes, data)
         self._resumed = False
-        self._count(frames, data, size_now)
+        self._count(frames, data, self.written.bytes + len(data))
         return self.written
 
     def close(self) -> None:
@@ -385,10 +396,9 @@ class VideoWriter(_Fragments):
         with self.explained():
             try:
                 self._copy_to(self.files.temporary)
-                _put_in_place(self.files.temporary, self.files.video)
+                self.files.put_in_place()
             finally:
                 self.files.temporary.unlink(missing_ok=True)
-            self.files.remove_unfinished()
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -34,6 +34,7 @@ __all__ = [
     "digest_of_file",
     "digest_of_weights",
     "finished_windows",
+    "written_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,12 @@ def finished_windows(files: OutputFiles) -> int:
     except InputError:
         return 0
     return 0 if entry is None else entry.state.windows
+
+
+def written_of(journal: bytes) -> Written:
+    """How far the partial file has come, by the bytes of a journal that is whole."""
+    header = json.loads(journal[8 : 8 + int.from_bytes(journal[:8], "little")])
+    return Written(**json.loads(header["__metadata__"][KEY])["written"])
 
 
 def _read(files: OutputFiles) -> Entry | None:

@@ -6,11 +6,8 @@ from 400 to 499 and {"detail": "one sentence"}.
 
 import asyncio
 import logging
-import multiprocessing
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -30,15 +27,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
-from ..cli.doctor import examine
-from ..pipeline.make_video import choose_device
 from ..pipeline.presets import PRESETS
 from ..wanvideo.errors import InfiniteTalkError
 from .access import Access, is_loopback
 from .queue import ENDED, PRIORITIES, Queue, Record
 from .requests import LONGEST, Requests, TooManyError
 from .settings import read_json, schema
-from .workers import Workers
+from .workers import AnyWorkers
 
 __all__ = ["create_app"]
 
@@ -52,7 +47,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 Token = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def create_app(requests: Requests, workers: Workers, access: Access | None = None) -> FastAPI:
+def create_app(requests: Requests, workers: AnyWorkers, access: Access | None = None) -> FastAPI:
     """The API of a service.
 
     Args:
@@ -173,10 +168,10 @@ def create_app(requests: Requests, workers: Workers, access: Access | None = Non
 
     @app.get("/api/doctor")
     def doctor(client: Client) -> dict[str, Any]:
-        """What runs on this machine: every attention mode and quantization, tried once while the service lives."""
+        """What runs where a worker is: every attention mode and quantization, tried once while the service lives."""
         return examined()
 
-    examined = app.state.doctor = _Once(partial(_examine, str(workers.devices[0])))
+    examined = app.state.doctor = _Once(workers.examine)
     registry = CollectorRegistry()
     registry.register(_Counts(queue, workers))
     ProcessCollector(registry=registry)
@@ -316,21 +311,10 @@ class _Once:
             return self._value
 
 
-def _examine(device: str) -> dict[str, Any]:
-    """The doctor's report, from a process of its own, whose GPU memory is free again afterwards."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_report, device).result()
-
-
-def _report(device: str) -> dict[str, Any]:
-    report: dict[str, Any] = examine(choose_device(device)).as_json()
-    return report
-
-
 class _Counts(Collector):
     """The queue and the workers, as they are when Prometheus asks."""
 
-    def __init__(self, queue: Queue, workers: Workers) -> None:
+    def __init__(self, queue: Queue, workers: AnyWorkers) -> None:
         self.queue, self.workers = queue, workers
 
     def collect(self) -> Iterator[Metric]:

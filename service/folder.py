@@ -79,14 +79,18 @@ class ServiceFolder:
 
     def job_of(self, id: str, client: str, request: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
         """The job of a request, whose files are ids of the client's uploads; its video carries the settings as JSON."""
-        given = dict(request)
         comment = json.dumps({name: value for name, value in request.items() if name in SETTINGS}, ensure_ascii=False)
-        for name, kind in FILES.items():
-            if isinstance(ids := given.get(name), str):
-                given[name] = self.upload(client, kind, ids)
-            elif ids is not None:
-                given[name] = tuple(self.upload(client, kind, id) for id in ids)
-        return build(base, given | {"out": self.output(client, id).video, "comment": comment})
+        inputs = self.inputs(client, request).items()
+        files = {name: paths if name in LISTS else paths[0] for name, paths in inputs}
+        return build(base, {**request, **files, "out": self.output(client, id).video, "comment": comment})
+
+    def inputs(self, client: str, request: Mapping[str, Any]) -> dict[str, tuple[Path, ...]]:
+        """Field of a request -> the client's uploads that it names."""
+        given = {name: request[name] for name in FILES if request.get(name) is not None}
+        return {
+            name: tuple(self.upload(client, FILES[name], id) for id in ([ids] if isinstance(ids, str) else ids))
+            for name, ids in given.items()
+        }
 
     def _of(self, client: str) -> Path:
         if not CLIENT.fullmatch(client):

@@ -9,12 +9,15 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..wanvideo.errors import InfiniteTalkError, InputError
 from .access import Access, is_loopback
 from .folder import ServiceFolder
 from .workers import Workers, devices_of
+
+if TYPE_CHECKING:
+    from .cluster import ClusterWorkers
 
 __all__ = ["PACKAGES", "check_packages", "serve"]
 
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = {
     "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
     "web": {"gradio": "gradio"},
+    "cluster": {"ray": "ray", "fsspec": "fsspec"},
 }
 """Extra -> modules that it adds to the library, and the packages that bring them."""
 
@@ -50,6 +54,7 @@ def serve(
     device: str = "auto",
     retries: int = 1,
     page: bool = False,
+    cluster: Mapping[str, Any] | None = None,
     verbose: bool = False,
     started: Callable[[str], None] = lambda address: None,
 ) -> None:
@@ -63,14 +68,18 @@ def serve(
         device: "auto" is one worker for each GPU.
         retries: how many workers may die while they run a job, before it fails.
         page: show the page, too.
+        cluster: arguments of `cluster.ClusterWorkers` that say on which machines and how jobs are made; None: on this
+            one.
         started: called with the address when requests are taken.
 
     Raises InfiniteTalkError for packages that are missing, and InputError for a host without tokens that other machines
-    reach, for an address that is taken, and for a folder that another service uses.
+    reach, for an address that is taken, for a folder that another service uses, and for a cluster that cannot be used.
     """
     check_packages("serve")
     if page:
         check_packages("web")
+    if cluster is not None:
+        check_packages("cluster")
     import uvicorn
 
     from .api import create_app
@@ -79,10 +88,16 @@ def serve(
     access = Access() if tokens is None else Access.from_file(tokens)
     if not access.tokens and not is_loopback(host):
         raise InputError(f"Other machines reach {host}: give each client a token with --tokens FILE.")
-    devices = devices_of(device)
     place = ServiceFolder.make(folder)
-    with _listening(host, port) as listener, Workers(place, base, devices, retries=retries, verbose=verbose) as workers:
-        requests = Requests(place, base)
+    makers: Workers | ClusterWorkers
+    if cluster is None:
+        makers = Workers(place, base, devices_of(device), retries=retries, verbose=verbose)
+    else:
+        from .cluster import ClusterWorkers
+
+        makers = ClusterWorkers(place, base, device=device, retries=retries, verbose=verbose, **cluster)
+    with _listening(host, port) as listener, makers as workers:
+        requests = Requests(place, workers.base)
         app = create_app(requests, workers, access)
         if page:
             from .page import add_page
@@ -90,7 +105,7 @@ def serve(
             add_page(app, requests, access)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        logger.info("%s serves %s with %s.", address, place.path, ", ".join(devices))
+        logger.info("%s serves %s with %s.", address, place.path, ", ".join(workers.devices))
         started(address)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -12,23 +12,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 import filelock
 import torch
 
+from ..cli.doctor import examine
 from ..cli.terminal import log_to_stderr
 from ..media.video import OutputFiles, VideoFrames
 from ..pipeline.loaded_models import LoadedModels
-from ..pipeline.make_video import Events, Job, Result, make_video
+from ..pipeline.make_video import Events, Job, Result, choose_device, make_video
 from ..wanvideo.errors import InfiniteTalkError, InputError
 from .folder import ServiceFolder
 from .queue import Progress, Queue, Record
 
-__all__ = ["make_reusing", "run", "work"]
+__all__ = ["End", "Follower", "due", "examined", "made_before", "make", "make_reusing", "run", "work"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +40,11 @@ IDLE = 0.2
 
 
 class Stopped(Exception):
-    """The job is to end: its state, and why."""
+    """The job is to end."""
 
-    def __init__(self, state: str, error: str | None = None) -> None:
-        super().__init__(state, error)
-        self.state, self.error = state, error
+    def __init__(self, end: End) -> None:
+        super().__init__(end)
+        self.end = end
 
 
 def work(folder: ServiceFolder, slot: int, base: Mapping[str, Any], verbose: bool = False) -> None:
@@ -83,35 +86,73 @@ def run(
     Where an earlier attempt has left finished windows, it goes on behind them; where it has left the video, nothing is
     made.
     """
-    files = folder.output(record.client, record.id)
-    if files.video.exists():  # its worker died after the last step, and before it could say so
-        with files.locked():
-            files.remove_unfinished()
-        frames = VideoFrames(files.video)
-        height, width = frames[0].shape[:2]
-        queue.end(record.id, slot, "done", result={"frames": len(frames), "width": width, "height": height})
-        return
+    follower = Follower(partial(queue.report, record.id, slot), lambda: due(queue.get(record.id)))
+    end = made_before(folder.output(record.client, record.id)) or make(record, folder, base, follower.events, loaded)
+    queue.end(record.id, slot, end.state, error=end.error, result=end.result)
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt has ended: the state of the job, why it failed, and what was made."""
+
+    state: str
+    error: str | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+
+def due(record: Record) -> End | None:
+    """How a running job is to end, as soon as its worker can; None: it goes on."""
+    if record.cancelling:
+        return End("cancelled")
+    if record.late:
+        return End("failed", f"The time limit of {record.time_limit:g} s was over.")
+    return None
+
+
+def made_before(files: OutputFiles) -> End | None:
+    """The end of a job whose video is there: its worker died after the last step, and before it could say so."""
+    if not files.video.exists():
+        return None
+    with files.locked():
+        files.remove_unfinished()
+    frames = VideoFrames(files.video)
+    height, width = frames[0].shape[:2]
+    return End("done", result={"frames": len(frames), "width": width, "height": height})
+
+
+def make(
+    record: Record,
+    folder: ServiceFolder,
+    base: Mapping[str, Any],
+    events: Events,
+    loaded: LoadedModels,
+    anew: Callable[[], None] = lambda: None,
+) -> End:
+    """Make the video of a job in `folder`, behind the windows that are there.
+
+    Args:
+        anew: called where those are of other settings, and replaced.
+    """
     try:
-        made = _made(folder.job(record, base), Follower(queue, record, slot).events, loaded)
+        made = _made(folder.job(record, base), events, loaded, anew)
     except Stopped as stopped:
-        queue.end(record.id, slot, stopped.state, error=stopped.error)
+        return stopped.end
     except InfiniteTalkError as error:
         logger.warning("Job %s failed: %s", record.id, error)
-        queue.end(record.id, slot, "failed", error=str(error))
-    else:
-        result = {
-            "frames": made.frames,
-            "width": made.width,
-            "height": made.height,
-            "seconds": round(made.seconds, 3),
-            "kernels": dict(made.kernels),
-            "linears": dict(made.linears),
-            "reused": loaded.reused,
-        }
-        queue.end(record.id, slot, "done", result=result)
+        return End("failed", str(error))
+    result = {
+        "frames": made.frames,
+        "width": made.width,
+        "height": made.height,
+        "seconds": round(made.seconds, 3),
+        "kernels": dict(made.kernels),
+        "linears": dict(made.linears),
+        "reused": loaded.reused,
+    }
+    return End("done", result=result)
 
 
-def _made(job: Job, events: Events, loaded: LoadedModels) -> Result:
+def _made(job: Job, events: Events, loaded: LoadedModels, anew: Callable[[], None]) -> Result:
     """The video of a job, behind the windows that are there; all of it where those are of other settings.
 
     The service may have been started with other models since.
@@ -122,6 +163,7 @@ def _made(job: Job, events: Events, loaded: LoadedModels) -> Result:
         if not OutputFiles.of(job.out).journal.exists():
             raise
         logger.info("Beginning anew: %s", error)
+    anew()
     return make_reusing(job, events, loaded)
 
 
@@ -142,10 +184,21 @@ def make_reusing(job: Job, events: Events, loaded: LoadedModels) -> Result:
 
 
 class Follower:
-    """`events` of a job, which tell the queue how far it is, and raise Stopped when it is to end."""
+    """`events` of a job, which report how far it is, and raise Stopped when it is to end.
 
-    def __init__(self, queue: Queue, record: Record, slot: int) -> None:
-        self.queue, self.record, self.slot = queue, record, slot
+    Args:
+        report: called with what has changed.
+        due: how the job is to end; None: it goes on.
+        keep: called when windows are finished.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[Progress], None],
+        due: Callable[[], End | None],
+        keep: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.report, self.due, self.keep = report, due, keep
         self.progress = Progress()
         self._told: tuple[float, Progress] = (0.0, self.progress)
         self.events = Events(
@@ -153,9 +206,13 @@ class Follower:
             reading=lambda done, total: self._note(),
             part=lambda text, done, total: self._note(),
             step=lambda window, windows, step, steps: self._note(windows=windows, step=step, steps=steps),
-            window_done=lambda done, windows: self._note(windows_done=done, windows=windows),
+            window_done=self._window_done,
             check_interrupt=self._note,
         )
+
+    def _window_done(self, done: int, windows: int) -> None:
+        self.keep()
+        self._note(windows_done=done, windows=windows)
 
     def _note(self, **changes: Any) -> None:
         self.progress = replace(self.progress, **changes)
@@ -165,9 +222,17 @@ class Follower:
             return
         self._told = (time.monotonic(), self.progress)
         if self.progress != told:
-            self.queue.report(self.record.id, self.slot, self.progress)
-        now = self.queue.get(self.record.id)
-        if now.cancelling:
-            raise Stopped("cancelled")
-        if now.late:
-            raise Stopped("failed", f"The time limit of {now.time_limit:g} s was over.")
+            self.report(self.progress)
+        if (end := self.due()) is not None:
+            raise Stopped(end)
+
+
+def examined(device: str) -> dict[str, Any]:
+    """The doctor's report of a device, from a process of its own, whose GPU memory is free again afterwards."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_report, device).result()
+
+
+def _report(device: str) -> dict[str, Any]:
+    report: dict[str, Any] = examine(choose_device(device)).as_json()
+    return report

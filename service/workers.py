@@ -6,10 +6,10 @@ import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
 import torch
@@ -17,9 +17,9 @@ import torch
 from ..pipeline.make_video import choose_device
 from ..wanvideo.errors import InputError
 from .folder import ServiceFolder
-from .worker import work
+from .worker import examined, work
 
-__all__ = ["GRACE", "Workers", "devices_of"]
+__all__ = ["GRACE", "LONGEST_PAUSE", "AnyWorkers", "Workers", "devices_of", "sole_service"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,30 @@ def devices_of(name: str) -> list[str]:
     if name == "auto" and torch.cuda.device_count() > 0:
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return [str(choose_device(name))]
+
+
+class AnyWorkers(Protocol):
+    """What an API knows of those who make the jobs: how many there are to be, live, and have died and were replaced."""
+
+    devices: Sequence[str]
+    restarts: int
+
+    @property
+    def alive(self) -> int: ...
+
+    def examine(self) -> dict[str, Any]:
+        """The doctor's report of a worker's device."""
+
+
+@contextmanager
+def sole_service(folder: ServiceFolder) -> Iterator[None]:
+    """Keep other services from using a folder. Raises InputError where one does."""
+    with ExitStack() as context:
+        try:
+            context.enter_context(filelock.FileLock(folder.lock(), timeout=0))
+        except filelock.Timeout:
+            raise InputError(f"Another service uses {folder.path}: end it, or name another folder.") from None
+        yield
 
 
 class Workers:
@@ -79,12 +103,13 @@ class Workers:
     def alive(self) -> int:
         return sum(slot.process is not None and slot.process.is_alive() for slot in self._slots)
 
+    def examine(self) -> dict[str, Any]:
+        """The doctor's report of the first worker's device."""
+        return examined(self.devices[0])
+
     def __enter__(self) -> Workers:
         with ExitStack() as context:
-            try:
-                context.enter_context(filelock.FileLock(self.folder.lock(), timeout=0))
-            except filelock.Timeout:
-                raise InputError(f"Another service uses {self.folder.path}: end it, or name another folder.") from None
+            context.enter_context(sole_service(self.folder))
             for job in self.queue.running():  # of a service that died: its workers end with it
                 assert job.slot is not None
                 with filelock.FileLock(self.folder.lock(job.slot)):

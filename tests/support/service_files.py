@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ from PIL import Image
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.service.folder import ServiceFolder, new_id
 from wanvideo_infinitetalk.service.queue import Queue
+from wanvideo_infinitetalk.service.worker import examined
 from wanvideo_infinitetalk.service.workers import Workers
 
 FRAMES, WINDOWS = 17, 3
 SETTINGS = {"width": 32, "height": 32, "frames": 9, "motion_frames": 5, "steps": 1, "max_frames": FRAMES}
 """Of a job of half a second, of three windows."""
+
+NO_WORKERS = SimpleNamespace(devices=["cpu"], alive=1, restarts=0, examine=lambda: examined("cpu"))
+"""What an API knows of workers, where none are."""
 
 
 def base_of(tiny: TinySet) -> dict[str, Any]:
@@ -57,8 +62,15 @@ def ended(queue: Queue) -> bool:
     return not counts["queued"] + counts["running"]
 
 
-if __name__ == "__main__":  # a service without an API, until it is killed: FOLDER, folder of the models, retries
-    with Workers(
-        ServiceFolder.make(sys.argv[1]), base_of(TinySet.in_folder(sys.argv[2])), ["cpu"], retries=int(sys.argv[3])
-    ):
+if __name__ == "__main__":
+    # A service without an API, until it is killed: FOLDER, folder of the models, retries, address of a Ray cluster.
+    place, base, retries = ServiceFolder.make(sys.argv[1]), base_of(TinySet.in_folder(sys.argv[2])), int(sys.argv[3])
+    workers: Any
+    if len(sys.argv) > 4:
+        from wanvideo_infinitetalk.service.cluster import ClusterWorkers
+
+        workers = ClusterWorkers(place, base, sys.argv[4], device="cpu", gpus=1, retries=retries)
+    else:
+        workers = Workers(place, base, ["cpu"], retries=retries)
+    with workers:
         time.sleep(3600)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -25,13 +24,12 @@ import numpy as np
 import pytest
 import soundfile
 from fastapi.testclient import TestClient
-from support.service_files import FRAMES, SETTINGS, WINDOWS, base_of, write_inputs
+from support.service_files import FRAMES, NO_WORKERS, SETTINGS, WINDOWS, base_of, write_inputs
 from wanvideo_infinitetalk.cli.parser import main
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.media.video import VideoFrames
 from wanvideo_infinitetalk.pipeline.bounds import BOUNDS
 from wanvideo_infinitetalk.pipeline.loaded_models import LoadedModels
-from wanvideo_infinitetalk.service import api as api_module
 from wanvideo_infinitetalk.service import server, worker
 from wanvideo_infinitetalk.service.access import Access, is_loopback
 from wanvideo_infinitetalk.service.api import create_app
@@ -39,10 +37,9 @@ from wanvideo_infinitetalk.service.folder import ServiceFolder
 from wanvideo_infinitetalk.service.queue import Progress, Queue
 from wanvideo_infinitetalk.service.requests import KINDS, Limits, Requests
 from wanvideo_infinitetalk.service.settings import SETTINGS as FIELDS
-from wanvideo_infinitetalk.wanvideo.errors import InputError
+from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 ALICE, BOB = "alice-has-this-token", "bob-has-another-token"
-NO_WORKERS = SimpleNamespace(devices=["cpu"], alive=1, restarts=0)
 
 
 @dataclass
@@ -414,11 +411,11 @@ def test_the_service_says_what_it_offers(api: Api) -> None:
 
 def test_the_doctor_is_asked_once(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(api_module, "_examine", lambda device: asked.append(device) or {"healthy": True})
+    monkeypatch.setattr(NO_WORKERS, "examine", lambda: asked.append("it") or {"healthy": True})
     with served(tiny_set, tmp_path) as api:
         for _ in range(2):
             assert api.http.get("/api/doctor").json() == {"healthy": True}
-    assert asked == ["cpu"]
+    assert asked == ["it"]
 
 
 @pytest.mark.slow
@@ -480,3 +477,16 @@ def test_the_command_serves_until_it_is_told_to_end(tiny_set: TinySet, tmp_path:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("given", [["--storage", "s3://bucket"], ["--workers", "2"], ["--worker-gpus", "1"]])
+def test_options_of_many_machines_need_a_cluster(given: list[str], tmp_path: Path, capsys) -> None:
+    assert main(["serve", str(tmp_path / "service"), *given]) == 2
+    assert f"{given[0]} is for many machines: give --cluster ADDRESS too" in capsys.readouterr().err
+
+
+def test_a_cluster_needs_ray(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = server.importlib.util.find_spec
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    with pytest.raises(InfiniteTalkError, match=r"not installed \(ray\): .* -m pip install '\.\[cluster\]'"):
+        server.serve(tmp_path / "service", base_of(tiny_set), cluster={"address": "127.0.0.1:6379"})

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from support.service_files import SETTINGS, base_of, write_inputs
+from support.service_files import NO_WORKERS, SETTINGS, base_of, write_inputs
 from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.service.access import Access
 from wanvideo_infinitetalk.service.folder import ServiceFolder
@@ -124,9 +124,8 @@ def test_the_page_is_served_and_asks_for_a_login_where_there_are_tokens(requests
     from wanvideo_infinitetalk.service.api import create_app
     from wanvideo_infinitetalk.service.page import add_page
 
-    workers = SimpleNamespace(devices=["cpu"], alive=1, restarts=0)
     for access in (Access(), Access({ALICE: "alice"})):
-        app = create_app(requests, workers, access)
+        app = create_app(requests, NO_WORKERS, access)
         add_page(app, requests, access)
         with TestClient(app, base_url="http://127.0.0.1:8000") as http:
             assert http.get("/").status_code == 200
@@ -150,7 +149,7 @@ def test_addresses_and_paths_sent_to_the_page_are_not_opened(path: str, requests
     from wanvideo_infinitetalk.service.api import create_app
     from wanvideo_infinitetalk.service.page import add_page
 
-    app = create_app(requests, SimpleNamespace(devices=["cpu"], alive=1, restarts=0))
+    app = create_app(requests, NO_WORKERS)
     add_page(app, requests, Access())
     monkeypatch.setattr(gradio.processing_utils.sh, "get", None)
     path = path.format(service=requests.folder.path)
