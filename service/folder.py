@@ -10,7 +10,6 @@ All names are made here, of names and ids of one strict form: nothing that a cli
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from ..media.video import OutputFiles
 from ..pipeline.make_video import Job
 from ..wanvideo.errors import InputError
 from .queue import Queue, Record
-from .settings import SETTINGS, build
+from .settings import build
 
 __all__ = ["CLIENT", "FILES", "ServiceFolder", "new_id"]
 
@@ -78,15 +77,14 @@ class ServiceFolder:
         return self.job_of(record.id, record.client, record.request, base)
 
     def job_of(self, id: str, client: str, request: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
-        """The job of a request, whose files are ids of the client's uploads; its video carries the settings as JSON."""
+        """The job of a request, whose files are ids of the client's uploads."""
         given = dict(request)
-        comment = json.dumps({name: value for name, value in request.items() if name in SETTINGS}, ensure_ascii=False)
         for name, kind in FILES.items():
             if isinstance(ids := given.get(name), str):
                 given[name] = self.upload(client, kind, ids)
             elif ids is not None:
                 given[name] = tuple(self.upload(client, kind, id) for id in ids)
-        return build(base, given | {"out": self.output(client, id).video, "comment": comment})
+        return build(base, given | {"out": self.output(client, id).video})
 
     def _of(self, client: str) -> Path:
         if not CLIENT.fullmatch(client):
