@@ -32,9 +32,8 @@ def wait_until(reached: Callable[[], bool]) -> None:
 
 def measure(nodes: int, jobs: int, kill: bool) -> None:
     """Print how long so many jobs take on so many nodes, one of which dies when half are done, if it is to."""
-    from wanvideo_infinitetalk.service.cluster import ClusterWorkers
-
     from ray.cluster_utils import Cluster
+    from wanvideo_infinitetalk.service.cluster import ClusterWorkers
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
     machines = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(nodes)]

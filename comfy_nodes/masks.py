@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..media.masks import MAX_SPEAKERS, default_masks
-from ..pipeline.bounds import shown
+from ..media.masks import MAX_SPEAKERS, box_mask, default_masks, read_box
 from ..wanvideo.errors import InputError
 from .comfyui import io
 from .schema import node_schema
@@ -63,16 +62,7 @@ class InfiniteTalkSpeakerMasks(io.ComfyNode):
             return io.NodeOutput(_painted(given, speakers, height, width))
         if not boxes.strip():
             return io.NodeOutput(default_masks(speakers, height, width)[:speakers])
-        masks = torch.zeros(speakers, height, width)
-        for mask, (left, top, right, bottom) in zip(masks, parse_boxes(boxes, speakers), strict=True):
-            mask[_pixels(top, bottom, height), _pixels(left, right, width)] = 1
-        return io.NodeOutput(masks)
-
-
-def _pixels(first: float, last: float, side: int) -> slice:
-    """From one percentage of a side to another, at least one pixel."""
-    begin = min(round(first / 100 * side), side - 1)
-    return slice(begin, max(begin + 1, round(last / 100 * side)))
+        return io.NodeOutput(torch.stack([box_mask(box, width, height) for box in parse_boxes(boxes, speakers)]))
 
 
 def _painted(given: dict[str, torch.Tensor], speakers: int, height: int, width: int) -> torch.Tensor:
@@ -94,8 +84,8 @@ def _painted(given: dict[str, torch.Tensor], speakers: int, height: int, width: 
     return torch.cat(masks)
 
 
-def parse_boxes(text: str, speakers: int) -> list[tuple[float, ...]]:
-    """(left, top, right, bottom) in percent, one per line of `text`; numbers stand between spaces or commas.
+def parse_boxes(text: str, speakers: int) -> list[tuple[float, float, float, float]]:
+    """(left, top, right, bottom) in percent, one per line of `text`, see `read_box`.
 
     Raises InputError where lines and speakers are not as many, and for what is no box within the image.
     """
@@ -104,15 +94,4 @@ def parse_boxes(text: str, speakers: int) -> list[tuple[float, ...]]:
         raise InputError(
             f"The number of lines in boxes is {len(lines)}, of speakers {speakers}: write one line for each speaker."
         )
-    found: list[tuple[float, ...]] = []
-    for line in lines:
-        try:
-            box = tuple(float(number) for number in line.replace(",", " ").split())
-        except ValueError:
-            box = ()
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 100 and 0 <= box[1] < box[3] <= 100):
-            raise InputError(
-                f"boxes has the line {shown(line)}: write left, top, right, bottom in percent, such as 5 10 45 95."
-            )
-        found.append(box)
-    return found
+    return [read_box(line) for line in lines]

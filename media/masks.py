@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +19,7 @@ from .images import cover_nearest, open_image
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["MAX_SPEAKERS", "default_masks", "latent_masks", "load_mask", "speaker_planes"]
+__all__ = ["MAX_SPEAKERS", "box_mask", "default_masks", "latent_masks", "load_mask", "read_box", "speaker_planes"]
 
 MAX_SPEAKERS = 4
 
@@ -99,6 +100,33 @@ def _is_flat(colors: np.ndarray) -> bool:
         return True
     low, high = np.percentile(colors, [1, 99], axis=0)
     return bool((high - low).max() < 0.125)
+
+
+def read_box(text: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a box in percent of the image's width and height, as in "10, 5, 45, 95".
+
+    Raises InputError for anything else, and for a box that is empty or reaches beyond the image.
+    """
+    parts = [part for part in re.split(r"[\s,;%，、；]+", text) if part]
+    try:
+        left, top, right, bottom = map(float, parts)
+    except ValueError:
+        left = top = right = bottom = math.nan
+    if not (0 <= left < right <= 100 and 0 <= top < bottom <= 100):
+        raise InputError(
+            f"The box {text.strip()[:60]} cannot be used: give left, top, right and bottom in percent of the image, "
+            "such as 10, 5, 45, 95."
+        )
+    return left, top, right, bottom
+
+
+def box_mask(box: tuple[float, float, float, float], width: int, height: int) -> torch.Tensor:
+    """The mask of a box as `read_box` gives it: [height, width] of 0, 1; each pixel that it touches is in it."""
+    left, top, right, bottom = box
+    mask = torch.zeros(height, width)
+    rows = slice(math.floor(top / 100 * height), math.ceil(bottom / 100 * height))
+    mask[rows, math.floor(left / 100 * width) : math.ceil(right / 100 * width)] = 1
+    return mask
 
 
 def speaker_planes(masks: torch.Tensor, speakers: int) -> list[torch.Tensor]:

@@ -39,6 +39,7 @@ __all__ = [
     "VideoWriter",
     "Written",
     "check_output",
+    "read_comment",
     "replace_file",
     "to_bytes",
 ]
@@ -693,6 +694,20 @@ def _h264() -> str:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_comment(path: str | Path) -> str:
+    """The text that a media file carries in its metadata as its comment; empty where there is none.
+
+    Raises InputError for a file that cannot be read.
+    """
+    path = Path(path).expanduser()
+    check_file(path, "video")
+    try:
+        with open_media(path) as container:
+            return str(container.metadata.get("comment", ""))
+    except (OSError, ValueError, av.error.FFmpegError) as error:
+        raise InputError(f"The video {path} cannot be read ({reason(error)}): give another file.") from error
 
 
 class VideoFrames:

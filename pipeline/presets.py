@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from ..wanvideo.checkpoints.files import read_metadata
 from ..wanvideo.checkpoints.reading import json_object
 from ..wanvideo.errors import CheckpointError, InputError
 from .bounds import BOUNDS
-from .make_video import Job
+from .make_video import NO_FILE, Job
 from .plan import FLASHTALK, HUMO, GenerateConfig
 
-__all__ = ["PRESETS", "build_job", "mode_defaults", "preset_values", "stated_defaults"]
+__all__ = [
+    "PRESETS",
+    "SETTINGS",
+    "build_job",
+    "mode_defaults",
+    "preset_values",
+    "settings_as_json",
+    "stated_defaults",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +89,28 @@ def _preset(name: str | None) -> dict[str, Any]:
     return {} if name is None else PRESETS[name]
 
 
+NOT_SETTINGS = {
+    *("files", "audio", "out", "image", "video", "masks", "references", "loras"),  # files
+    *("device", "text_encoder_device", "base_dtype", "fp16_accumulation", "compile_settings"),  # the owner's
+    *("gpus", "guidance_gpus"),  # likewise
+    *("config", "total_frames", "resume", "comment"),  # follow from the job
+    "techniques",  # objects
+}
+"""Fields of `GenerateConfig` and `Job` that are no `SETTINGS`."""
+
+SETTINGS: dict[str, Any] = {
+    name: value for name, value in preset_values(next(iter(PRESETS))).items() if name not in NOT_SETTINGS
+} | {"preset": None}
+"""What decides how a video looks, beside files: name -> a value of its type; numbers, texts, true or false."""
+
+
+def settings_as_json(job: Job, preset: str | None = None) -> str:
+    """All `SETTINGS` of a job as a JSON object; with the preset, if there is one, that its values come from."""
+    values = {name: getattr(job if hasattr(job, name) else job.config, name) for name in SETTINGS if name != "preset"}
+    text = json.dumps(({"preset": preset} if preset else {}) | values, ensure_ascii=False, default=str)
+    return text.encode(errors="replace").decode()  # halves of characters, as a command line may hold
+
+
 def stated_defaults(model: str | Path) -> dict[str, Any]:
     """Settings that a model's file states for itself, fields of `GenerateConfig` ("defaults" in its metadata, JSON).
 
@@ -123,6 +154,8 @@ def mode_defaults(mode: str | None, model: str | Path, preset: str | None = None
 def build_job(settings: Mapping[str, Any], preset: str | None = None, defaults: Mapping[str, Any] | None = None) -> Job:
     """The job of `settings`, and of a preset, then of `defaults`, where they say nothing.
 
+    Its video, where it is a file, carries all of them, see `settings_as_json`.
+
     Args:
         settings: fields of `Job` but `config`, and of `GenerateConfig`; what both have is the job's.
         preset: one of `PRESETS`.
@@ -144,4 +177,5 @@ def build_job(settings: Mapping[str, Any], preset: str | None = None, defaults: 
             preset,
         )
     config = GenerateConfig(**{name: value for name, value in chosen.items() if name in _CONFIG})
-    return Job(config=config, **{name: value for name, value in chosen.items() if name not in _CONFIG})
+    job = Job(config=config, **{name: value for name, value in chosen.items() if name not in _CONFIG})
+    return job if str(job.out) == NO_FILE else replace(job, comment=settings_as_json(job, preset))

@@ -29,7 +29,6 @@ from types import TracebackType
 from typing import Any
 
 import filelock
-
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 

@@ -10,7 +10,6 @@ All names are made here, of names and ids of one strict form: nothing that a cli
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from ..media.video import OutputFiles
 from ..pipeline.make_video import Job
 from ..wanvideo.errors import InputError
 from .queue import Queue, Record
-from .settings import SETTINGS, build
+from .settings import build
 
 __all__ = ["CLIENT", "FILES", "ServiceFolder", "new_id"]
 
@@ -78,11 +77,10 @@ class ServiceFolder:
         return self.job_of(record.id, record.client, record.request, base)
 
     def job_of(self, id: str, client: str, request: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
-        """The job of a request, whose files are ids of the client's uploads; its video carries the settings as JSON."""
-        comment = json.dumps({name: value for name, value in request.items() if name in SETTINGS}, ensure_ascii=False)
+        """The job of a request, whose files are ids of the client's uploads."""
         inputs = self.inputs(client, request).items()
         files = {name: paths if name in LISTS else paths[0] for name, paths in inputs}
-        return build(base, {**request, **files, "out": self.output(client, id).video, "comment": comment})
+        return build(base, {**request, **files, "out": self.output(client, id).video})
 
     def inputs(self, client: str, request: Mapping[str, Any]) -> dict[str, tuple[Path, ...]]:
         """Field of a request -> the client's uploads that it names."""

@@ -27,7 +27,7 @@ from ..pipeline.plan import HUMO
 from ..wanvideo.errors import InfiniteTalkError, InputError
 from .folder import FILES, LISTS, ServiceFolder, new_id
 from .queue import PRIORITIES, Queue, Record
-from .settings import settings_of
+from .settings import MOST_OF_A_JOB, settings_of
 
 __all__ = ["KINDS", "LONGEST", "Limits", "Requests", "TooManyError"]
 
@@ -52,7 +52,7 @@ class Limits:
 
     upload: int = 512 * 2**20
     uploads: int = 20 * 2**30
-    request: int = 2**20
+    request: int = MOST_OF_A_JOB
     waiting: int = 100
 
 

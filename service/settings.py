@@ -9,34 +9,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..fp8_optimization import QUANTIZATIONS
 from ..media.color import COLOR_METHODS
+from ..media.video import read_comment
 from ..pipeline.attention_policy import POLICIES
 from ..pipeline.bounds import BOUNDS, check_numbers, shown
 from ..pipeline.guidance import FORMULAS
 from ..pipeline.make_video import Job
 from ..pipeline.plan import MODES, SPEECH_ENCODINGS
-from ..pipeline.presets import PRESETS, build_job, mode_defaults, preset_values, stated_defaults
+from ..pipeline.presets import PRESETS, SETTINGS, build_job, mode_defaults, stated_defaults
 from ..pipeline.schedulers import SCHEDULERS
 from ..wanvideo.encoders.text import TEXT_QUANTIZATIONS
 from ..wanvideo.errors import InputError, nearest
 from ..wanvideo.modules.attention import ATTENTION_MODES
 
-__all__ = ["SETTINGS", "build", "read_json", "schema", "settings_of"]
-
-NOT_SETTINGS = {
-    *("image", "video", "masks", "references", "loras"),  # files
-    *("device", "text_encoder_device", "base_dtype", "fp16_accumulation", "compile_settings"),  # the owner's
-    *("gpus", "guidance_gpus"),  # likewise
-    *("total_frames", "resume", "comment"),  # follow from the job
-}
-
-SETTINGS: dict[str, Any] = {
-    name: value for name, value in preset_values(next(iter(PRESETS))).items() if name not in NOT_SETTINGS
-} | {"preset": None}
-"""Name -> a value of its type."""
+__all__ = ["build", "read_json", "schema", "settings_in", "settings_of"]
 
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -51,6 +41,9 @@ CHOICES = {
     "text_encoder_quantization": tuple(TEXT_QUANTIZATIONS),
 }
 """Settings that are a name. Those of modes and quantizations are spelled in many ways, which their readers know."""
+
+MOST_OF_A_JOB = 2**20
+"""Bytes of a job's JSON."""
 
 MOST_CHARACTERS = 10_000
 """Of a text: the text encoder reads 512 tokens."""
@@ -97,6 +90,23 @@ def settings_of(given: Mapping[str, Any], files: Collection[str]) -> dict[str, A
         elif not isinstance(value, str) or len(value) > MOST_CHARACTERS:
             raise InputError(f"{name} {shown(value)} cannot be used: give a text of up to {MOST_CHARACTERS:,} letters.")
     return settings
+
+
+def settings_in(video: Path) -> dict[str, Any]:
+    """The settings that a video carries, each held to its type and bounds as those of a request are.
+
+    Raises InputError for a file that is no video, that carries none, and for the first of them that is not right.
+    """
+    comment = read_comment(video)
+    if not comment.startswith("{") or len(comment.encode()) > MOST_OF_A_JOB:
+        raise InputError(
+            f"{video.name} carries no settings: choose a video that this service, infinitetalk generate or batch made."
+        )
+    settings = read_json(comment, f"What {video.name} carries")
+    try:
+        return settings_of(settings, ())
+    except InputError as error:
+        raise InputError(f"The settings in {video.name} cannot be used. {error}") from error
 
 
 def schema() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from wanvideo_infinitetalk.cli.tiny_models import (
 )
 from wanvideo_infinitetalk.media import video
 from wanvideo_infinitetalk.media.audio import load_speech
-from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter
+from wanvideo_infinitetalk.media.video import OutputFiles, VideoWriter, read_comment
 from wanvideo_infinitetalk.multitalk.wav2vec import Wav2Vec2Features
 from wanvideo_infinitetalk.pipeline import conditioning, long_video, plan
 from wanvideo_infinitetalk.pipeline import make_video as generate
@@ -175,6 +176,7 @@ def test_an_image_and_a_recording_become_a_video(run: Callable[..., Ran], tmp_pa
     assert abs(media.video_seconds - SECONDS) < 0.04
     assert abs(media.sound_seconds - SECONDS) < 0.04
     assert media.spread > 5
+    assert json.loads(read_comment(out))["width"] == 32, "it carries its settings"
 
 
 def test_a_generation_names_its_kernels_weights_and_guard_copies_in_one_line(run: Callable[..., Ran]) -> None:
@@ -922,7 +924,7 @@ def test_no_more_is_encoded_than_the_frames_need(
 
 @pytest.fixture
 def job_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable[..., generate.Job]:
-    """`run`, and the job that the command makes of the options."""
+    """`run`, and the job that the command makes of the options, but for what the video says of them."""
     jobs: list[generate.Job] = []
     monkeypatch.setattr(cli, "_run_job", lambda job, again="": jobs.append(job))
 
@@ -930,7 +932,7 @@ def job_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable
         bare = dict.fromkeys(("width", "height", "frames", "motion_frames", "steps", "cfg", "audio_cfg"))
         ran = run(*flags, **{**bare, **options})
         assert ran.code == 0, ran.err
-        return jobs.pop()
+        return replace(jobs.pop(), comment="")
 
     return go
 

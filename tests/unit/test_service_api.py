@@ -30,13 +30,13 @@ from wanvideo_infinitetalk.cli.tiny_models import TinySet
 from wanvideo_infinitetalk.media.video import VideoFrames
 from wanvideo_infinitetalk.pipeline.bounds import BOUNDS
 from wanvideo_infinitetalk.pipeline.loaded_models import LoadedModels
+from wanvideo_infinitetalk.pipeline.presets import SETTINGS as FIELDS
 from wanvideo_infinitetalk.service import server, worker
 from wanvideo_infinitetalk.service.access import Access, is_loopback
 from wanvideo_infinitetalk.service.api import create_app
 from wanvideo_infinitetalk.service.folder import ServiceFolder
 from wanvideo_infinitetalk.service.queue import Progress, Queue
 from wanvideo_infinitetalk.service.requests import KINDS, Limits, Requests
-from wanvideo_infinitetalk.service.settings import SETTINGS as FIELDS
 from wanvideo_infinitetalk.wanvideo.errors import InfiniteTalkError, InputError
 
 ALICE, BOB = "alice-has-this-token", "bob-has-another-token"
@@ -114,7 +114,9 @@ def test_image_and_recording_become_a_video(api: Api) -> None:
     (api.folder.path.parent / "got.mp4").write_bytes(video.content)
     assert len(VideoFrames(api.folder.path.parent / "got.mp4")) == FRAMES
     with av.open(str(api.folder.path.parent / "got.mp4")) as container:
-        assert json.loads(container.metadata["comment"]) == SETTINGS | {"prompt": "a face – 脸"}
+        carried = json.loads(container.metadata["comment"])
+    assert carried.keys() == FIELDS.keys() - {"preset"}
+    assert carried.items() >= (SETTINGS | {"prompt": "a face – 脸", "seed": 42, "scheduler": "multitalk"}).items()
 
 
 def test_humo_by_reference_images_with_speech_and_without(api: Api, tiny_set: TinySet) -> None:
