@@ -982,6 +982,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "base_dtype": ("--base-precision fp16", torch.float16),
     "fp16_accumulation": ("--base-precision fp16_fast", True),
     "device": ("--device cpu", "cpu"),
+    "gpus": ("--gpus 2", 2),
+    "guidance_gpus": ("--guidance-gpus 2", 2),
     "blocks_to_swap": ("--blocks-to-swap 1", 1),
     "tiled_vae": ("--tiled-vae", True),
     "text_encoder_device": ("--text-encoder-device cpu", "cpu"),

@@ -39,9 +39,9 @@ def test_every_test_file_and_benchmark_has_a_step(tool: ModuleType) -> None:
     for path in (ROOT / "tests/cuda").glob("test_*.py"):
         assert f"tests:{path.stem.removeprefix('test_')}" in tool.STEPS
     known = set(known_order(tool))
-    # What several of them share is no benchmark; memory and service measure a CPU, parallel several GPUs.
-    shared = {"__init__", "common", "fused_cases"}
-    assert {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - shared - {"memory", "service", "parallel"} == known
+    # What several of them share is no benchmark. Others measure a CPU, finished videos, or several GPUs.
+    others = {"__init__", "common", "fused_cases", "memory", "service", "cluster", "measure", "parallel"}
+    assert {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - others == known
     found = tool.chosen(["doctor", "benchmarks:", "doctor"])
     assert [s.name for s in found] == ["doctor", *(f"benchmarks:{name}" for name in known_order(tool))]
     with pytest.raises(SystemExit, match="there is no step 'tset'"):
