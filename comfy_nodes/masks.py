@@ -104,7 +104,7 @@ def parse_boxes(text: str, speakers: int) -> list[tuple[float, ...]]:
         raise InputError(
             f"The number of lines in boxes is {len(lines)}, of speakers {speakers}: write one line for each speaker."
         )
-    found = []
+    found: list[tuple[float, ...]] = []
     for line in lines:
         try:
             box = tuple(float(number) for number in line.replace(",", " ").split())
