@@ -78,6 +78,7 @@ TEXTS = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE})
 
 CSS = """
 .gallery-container .grid-container { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) !important }
+.gallery-container .grid-wrap { min-height: 0 !important }
 .wrap:not(:focus-within) > .options { display: none }
 """
 """Small images, also where there is one only; and lists of choices close when the focus leaves them."""

@@ -87,6 +87,8 @@ def settings_of(given: Mapping[str, Any], files: Collection[str]) -> dict[str, A
         elif isinstance(SETTINGS[name], bool):
             if not isinstance(value, bool):
                 raise InputError(f"{name} {shown(value)} cannot be used: give true or false.")
+        elif value is None and SETTINGS[name] is None:
+            continue  # not chosen
         elif not isinstance(value, str) or len(value) > MOST_CHARACTERS:
             raise InputError(f"{name} {shown(value)} cannot be used: give a text of up to {MOST_CHARACTERS:,} letters.")
     return settings
@@ -125,7 +127,8 @@ def _schema_of(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, bool):
         return {"type": "boolean"}
     text: dict[str, Any] = {"type": "string", "maxLength": MOST_CHARACTERS}
-    return text | ({"enum": list(CHOICES[name])} if name in CHOICES else {})
+    text |= {"enum": list(CHOICES[name])} if name in CHOICES else {}
+    return text if value is not None else {"anyOf": [text, {"type": "null"}]}
 
 
 def build(base: Mapping[str, Any], given: Mapping[str, Any]) -> Job:

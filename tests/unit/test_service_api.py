@@ -323,7 +323,7 @@ def malformed(image: str, audio: str) -> Iterator[tuple[str, str, dict[str, Any]
     post = "/api/jobs"
     for value in HOSTILE:
         for name in ("image", "audio", "masks", "video", "preset", "priority", "time_limit"):
-            fine = (name == "masks" and value in (None, [])) or (name == "time_limit" and value is None)
+            fine = (name == "masks" and value in (None, [])) or (name in ("time_limit", "preset") and value is None)
             fine |= name == "priority" and value in (0, -1) and not isinstance(value, bool)
             if not fine and not (name == "video" and value is None):
                 yield "POST", post, {"content": json.dumps(good | {name: value})}
