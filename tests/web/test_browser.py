@@ -94,6 +94,18 @@ def send(page: Any, place: Any, path: Path) -> None:
         place.set_input_files(path)
 
 
+def settled(page: Any, shown: Any) -> dict[str, float]:
+    """The box of what is shown, once it neither moves nor grows."""
+    before = None
+    for _ in range(100):
+        page.wait_for_timeout(300)
+        box = shown.bounding_box()
+        if box is not None and box == before and box["height"] > 0:
+            return box
+        before = box
+    raise AssertionError(f"it still moves: {before}")
+
+
 def fill(page: Any) -> None:
     """Send the demo's image and recording as files."""
     for kind, name in (("image", "portrait.png"), ("audio", "speech.wav")):
@@ -164,7 +176,7 @@ def test_two_speakers_one_by_two_clicks_one_by_paint(page: Any, address: str) ->
     places.nth(0).click()
     for x, y in ((0.1, 0.05), (0.5, 0.95)):
         shown = page.locator(".image-frame img").nth(1)
-        before, box = shown.get_attribute("src"), shown.bounding_box()
+        box, before = settled(page, shown), shown.get_attribute("src")
         page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
         page.wait_for_function("before => ![...document.images].some(one => one.src == before)", arg=before)
     assert page.get_by_label("Left, top").input_value() == "10, 5, 50, 95"
@@ -173,8 +185,7 @@ def test_two_speakers_one_by_two_clicks_one_by_paint(page: Any, address: str) ->
     canvas = page.locator(".pixi-target canvas").last
     canvas.wait_for()
     canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(1000)
-    box = canvas.bounding_box()
+    box = settled(page, canvas)
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.3 * box["height"])
     page.mouse.down()
     for y in (0.4, 0.5, 0.6):
@@ -225,10 +236,11 @@ def test_the_keyboard_reaches_everything(page: Any, address: str) -> None:
             "Where this speaker",
         ),
         *("Speaker 2", "Speaker 4", "One after", "What to show", "Mode", "Quantization", "Preset", "Size and sampling"),
-        *("Fill in the demo", "Make the video", "Use the settings", "Jobs", "Thumbnail 1", "Settings of this"),
+        *("Fill in the demo", "Make the video", "Use the settings", "Thumbnail 1", "Settings of this"),
     ):
         assert any(one.startswith(name) for one in reached), (name, reached)
     assert "" not in reached
+    assert str(len(jobs(address))) in reached, "the number of the latest job, in the table"
     page.get_by_role("button", name="Thumbnail 1").focus()
     page.keyboard.press("Enter")
     page.locator(PLAYER).wait_for(state="attached")
@@ -241,8 +253,10 @@ def test_the_page_fits_a_phone_in_both_languages(browser: Any, address: str, loc
     page.get_by_role("button", name=make, exact=True).wait_for()
     page.get_by_role("button", name="Thumbnail 1").or_(page.locator(".thumbnail-item")).first.click()
     page.locator(PLAYER).wait_for(state="attached")
-    for closed in page.locator("button.label-wrap:not(.open)").all():
-        closed.click()
+    closed = page.locator("button.label-wrap:not(.open)")
+    while closed.count():
+        closed.first.click()
+        page.wait_for_timeout(200)
     page.wait_for_timeout(1000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert "[object" not in page.inner_text("body")
