@@ -9,7 +9,7 @@ from wanvideo_infinitetalk.wanvideo.errors import InputError
 
 SHAPE = (4, 3, 2, 2)
 SOLVERS = ["unipc", "dpm++", "res_multistep", "euler"]
-STOCHASTIC = {"lcm", "lcm/beta", "dpm++_sde", "dpm++_sde/beta"}
+STOCHASTIC = {"flashtalk", "lcm", "lcm/beta", "dpm++_sde", "dpm++_sde/beta"}
 
 
 def _run(scheduler, x, velocity, start=0):
